@@ -1,0 +1,11 @@
+"""What watches or steers a run."""
+
+from nami_lightning.callbacks.bridge import BridgePretraining
+from nami_lightning.callbacks.checkpoint import RunCheckpoint
+from nami_lightning.callbacks.curriculum import CurriculumCallback
+from nami_lightning.callbacks.ema import EMA
+from nami_lightning.callbacks.frechet import FrechetDistance
+from nami_lightning.callbacks.samples import ImageSamples
+from nami_lightning.callbacks.throughput import Throughput
+
+__all__ = ["EMA", "BridgePretraining", "CurriculumCallback", "FrechetDistance", "ImageSamples", "RunCheckpoint", "Throughput"]

@@ -1,0 +1,31 @@
+"""Applies the curriculum: sets the learning rate of each step, and logs what the phases do."""
+
+from typing import Any
+
+import lightning as L
+
+from nami_lightning.module import NamiModule
+
+
+class CurriculumCallback(L.Callback):
+    """Learning rate from the curriculum at each step; phase, ratio and learning rate to the logger.
+
+    The rate is a pure function of the step, so a recipe edited before a resume takes effect. The data reads its
+    ratios from the same curriculum by itself.
+    """
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Set this step's learning rate, and say when a phase begins."""
+        assert isinstance(pl_module, NamiModule)
+        curriculum, step = pl_module.curriculum, pl_module.step
+        phase, rate = curriculum.phase(step), curriculum.learning_rate(step)
+        for optimizer in trainer.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+        pl_module.log("curriculum/phase", float(curriculum.phase_index(step) + 1), prog_bar=True)
+        pl_module.log("curriculum/learning_rate", rate)
+        total = sum(phase.ratio)
+        for stage, parts in enumerate(phase.ratio):
+            pl_module.log(f"curriculum/share_stage{stage + 1}", parts / total)

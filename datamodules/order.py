@@ -1,0 +1,109 @@
+"""The order of samples, as a pure function: which samples make up a stage's next batch.
+
+Nothing here knows of ranks, workers or interruptions. A :class:`Schedule` says how many samples of which bucket
+a stage takes next and where in the bucket's stream it stands; :class:`BucketOrder` says which samples stand there.
+Both are closed forms of the number of samples taken so far, so a resume needs no state but the step.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from nami_lightning.chance import seed_of
+
+
+@dataclass(frozen=True)
+class Read:
+    """``count`` samples of bucket ``bucket``, from position ``first`` of the stage's own stream through it."""
+
+    bucket: int
+    first: int
+    count: int
+
+
+def apportion(draws: int, sizes: Sequence[int]) -> list[int]:
+    """How many of the first ``draws`` draws fall to each of the buckets, in proportion to ``sizes``.
+
+    Webster's method: the i-th draw of a bucket of size s stands at the time (i + 1/2) / s, and draws are taken in
+    order of time. So the counts only ever grow with ``draws``, add up to it, and after sum(sizes) draws
+    each bucket was drawn exactly its size.
+    """
+    cycles, rest = divmod(draws, sum(sizes))
+    # Webster's counts differ from the exact quotas by less than the number of buckets: start safely below.
+    counts = [max(0, rest * size // sum(sizes) - len(sizes)) for size in sizes]
+    for _ in range(rest - sum(counts)):
+        _, bucket = min(((2 * count + 1) / size, i) for i, (count, size) in enumerate(zip(counts, sizes)) if size)
+        counts[bucket] += 1
+    return [count + cycles * size for count, size in zip(counts, sizes)]
+
+
+class Schedule:
+    """What each stage reads: buckets of its resolution or higher, in proportion to their sizes.
+
+    Each (stage, bucket) pair has a stream of its own; a stage sees every image it can use once before any twice.
+
+    Args:
+        sizes: samples in each stage's own bucket, coarsest first; a bucket may be empty.
+        top_only: every stage draws the finest bucket alone (the pooled latent pyramid needs it).
+    """
+
+    def __init__(self, sizes: Sequence[int], top_only: bool = False) -> None:
+        lowest = [len(sizes) - 1] * len(sizes) if top_only else range(len(sizes))
+        self.sizes = [[size if bucket >= low else 0 for bucket, size in enumerate(sizes)] for low in lowest]
+
+    def reads(self, stage: int, before: int, count: int) -> list[Read]:
+        """The reads of ``stage``'s next ``count`` samples after its first ``before``."""
+        if count == 0:
+            return []
+        first = apportion(before, self.sizes[stage])
+        after = apportion(before + count, self.sizes[stage])
+        return [Read(b, i, j - i) for b, (i, j) in enumerate(zip(first, after, strict=True)) if j > i]
+
+
+class BucketOrder:
+    """Epoch after epoch, each sample of a bucket exactly once: a permutation of its chunks, then a shuffle within
+    windows of that many consecutive chunks.
+
+    Args:
+        seed: of the run.
+        name: of the bucket; another bucket has another order.
+        chunk_sizes: samples in each chunk of the bucket.
+        window: chunks that are shuffled together: how far samples mix, and how many chunks are open at once.
+    """
+
+    def __init__(self, seed: int, name: str, chunk_sizes: Sequence[int], window: int) -> None:
+        self.seed, self.name, self.window = seed, name, window
+        self.chunk_sizes = np.asarray(chunk_sizes, dtype=np.int64)
+        self.chunk_starts = np.cumsum(self.chunk_sizes) - self.chunk_sizes
+        self.size = int(self.chunk_sizes.sum())
+        self._windows = lru_cache(maxsize=8)(self._window_starts)
+        self._members = lru_cache(maxsize=8)(self._window_members)
+
+    def __call__(self, first: int, count: int) -> list[int]:
+        """Indices in the bucket of the ``count`` samples from position ``first`` of its endless stream."""
+        indices: list[int] = []
+        while len(indices) < count:
+            epoch, offset = divmod(first + len(indices), self.size)
+            _, starts = self._windows(epoch)
+            number = int(np.searchsorted(starts, offset, side="right")) - 1
+            members = self._members(epoch, number)
+            begin = offset - int(starts[number])
+            indices += members[begin : begin + count - len(indices)].tolist()
+        return indices
+
+    def _window_starts(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The chunks of ``epoch`` in order, and the position at which each window of them begins."""
+        chunks = self._rng(epoch, "chunks").permutation(len(self.chunk_sizes))
+        ends = np.cumsum(self.chunk_sizes[chunks])
+        return chunks, np.concatenate([[0], ends[self.window - 1 : -1 : self.window]])
+
+    def _window_members(self, epoch: int, number: int) -> np.ndarray:
+        """Indices of the samples of one window, shuffled."""
+        chunks = self._windows(epoch)[0][number * self.window : (number + 1) * self.window]
+        spans = [np.arange(self.chunk_sizes[c]) + self.chunk_starts[c] for c in chunks]
+        return self._rng(epoch, number).permutation(np.concatenate(spans))
+
+    def _rng(self, epoch: int, part: int | str) -> np.random.Generator:
+        return np.random.default_rng(seed_of(self.seed, "order", self.name, epoch, part))

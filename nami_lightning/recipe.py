@@ -1,0 +1,100 @@
+"""A recipe: one YAML file that describes a whole run, read and checked by jsonargparse, and made into objects.
+
+Any key can be overridden on the command line. Every unknown key is refused. What the model and the data must
+agree on (resolutions, curriculum, seed, latent pyramid) is stated once and handed to both.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import lightning as L
+from jsonargparse import ActionConfigFile, ArgumentParser
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from nami_lightning.curriculum import Curriculum
+from nami_lightning.module import NamiModule
+
+RECIPES = Path(__file__).parent / "recipes"
+SET_BY_THE_RUN = {"default_root_dir", "max_epochs", "min_epochs", "max_steps", "min_steps", "use_distributed_sampler"}
+
+
+def make_parser() -> ArgumentParser:
+    """The parser that knows every key of a recipe."""
+    parser = ArgumentParser(
+        prog="lightning run RECIPE",
+        description="Train what RECIPE describes; run again to resume.",
+        parser_mode="omegaconf+",
+        exit_on_error=False,
+    )
+    parser.add_argument("--config", action=ActionConfigFile, help="A recipe laid over the ones before it.")
+    parser.add_argument("--name", type=str, required=True, help="Name of the run: its folder below output_dir.")
+    parser.add_argument("--output_dir", type=str, default="runs", help="Where runs live.")
+    parser.add_argument("--seed", type=int, default=0, help="Of the weights, the order of samples, and all chance.")
+    parser.add_argument("--resolutions", type=list[int], required=True, help="px of each stage, coarsest first.")
+    parser.add_class_arguments(Curriculum, "curriculum")
+    parser.add_class_arguments(NamiModule, "model")
+    parser.add_subclass_arguments(L.LightningDataModule, "data", required=True)
+    parser.add_class_arguments(L.Trainer, "trainer", skip=SET_BY_THE_RUN, instantiate=False)
+    for part in ("model", "data.init_args"):
+        parser.link_arguments("curriculum", f"{part}.curriculum", apply_on="instantiate")
+        parser.link_arguments("resolutions", f"{part}.resolutions")
+        parser.link_arguments("seed", f"{part}.seed")
+    parser.link_arguments("model.latent_pyramid", "data.init_args.latent_pyramid")
+    return parser
+
+
+class Recipe:
+    """A recipe's values, checked; its objects are made on demand.
+
+    Args:
+        path: the YAML file, or the name of one that comes with the package.
+        overrides: further command-line arguments: ``--key.path value``, ``--config OVERLAY``, ``--help``, ``--print_config``.
+
+    Raises:
+        FileNotFoundError: no such recipe.
+        jsonargparse.ArgumentError: an unknown key, or a value that doesn't fit.
+    """
+
+    def __init__(self, path: str | Path, overrides: Sequence[str] = ()) -> None:
+        self.parser = make_parser()
+        self.config = self.parser.parse_args(["--config", str(find_recipe(path)), *overrides])
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder, ``output_dir/name``."""
+        return Path(self.config.output_dir) / self.config.name
+
+    def dump(self) -> str:
+        """The resolved recipe as YAML."""
+        return str(self.parser.dump(self.config, skip_none=False))
+
+    def make_model(self) -> NamiModule:
+        """The model alone; needs nothing of the data or the trainer."""
+        config = self.config.clone()
+        del config["data"], config["trainer"]
+        model = self.parser.instantiate(config).model
+        assert isinstance(model, NamiModule)
+        return model
+
+    def make(self) -> tuple[NamiModule, L.LightningDataModule, L.Trainer]:
+        """Model, data and trainer."""
+        objects = self.parser.instantiate(self.config)
+        settings = dict(objects.trainer)
+        if settings["logger"] in (None, True):
+            settings["logger"] = TensorBoardLogger(self.config.output_dir, self.config.name, version="")
+        trainer = L.Trainer(**settings, default_root_dir=self.folder, max_epochs=1, use_distributed_sampler=False)
+        return objects.model, objects.data, trainer
+
+
+def find_recipe(path: str | Path) -> Path:
+    """The recipe at ``path``, or the packaged one of that name.
+
+    Raises:
+        FileNotFoundError: naming the recipes that there are.
+    """
+    path = Path(path)
+    for candidate in (path, RECIPES / path.name, RECIPES / f"{path.name}.yaml"):
+        if candidate.is_file():
+            return candidate
+    known = ", ".join(sorted(recipe.stem for recipe in RECIPES.glob("*.yaml")))
+    raise FileNotFoundError(f"no recipe {path}; give a YAML file, or one of: {known}")

@@ -1,0 +1,269 @@
+"""The nested transformer: FLUX's own blocks, of which stage k uses the first m_1 + ... + m_k.
+
+All double blocks come before all single ones, as in FLUX, so the last stage's network is FLUX's block for
+block and its parameter names are FLUX's too; only the output head differs, since every stage has its own.
+"""
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from diffusers import FluxTransformer2DModel
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.embeddings import CombinedTimestepTextProjEmbeddings
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZero, AdaLayerNormZeroSingle
+from diffusers.models.transformers.transformer_flux import (
+    FluxPosEmbed,
+    FluxSingleTransformerBlock,
+    FluxTransformerBlock,
+)
+from torch import Tensor, nn
+
+RopePositions = Literal["aligned", "grid"]
+
+
+class OutputHead(nn.Module):
+    """FLUX's last two layers; one such head a stage.
+
+    Args:
+        width: width of the transformer.
+        outputs: numbers a token: out_channels * patch_size**2.
+    """
+
+    def __init__(self, width: int, outputs: int) -> None:
+        super().__init__()
+        self.norm_out = AdaLayerNormContinuous(width, width, elementwise_affine=False, eps=1e-6)
+        self.proj_out = nn.Linear(width, outputs)
+
+    def forward(self, hidden_states: Tensor, temb: Tensor) -> Tensor:
+        """Tokens ``(B, N, width)`` and conditioning ``(B, width)`` to ``(B, N, outputs)``."""
+        return self.proj_out(self.norm_out(hidden_states, temb))
+
+
+class NamiTransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
+    """FLUX's transformer, nested: ``theta_k = m_1 + ... + m_k``. With one stage it is FLUX.
+
+    Args:
+        in_channels: channels of the latents (FLUX's autoencoder: 16).
+        patch_size: side of the square of latents that makes one token.
+        num_layers: double blocks that each stage adds, coarsest stage first.
+        num_single_layers: single blocks that each stage adds; as long as ``num_layers``.
+        attention_head_dim: width of a head.
+        num_attention_heads: heads; the transformer's width is heads * head width.
+        joint_attention_dim: width of the text encoder's sequence.
+        pooled_projection_dim: width of the pooled text state.
+        axes_dims_rope: rotary dimensions for (unused, row, column); their sum is ``attention_head_dim``.
+        rope_positions: ``aligned``: a coarse token sits at the centre of the cell it covers on the finest grid;
+            ``grid``: every stage counts its own tokens 0, 1, 2, ...
+
+    Raises:
+        ValueError: lists of different lengths, a first stage without blocks, rotary dimensions that do not fit.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["FluxTransformerBlock", "FluxSingleTransformerBlock"]
+    _repeated_blocks = ["FluxTransformerBlock", "FluxSingleTransformerBlock"]
+    _skip_layerwise_casting_patterns = ["pos_embed", "norm"]
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 16,
+        patch_size: int = 2,
+        num_layers: Sequence[int] = (19,),
+        num_single_layers: Sequence[int] = (38,),
+        attention_head_dim: int = 128,
+        num_attention_heads: int = 24,
+        joint_attention_dim: int = 4096,
+        pooled_projection_dim: int = 768,
+        axes_dims_rope: Sequence[int] = (16, 56, 56),
+        rope_positions: RopePositions = "aligned",
+    ) -> None:
+        super().__init__()
+        _check_layers(num_layers, num_single_layers)
+        if sum(axes_dims_rope) != attention_head_dim or any(dim % 2 for dim in axes_dims_rope):
+            raise ValueError(
+                f"axes_dims_rope {list(axes_dims_rope)} must be even numbers that add up to "
+                f"attention_head_dim {attention_head_dim}"
+            )
+        width = num_attention_heads * attention_head_dim
+        self.num_stages = len(num_layers)
+        self.depths = list(accumulate(num_layers)), list(accumulate(num_single_layers))
+
+        self.pos_embed = FluxPosEmbed(theta=10000, axes_dim=list(axes_dims_rope))
+        self.time_text_embed = CombinedTimestepTextProjEmbeddings(width, pooled_projection_dim)
+        self.context_embedder = nn.Linear(joint_attention_dim, width)
+        self.x_embedder = nn.Linear(in_channels * patch_size**2, width)
+        self.transformer_blocks = nn.ModuleList(
+            FluxTransformerBlock(width, num_attention_heads, attention_head_dim) for _ in range(sum(num_layers))
+        )
+        self.single_transformer_blocks = nn.ModuleList(
+            FluxSingleTransformerBlock(width, num_attention_heads, attention_head_dim)
+            for _ in range(sum(num_single_layers))
+        )
+        self.heads = nn.ModuleList(OutputHead(width, in_channels * patch_size**2) for _ in num_layers)
+        self.gradient_checkpointing = False
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        pooled_projections: Tensor,
+        timestep: Tensor,
+        stage: int,
+    ) -> Tensor:
+        """Velocity at a stage.
+
+        Args:
+            hidden_states: latents ``(B, C, H, W)`` at the stage's resolution; H and W multiples of the patch.
+            encoder_hidden_states: text states ``(B, L, joint_attention_dim)``.
+            pooled_projections: pooled text state ``(B, pooled_projection_dim)``.
+            timestep: global time ``(B,)`` in [0, 1], 1 being noise.
+            stage: 0 (coarsest) to K-1.
+
+        Returns:
+            ``(B, C, H, W)``.
+        """
+        height, width = (side // self.config.patch_size for side in hidden_states.shape[-2:])
+        x = self.x_embedder(patchify(hidden_states, self.config.patch_size))
+        context = self.context_embedder(encoder_hidden_states)
+        temb = self.time_text_embed(timestep.to(x.dtype) * 1000, pooled_projections)
+        rotary = self.pos_embed(self._positions(stage, height, width, context.shape[1], x.device))
+
+        for block in self.blocks(stage):
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                context, x = self._gradient_checkpointing_func(block, x, context, temb, rotary)
+            else:
+                context, x = block(x, context, temb, rotary)
+        return unpatchify(self.heads[stage](x, temb), height, width, self.config.patch_size)
+
+    def blocks(self, stage: int) -> list[nn.Module]:
+        """The blocks of ``theta_stage`` in the order they run."""
+        double, single = (depths[stage] for depths in self.depths)
+        return [*self.transformer_blocks[:double], *self.single_transformer_blocks[:single]]
+
+    def _positions(self, stage: int, height: int, width: int, text: int, device: torch.device) -> Tensor:
+        """Rotary coordinates ``(text + height * width, 3)``: text at the origin, then the image's cells."""
+        cell = 2 ** (self.num_stages - 1 - stage) if self.config.rope_positions == "aligned" else 1
+        rows, columns = ((torch.arange(n, device=device) + 0.5) * cell - 0.5 for n in (height, width))
+        grid = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), -1).flatten(0, 1)
+        return F.pad(grid, (1, 0, text, 0))
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Initialise for training from scratch: Xavier for linear layers, normal for the embeddings, and zero for
+        the modulations and the heads, so that every block starts as the identity (DiT; torchtitan's FLUX)."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        for part in (self.time_text_embed.timestep_embedder, self.time_text_embed.text_embedder):
+            for module in part.modules():
+                if isinstance(module, nn.Linear):
+                    nn.init.normal_(module.weight, std=0.02)
+        for module in self.modules():
+            if isinstance(module, AdaLayerNormZero | AdaLayerNormZeroSingle | AdaLayerNormContinuous):
+                nn.init.zeros_(module.linear.weight)
+        for head in self.heads:
+            nn.init.zeros_(head.proj_out.weight)
+
+    @classmethod
+    def from_flux(
+        cls,
+        flux: FluxTransformer2DModel,
+        num_layers: Sequence[int] | None = None,
+        num_single_layers: Sequence[int] | None = None,
+        patch_size: int = 2,
+        rope_positions: RopePositions = "aligned",
+    ) -> "NamiTransformer2DModel":
+        """A NAMI that starts from FLUX's weights; every stage's head starts as FLUX's.
+
+        Args:
+            flux: without a guidance embedding.
+            num_layers: how its double blocks split over the stages; None is one stage.
+            num_single_layers: how its single blocks split over the stages.
+            patch_size: latents a token side; FLUX packs 2x2.
+            rope_positions: see the class.
+
+        Raises:
+            ValueError: a guidance-distilled FLUX, or splits that do not add up to its depth.
+        """
+        config = flux.config
+        if config.guidance_embeds:
+            raise ValueError("this FLUX has a guidance embedding, which NAMI has not: use a model trained without")
+        num_layers = num_layers or [config.num_layers]
+        num_single_layers = num_single_layers or [config.num_single_layers]
+        if (sum(num_layers), sum(num_single_layers)) != (config.num_layers, config.num_single_layers):
+            raise ValueError(
+                f"num_layers {list(num_layers)} and num_single_layers {list(num_single_layers)} must add up to "
+                f"FLUX's {config.num_layers} and {config.num_single_layers}"
+            )
+        model = cls(
+            in_channels=config.in_channels // patch_size**2,
+            patch_size=patch_size,
+            num_layers=num_layers,
+            num_single_layers=num_single_layers,
+            attention_head_dim=config.attention_head_dim,
+            num_attention_heads=config.num_attention_heads,
+            joint_attention_dim=config.joint_attention_dim,
+            pooled_projection_dim=config.pooled_projection_dim,
+            axes_dims_rope=config.axes_dims_rope,
+            rope_positions=rope_positions,
+        )
+        weights = {}
+        for name, tensor in flux.state_dict().items():
+            if name.startswith(("norm_out.", "proj_out.")):
+                weights |= {f"heads.{stage}.{name}": tensor for stage in range(model.num_stages)}
+            else:
+                weights[name] = tensor
+        model.load_state_dict(weights)
+        return model.to(flux.dtype)
+
+    def to_flux(self) -> FluxTransformer2DModel:
+        """The last stage's network as diffusers' own FLUX, for every tool that knows it."""
+        config = self.config
+        flux = FluxTransformer2DModel(
+            patch_size=1,
+            in_channels=config.in_channels * config.patch_size**2,
+            num_layers=sum(config.num_layers),
+            num_single_layers=sum(config.num_single_layers),
+            attention_head_dim=config.attention_head_dim,
+            num_attention_heads=config.num_attention_heads,
+            joint_attention_dim=config.joint_attention_dim,
+            pooled_projection_dim=config.pooled_projection_dim,
+            axes_dims_rope=tuple(config.axes_dims_rope),
+        )
+        last = f"heads.{self.num_stages - 1}."
+        weights = {
+            name.removeprefix(last): tensor
+            for name, tensor in self.state_dict().items()
+            if name.startswith(last) or not name.startswith("heads.")
+        }
+        flux.load_state_dict(weights)
+        return flux.to(self.dtype)
+
+
+def _check_layers(num_layers: Sequence[int], num_single_layers: Sequence[int]) -> None:
+    """Refuse layers that do not describe the same stages."""
+    if len(num_layers) != len(num_single_layers) or not num_layers:
+        raise ValueError(
+            f"num_layers {list(num_layers)} and num_single_layers {list(num_single_layers)} need one number a stage each"
+        )
+    if min(*num_layers, *num_single_layers) < 0 or num_layers[0] + num_single_layers[0] == 0:
+        raise ValueError(
+            f"num_layers {list(num_layers)} and num_single_layers {list(num_single_layers)} must not be negative, "
+            "and the first stage needs at least one block"
+        )
+
+
+def patchify(latents: Tensor, patch_size: int) -> Tensor:
+    """``(B, C, H, W)`` to tokens ``(B, H/p * W/p, C * p * p)``, in FLUX's order of channels."""
+    return F.pixel_unshuffle(latents, patch_size).flatten(2).transpose(1, 2)
+
+
+def unpatchify(tokens: Tensor, height: int, width: int, patch_size: int) -> Tensor:
+    """Tokens of a ``height`` by ``width`` grid back to ``(B, C, H, W)``."""
+    return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (height, width)), patch_size)
