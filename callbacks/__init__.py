@@ -8,4 +8,12 @@ from nami_lightning.callbacks.frechet import FrechetDistance
 from nami_lightning.callbacks.samples import ImageSamples
 from nami_lightning.callbacks.throughput import Throughput
 
-__all__ = ["EMA", "BridgePretraining", "CurriculumCallback", "FrechetDistance", "ImageSamples", "RunCheckpoint", "Throughput"]
+__all__ = [
+    "EMA",
+    "BridgePretraining",
+    "CurriculumCallback",
+    "FrechetDistance",
+    "ImageSamples",
+    "RunCheckpoint",
+    "Throughput",
+]

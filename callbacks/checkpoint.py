@@ -19,7 +19,9 @@ class RunCheckpoint(ModelCheckpoint):
 
     def __init__(self, every_n_steps: int = 1000, keep: int = 2) -> None:
         if every_n_steps < 1 or keep < 1:
-            raise ValueError(f"RunCheckpoint needs every_n_steps and keep of at least 1; got {every_n_steps} and {keep}")
+            raise ValueError(
+                f"RunCheckpoint needs every_n_steps and keep of at least 1; got {every_n_steps} and {keep}"
+            )
         super().__init__(
             filename="step={step:07d}",
             auto_insert_metric_name=False,

@@ -6,10 +6,7 @@ Nothing heavy is imported until a command needs it, so that ``--help`` answers a
 import argparse
 import os
 import sys
-import traceback
 from collections.abc import Sequence
-from difflib import get_close_matches
-from importlib import import_module
 
 EXAMPLES = """\
 examples:
@@ -28,12 +25,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     elif rest:
         print(f"error: unknown option {rest[0]}; see: lightning {options.command} --help", file=sys.stderr)
         return 2
+    from nami_lightning import commands
+    from nami_lightning.errors import explain, is_for_people
+
     try:
-        getattr(import_module("nami_lightning.commands"), options.command)(options)
+        getattr(commands, options.command)(options)
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        if os.environ.get("NAMI_TRACEBACK") or not _is_for_people(error):
+        if os.environ.get("NAMI_TRACEBACK") or not is_for_people(error):
             raise
         print(f"error: {explain(error)}", file=sys.stderr)
         return 2
@@ -69,7 +69,9 @@ def make_parser() -> argparse.ArgumentParser:
     sample.add_argument("--negative_prompt", default="", metavar="TEXT", help="what guidance leads away from")
     sample.add_argument("--out", required=True, metavar="DIR", help="where the PNGs and grid.png go")
     sample.add_argument("--images", type=int, default=1, help="images of each prompt (default 1)")
-    sample.add_argument("--steps", type=int, nargs="+", default=[10], help="steps a stage: one number, or one a stage (10)")
+    sample.add_argument(
+        "--steps", type=int, nargs="+", default=[10], help="steps a stage: one number, or one a stage (10)"
+    )
     sample.add_argument("--guidance_scale", type=float, default=2.0, help="1 is off (default 2)")
     sample.add_argument("--solver", choices=["euler", "heun", "multistep"], default="multistep")
     sample.add_argument("--seed", type=int, default=0, help="of the first image; the next has the next (default 0)")
@@ -80,23 +82,6 @@ def make_parser() -> argparse.ArgumentParser:
     show.add_argument("run", metavar="RUN", help="a run (folder, or name below runs/)")
     return parser
 
-
-def _is_for_people(error: Exception) -> bool:
-    """Whether the message says all: raised by our own checks, by the recipe's parser, or by the file system."""
-    if type(error).__name__ == "ArgumentError" or isinstance(error, FileNotFoundError | ModuleNotFoundError):
-        return True
-    if not isinstance(error, ValueError | RuntimeError | OSError):
-        return False
-    last = traceback.extract_tb(error.__traceback__)[-1].filename
-    return any(part in last for part in ("nami_lightning", "callbacks", "datamodules", "jsonargparse"))
-
-
-def explain(error: Exception) -> str:
-    """The part of an error's message that matters, with the nearest right name for a misspelt recipe key."""
-    return str(error)
-
-
-__all__ = ["explain", "get_close_matches", "main", "make_parser"]
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -26,13 +26,17 @@ def run(options: Namespace) -> None:
     model, data, trainer = recipe.make()
     newest = this.load_newest()
     if newest is None:
-        rank_zero_info(f"New run {this.folder}: {model.curriculum.total_steps} steps in {len(model.curriculum.phases)} phases")
+        rank_zero_info(
+            f"New run {this.folder}: {model.curriculum.total_steps} steps in {len(model.curriculum.phases)} phases"
+        )
     else:
         path, checkpoint = newest
         model.check_checkpoint(checkpoint)
         where = describe(model.curriculum, checkpoint["nami"]["step"])
         if checkpoint["nami"]["step"] >= model.curriculum.total_steps:
-            rank_zero_info(f"{this.folder} is finished ({where}). Draw with: lightning sample {this.folder} --prompt '...'")
+            rank_zero_info(
+                f"{this.folder} is finished ({where}). Draw with: lightning sample {this.folder} --prompt '...'"
+            )
             return
         rank_zero_info(f"Resuming {this.folder} from {where}, checkpoint {path.name}")
 
@@ -96,7 +100,9 @@ def sample(options: Namespace) -> None:
     """Draw prompts with a run's or a saved pipeline's model; one PNG an image, and a grid of all."""
     prompts = list(options.prompt)
     if options.prompts:
-        prompts += [line.strip() for line in Path(options.prompts).read_text(encoding="utf-8").splitlines() if line.strip()]
+        prompts += [
+            line.strip() for line in Path(options.prompts).read_text(encoding="utf-8").splitlines() if line.strip()
+        ]
     if not prompts:
         raise ValueError("nothing to draw: give --prompt TEXT, or --prompts FILE with one prompt a line")
     pipeline = load_pipeline(options.run)

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import lightning as L
-from jsonargparse import ActionConfigFile, ArgumentParser
+from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from nami_lightning.curriculum import Curriculum
+from nami_lightning.errors import explain
 from nami_lightning.module import NamiModule
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -52,12 +53,15 @@ class Recipe:
 
     Raises:
         FileNotFoundError: no such recipe.
-        jsonargparse.ArgumentError: an unknown key, or a value that doesn't fit.
+        ValueError: an unknown key, or a value that doesn't fit.
     """
 
     def __init__(self, path: str | Path, overrides: Sequence[str] = ()) -> None:
         self.parser = make_parser()
-        self.config = self.parser.parse_args(["--config", str(find_recipe(path)), *overrides])
+        try:
+            self.config = self.parser.parse_args(["--config", str(find_recipe(path)), *overrides])
+        except ArgumentError as error:
+            raise ValueError(f"{path}: {explain(error, keys(self.parser))}") from error
 
     @property
     def folder(self) -> Path:
@@ -84,6 +88,11 @@ class Recipe:
             settings["logger"] = TensorBoardLogger(self.config.output_dir, self.config.name, version="")
         trainer = L.Trainer(**settings, default_root_dir=self.folder, max_epochs=1, use_distributed_sampler=False)
         return objects.model, objects.data, trainer
+
+
+def keys(parser: ArgumentParser) -> list[str]:
+    """Every key that can be given on the command line, classes' own arguments aside."""
+    return [option.removeprefix("--") for action in parser._actions for option in action.option_strings]
 
 
 def find_recipe(path: str | Path) -> Path:

@@ -1,9 +1,9 @@
 """A run on disk: runs/NAME with its resolved recipe, checkpoints, TensorBoard events and samples.
 
-    runs/NAME/recipe.yaml                     the recipe as it was resolved
-    runs/NAME/checkpoints/step=0000900.ckpt   the newest few
-    runs/NAME/events.out.tfevents.*           TensorBoard
-    runs/NAME/samples/step=0000900.png        grids of drawn images
+runs/NAME/recipe.yaml                     the recipe as it was resolved
+runs/NAME/checkpoints/step=0000900.ckpt   the newest few
+runs/NAME/events.out.tfevents.*           TensorBoard
+runs/NAME/samples/step=0000900.png        grids of drawn images
 """
 
 import re

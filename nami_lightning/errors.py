@@ -1,0 +1,84 @@
+"""Errors for people: the line of a parser's message that matters, and the nearest right name for a misspelt one."""
+
+import inspect
+import re
+import traceback
+from collections.abc import Iterable
+from difflib import get_close_matches
+from importlib import import_module
+from pathlib import Path
+
+import jsonargparse
+
+NOISE = ("Expected a <class 'NoneType'>", "Not a valid subclass of")
+PROJECT = Path(__file__).parent.resolve()
+HOMES = (PROJECT, *(PROJECT.joinpath(part).resolve() for part in ("callbacks", "datamodules")))
+RECIPE_CLASSES = {
+    "curriculum": "nami_lightning.Curriculum",
+    "model": "nami_lightning.NamiModule",
+    "trainer": "lightning.pytorch.Trainer",
+}
+
+
+def is_for_people(error: BaseException) -> bool:
+    """Whether the message says all: raised by the project's own checks, by the recipe's parser, or for a missing file."""
+    if isinstance(error, jsonargparse.ArgumentError | FileNotFoundError | ModuleNotFoundError):
+        return True
+    frames = traceback.extract_tb(error.__traceback__)
+    raised_in = Path(frames[-1].filename).resolve() if frames else Path()
+    ours = any(home in raised_in.parents for home in HOMES) or "jsonargparse" in raised_in.parts
+    return ours and isinstance(error, ValueError | RuntimeError | OSError)
+
+
+def explain(error: BaseException, known_keys: Iterable[str] = ()) -> str:
+    """One clear message: where it is wrong (the recipe key), what is wrong, and the nearest right name.
+
+    Args:
+        error: any exception; jsonargparse's are cut to the line that matters.
+        known_keys: every key of a recipe, ``model.tau`` say.
+    """
+    text = str(error)
+    key = re.search(r'Parser key "([^"]+)"', text)
+    where = f"{key[1]}: " if key else ""
+    if match := re.search(r"unrecognized arguments: --(\S+)", text):
+        return f"unknown recipe key {match[1]}{_nearest(match[1], known_keys)}"
+    if match := re.search(r"Group '([^']+)' does not accept option '([^']+)'", text):
+        return f"{match[1]}: unknown key {match[2]}{_nearest(match[2], _parameters(RECIPE_CLASSES.get(match[1], '')))}"
+    if match := re.search(r"Option '([^']+)' is not accepted", text):
+        return f"{where}unknown key {match[1]}{_nearest(match[1], _parameters(_class_of(text, match.start())))}"
+    if match := re.search(r"module '([^']+)' has no attribute '([^']+)'", text):
+        return f"{where}{match[1]} has no {match[2]}{_nearest(match[2], dir(import_module(match[1])))}"
+    if match := re.search(r"Key '([^']+)' is required", text):
+        return f"the recipe lacks the key {match[1]}"
+    return where + _first_cause(text)
+
+
+def _nearest(wrong: str, names: Iterable[str]) -> str:
+    nearest = get_close_matches(wrong, list(names), n=1, cutoff=0.6)
+    return f"; did you mean {nearest[0]}?" if nearest else ""
+
+
+def _class_of(text: str, position: int) -> str:
+    """The class path that an unaccepted option was given to: the last named before it, or the first after it."""
+    before = re.findall(r"class_path '([\w.]+)'", text[:position])
+    after = re.findall(r"class_path='([\w.]+)'", text[position:])
+    return (before[-1:] or after[:1] or [""])[0]
+
+
+def _parameters(class_path: str) -> list[str]:
+    module, _, name = class_path.rpartition(".")
+    try:
+        return list(inspect.signature(getattr(import_module(module), name)).parameters)
+    except (ImportError, AttributeError, ValueError):
+        return []
+
+
+def _first_cause(text: str) -> str:
+    """Of a union's list of what was tried, the first entry that is not about another type; else the text itself."""
+    _, found, causes = text.partition("Errors:\n")
+    if not found:
+        return re.sub(r'^Parser key "[^"]+":\s*', "", text).strip()
+    causes = causes.partition("\n  Given value")[0].partition("\nGiven value")[0]
+    entries = re.split(r"^\s*- ", causes, flags=re.MULTILINE)
+    real = [entry.strip() for entry in entries if entry.strip() and not entry.startswith(NOISE)]
+    return re.sub(r"\s*\n\s*", " ", real[0]) if real else text
