@@ -3,6 +3,7 @@
 from nami_lightning.callbacks.bridge import BridgePretraining
 from nami_lightning.callbacks.checkpoint import RunCheckpoint
 from nami_lightning.callbacks.curriculum import CurriculumCallback
+from nami_lightning.callbacks.drawing import Drawing
 from nami_lightning.callbacks.ema import EMA
 from nami_lightning.callbacks.frechet import FrechetDistance
 from nami_lightning.callbacks.samples import ImageSamples
@@ -12,6 +13,7 @@ __all__ = [
     "EMA",
     "BridgePretraining",
     "CurriculumCallback",
+    "Drawing",
     "FrechetDistance",
     "ImageSamples",
     "RunCheckpoint",

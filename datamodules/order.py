@@ -34,9 +34,11 @@ def apportion(draws: int, sizes: Sequence[int]) -> list[int]:
     # Webster's counts differ from the exact quotas by less than the number of buckets: start safely below.
     counts = [max(0, rest * size // sum(sizes) - len(sizes)) for size in sizes]
     for _ in range(rest - sum(counts)):
-        _, bucket = min(((2 * count + 1) / size, i) for i, (count, size) in enumerate(zip(counts, sizes)) if size)
+        _, bucket = min(
+            ((2 * count + 1) / size, i) for i, (count, size) in enumerate(zip(counts, sizes, strict=True)) if size
+        )
         counts[bucket] += 1
-    return [count + cycles * size for count, size in zip(counts, sizes)]
+    return [count + cycles * size for count, size in zip(counts, sizes, strict=True)]
 
 
 class Schedule:

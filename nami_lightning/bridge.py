@@ -22,7 +22,7 @@ from nami_lightning import flow
 BridgeKind = Literal["shuffle", "channels", "matched"]
 
 
-class BridgeFlow(ModelMixin, ConfigMixin):  # type: ignore[misc]
+class BridgeFlow(ModelMixin, ConfigMixin):
     """The K windows of the flow and the K-1 bridges between them.
 
     Args:
@@ -125,8 +125,8 @@ class BridgeFlow(ModelMixin, ConfigMixin):  # type: ignore[misc]
     def load_solution(self, stage: int, weight: Tensor, bias: Tensor) -> None:
         """Set ``B_stage`` from ``(outputs, inputs)`` and ``(outputs,)``."""
         conv = self.maps[stage - 1]
-        conv.weight.data.copy_(weight.view_as(conv.weight))
-        conv.bias.data.copy_(bias)
+        assert isinstance(conv, nn.Conv2d)
+        conv.load_state_dict({"weight": weight.reshape(conv.weight.shape), "bias": bias})
 
 
 def _linear_map(kind: BridgeKind, channels: int, kernel_size: int) -> nn.Module:

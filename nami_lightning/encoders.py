@@ -7,7 +7,7 @@ trained, never in a checkpoint, and loaded only when something is to be encoded.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, TypeAlias
 
 import torch
 from diffusers import AutoencoderKL
@@ -96,9 +96,9 @@ class PromptEncoder:
         Raises:
             OSError: a name that can be neither found nor fetched.
         """
-        sequence = load_text_model(config.sequence, config.dtype)
-        pooled = load_text_model(config.pooled, config.dtype) if config.pooled else (None, None)
-        return cls(*sequence, *pooled, max_length=config.max_length, cache=config.cache)
+        sequence, sequence_tokenizer = load_text_model(config.sequence, config.dtype)
+        pooled, pooled_tokenizer = load_text_model(config.pooled, config.dtype) if config.pooled else (None, None)
+        return cls(sequence, sequence_tokenizer, pooled, pooled_tokenizer, config.max_length, config.cache)
 
     @property
     def dims(self) -> tuple[int, int]:
@@ -207,7 +207,7 @@ class AutoencoderConfig:
     shift_factor: float = 0.0
 
 
-class PixelCodec(ModelMixin, ConfigMixin):  # type: ignore[misc]
+class PixelCodec(ModelMixin, ConfigMixin):
     """No autoencoder, with ``AutoencoderKL``'s interface: latents are pixels."""
 
     @register_to_config
@@ -225,7 +225,7 @@ class PixelCodec(ModelMixin, ConfigMixin):  # type: ignore[misc]
         return DecoderOutput(sample=latents)
 
 
-Autoencoder = AutoencoderKL | PixelCodec
+Autoencoder: TypeAlias = AutoencoderKL | PixelCodec
 
 
 def load_autoencoder(config: AutoencoderConfig) -> Autoencoder:

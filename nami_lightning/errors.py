@@ -21,7 +21,7 @@ RECIPE_CLASSES = {
 
 
 def is_for_people(error: BaseException) -> bool:
-    """Whether the message says all: raised by the project's own checks, by the recipe's parser, or for a missing file."""
+    """Whether the message says all: raised by our own checks, by the recipe's parser, or for a missing file."""
     if isinstance(error, jsonargparse.ArgumentError | FileNotFoundError | ModuleNotFoundError):
         return True
     frames = traceback.extract_tb(error.__traceback__)

@@ -8,11 +8,13 @@ import lightning as L
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 
 from nami_lightning import chance, flow
 from nami_lightning.batch import MicroBatch, pixels
 from nami_lightning.bridge import BridgeFlow
+from nami_lightning.checks import check_stages
 from nami_lightning.curriculum import Curriculum
 from nami_lightning.encoders import (
     Autoencoder,
@@ -151,6 +153,7 @@ class NamiModule(L.LightningModule):
     def training_step(self, batch: list[MicroBatch], batch_idx: int) -> None:
         """One optimizer step from the micro-batches of one global batch."""
         optimizer = self.optimizers()
+        assert isinstance(optimizer, LightningOptimizer)
         ratio = self.curriculum.phase(self.step).ratio
         weights = flow.loss_weights(self.loss_weighting, ratio, self.running_losses.nan_to_num(1.0))
         counts = [sum(len(micro) for micro in batch if micro.stage == stage) for stage in range(self.num_stages)]
@@ -264,8 +267,8 @@ class NamiModule(L.LightningModule):
         expected = tuple(self.transformer_config[key] for key in ("joint_attention_dim", "pooled_projection_dim"))
         if encoder.dims != expected:
             raise ValueError(
-                f"text_encoder gives states {encoder.dims[0]} wide and pooled states {encoder.dims[1]} wide, but the transformer's "
-                f"joint_attention_dim and pooled_projection_dim are {expected[0]} and {expected[1]}: make them equal"
+                f"model.text_encoder gives states {encoder.dims[0]} wide and pooled states {encoder.dims[1]} wide, but "
+                f"model.transformer's joint_attention_dim and pooled_projection_dim are {expected[0]} and {expected[1]}"
             )
         return encoder
 
@@ -322,8 +325,8 @@ class NamiModule(L.LightningModule):
         for key, value in self._identity().items():
             if saved["model"].get(key) != value:
                 raise ValueError(
-                    f"the checkpoint is of another model: its {key} is {saved['model'].get(key)}, this recipe's {value}. "
-                    "Resume with the recipe it was made with, or start over with --fresh"
+                    f"the checkpoint is of another model: its {key} is {saved['model'].get(key)}, "
+                    f"this recipe's {value}. Resume with the recipe it was made with, or start over with --fresh"
                 )
         self.curriculum.check_past(saved["curriculum"], saved["step"])
 
@@ -349,39 +352,3 @@ class NamiModule(L.LightningModule):
         if len(values) != self.num_stages:
             raise ValueError(f"tau_mean and tau_std need one number, or {self.num_stages} (one a stage); got {value}")
         return values
-
-
-def check_stages(
-    transformer: dict[str, Any],
-    bridge: BridgeFlow,
-    resolutions: list[int],
-    curriculum: Curriculum,
-    vae: AutoencoderConfig,
-) -> None:
-    """Refuse parts that do not describe the same stages.
-
-    Raises:
-        ValueError: naming the recipe key.
-    """
-    stages = {
-        "resolutions": len(resolutions),
-        "curriculum.phases[].ratio": curriculum.num_stages,
-        "model.bridge.window_ratios": bridge.num_stages,
-        "model.transformer.num_layers": len(transformer["num_layers"]),
-    }
-    if len(set(stages.values())) > 1:
-        listing = ", ".join(f"{key} has {number}" for key, number in stages.items())
-        raise ValueError(f"every stage needs one entry in each list, but {listing}")
-    if transformer["in_channels"] != bridge.config.channels:
-        raise ValueError(
-            f"model.bridge.channels is {bridge.config.channels}, model.transformer.in_channels {transformer['in_channels']}: "
-            "both are the channels of the latents"
-        )
-    if any(fine != 2 * coarse for coarse, fine in zip(resolutions, resolutions[1:], strict=False)):
-        raise ValueError(f"each of resolutions {resolutions} must be twice the one before")
-    multiple = transformer["patch_size"] * vae.factor
-    if odd := [side for side in resolutions if side % multiple or side < multiple]:
-        raise ValueError(
-            f"resolutions {odd} are not multiples of {multiple} px, the patch size {transformer['patch_size']} times "
-            f"the autoencoder's factor {vae.factor}"
-        )

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ class NamiPipelineOutput(BaseOutput):
     images: list[Image.Image] | np.ndarray | Tensor
 
 
-class NamiPipeline(DiffusionPipeline):  # type: ignore[misc]
+class NamiPipeline(DiffusionPipeline):
     """Text to image in stages of rising resolution.
 
     Args:
@@ -113,8 +114,8 @@ class NamiPipeline(DiffusionPipeline):  # type: ignore[misc]
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: StepCallback | None = None,
-    ) -> NamiPipelineOutput | tuple[Any]:
-        """Draw images.
+    ) -> Any:
+        """Draw images: a :class:`NamiPipelineOutput`, or a tuple of the images.
 
         Args:
             prompt: one or several; or give ``prompt_states``.
@@ -130,8 +131,8 @@ class NamiPipeline(DiffusionPipeline):  # type: ignore[misc]
             negative_prompt_states: the same for ``negative_prompt``; one row for all, or one a prompt.
             output_type: ``pil``, ``np``, ``pt`` (``(B, 3, H, W)`` in [0, 1]) or ``latent``.
             return_dict: False gives a plain tuple.
-            callback_on_step_end: called as ``callback(pipeline, step, t, {"latents": ..., "stage": ...})`` after each step;
-                latents in the dictionary it returns replace the current ones.
+            callback_on_step_end: called after each step as ``callback(pipeline, step, t, {"latents", "stage"})``;
+                latents in the dictionary that it returns replace the current ones.
 
         Raises:
             ValueError: sizes or numbers that don't fit the model.
@@ -190,7 +191,7 @@ class NamiPipeline(DiffusionPipeline):  # type: ignore[misc]
                 tokens = sides[stage][0] * sides[stage][1] // self.transformer.config.patch_size**2
                 times = flow.time_grid(steps[stage], window, self.bridge.time_shift(tokens))
                 state = None
-                for t, t_next in zip(times, times[1:], strict=False):
+                for t, t_next in pairwise(times):
                     state = flow.solver_step(solver, velocity, latents, t, t_next, state)
                     latents = state.x
                     if callback_on_step_end is not None:

@@ -49,7 +49,7 @@ class Recipe:
 
     Args:
         path: the YAML file, or the name of one that comes with the package.
-        overrides: further command-line arguments: ``--key.path value``, ``--config OVERLAY``, ``--help``, ``--print_config``.
+        overrides: more arguments: ``--key.path value``, ``--config OVERLAY``, ``--help``, ``--print_config``.
 
     Raises:
         FileNotFoundError: no such recipe.

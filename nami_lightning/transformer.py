@@ -43,7 +43,7 @@ class OutputHead(nn.Module):
         return self.proj_out(self.norm_out(hidden_states, temb))
 
 
-class NamiTransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
+class NamiTransformer2DModel(ModelMixin, ConfigMixin):
     """FLUX's transformer, nested: ``theta_k = m_1 + ... + m_k``. With one stage it is FLUX.
 
     Args:
@@ -167,8 +167,8 @@ class NamiTransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
         for module in self.modules():
             if isinstance(module, AdaLayerNormZero | AdaLayerNormZeroSingle | AdaLayerNormContinuous):
                 nn.init.zeros_(module.linear.weight)
-        for head in self.heads:
-            nn.init.zeros_(head.proj_out.weight)
+            if isinstance(module, OutputHead):
+                nn.init.zeros_(module.proj_out.weight)
 
     @classmethod
     def from_flux(
@@ -213,7 +213,7 @@ class NamiTransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
             axes_dims_rope=config.axes_dims_rope,
             rope_positions=rope_positions,
         )
-        weights = {}
+        weights: dict[str, Tensor] = {}
         for name, tensor in flux.state_dict().items():
             if name.startswith(("norm_out.", "proj_out.")):
                 weights |= {f"heads.{stage}.{name}": tensor for stage in range(model.num_stages)}
@@ -250,7 +250,7 @@ def _check_layers(num_layers: Sequence[int], num_single_layers: Sequence[int]) -
     """Refuse layers that do not describe the same stages."""
     if len(num_layers) != len(num_single_layers) or not num_layers:
         raise ValueError(
-            f"num_layers {list(num_layers)} and num_single_layers {list(num_single_layers)} need one number a stage each"
+            f"num_layers {list(num_layers)} and num_single_layers {list(num_single_layers)} need one number a stage"
         )
     if min(*num_layers, *num_single_layers) < 0 or num_layers[0] + num_single_layers[0] == 0:
         raise ValueError(
