@@ -1,17 +1,24 @@
 """Checkpoints of a run: the newest few, and the last step's."""
 
+from pathlib import Path
+from typing import Any
+
 import lightning as L
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint
+
+from nami_lightning.module import NamiModule
+from nami_lightning.runs import Run
 
 
-class RunCheckpoint(ModelCheckpoint):
-    """Lightning's ModelCheckpoint, set to keep the newest ``keep`` and to write one at the end of training.
+class RunCheckpoint(Checkpoint):
+    """Writes ``checkpoints/step=NNNNNNN.ckpt`` every so often and at the end, and keeps the newest ``keep``.
 
-    Lightning writes a file under a temporary name and renames it, so a named checkpoint is always whole.
+    Lightning writes a file under a temporary name and renames it, so a named checkpoint is always whole; an older
+    one is removed only after a newer one has its name.
 
     Args:
         every_n_steps: how often.
-        keep: how many stay; older ones are removed after a newer one is written.
+        keep: how many stay.
 
     Raises:
         ValueError: a number below 1.
@@ -19,19 +26,22 @@ class RunCheckpoint(ModelCheckpoint):
 
     def __init__(self, every_n_steps: int = 1000, keep: int = 2) -> None:
         if every_n_steps < 1 or keep < 1:
-            raise ValueError(
-                f"RunCheckpoint needs every_n_steps and keep of at least 1; got {every_n_steps} and {keep}"
-            )
-        super().__init__(
-            filename="step={step:07d}",
-            auto_insert_metric_name=False,
-            monitor="step",
-            mode="max",
-            save_top_k=keep,
-            every_n_train_steps=every_n_steps,
-        )
+            raise ValueError(f"RunCheckpoint needs every_n_steps and keep of at least 1; got {every_n_steps} and {keep}")
+        self.every_n_steps, self.keep = every_n_steps, keep
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write the last step, if its turn had not come."""
-        if self._last_global_step_saved != trainer.global_step:
-            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Write when it is time."""
+        assert isinstance(pl_module, NamiModule)
+        step = pl_module.step
+        if step % self.every_n_steps == 0 or step == pl_module.curriculum.total_steps:
+            self.save(trainer, step)
+
+    def save(self, trainer: L.Trainer, step: int) -> None:
+        """Write a checkpoint of ``step`` (all ranks take part), then remove the oldest."""
+        folder = Path(trainer.default_root_dir)
+        trainer.save_checkpoint(folder / "checkpoints" / f"step={step:07d}.ckpt")
+        if trainer.is_global_zero:
+            for old in Run(folder).checkpoints[: -self.keep]:
+                old.unlink()

@@ -80,30 +80,30 @@ class BucketOrder:
         self.chunk_sizes = np.asarray(chunk_sizes, dtype=np.int64)
         self.chunk_starts = np.cumsum(self.chunk_sizes) - self.chunk_sizes
         self.size = int(self.chunk_sizes.sum())
-        self._windows = lru_cache(maxsize=8)(self._window_starts)
-        self._members = lru_cache(maxsize=8)(self._window_members)
 
     def __call__(self, first: int, count: int) -> list[int]:
         """Indices in the bucket of the ``count`` samples from position ``first`` of its endless stream."""
         indices: list[int] = []
         while len(indices) < count:
             epoch, offset = divmod(first + len(indices), self.size)
-            _, starts = self._windows(epoch)
+            _, starts = self._window_starts(epoch)
             number = int(np.searchsorted(starts, offset, side="right")) - 1
-            members = self._members(epoch, number)
+            members = self._window_members(epoch, number)
             begin = offset - int(starts[number])
             indices += members[begin : begin + count - len(indices)].tolist()
         return indices
 
+    @lru_cache(maxsize=64)  # noqa: B019  (few orders exist, and they live as long as the process)
     def _window_starts(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The chunks of ``epoch`` in order, and the position at which each window of them begins."""
         chunks = self._rng(epoch, "chunks").permutation(len(self.chunk_sizes))
         ends = np.cumsum(self.chunk_sizes[chunks])
         return chunks, np.concatenate([[0], ends[self.window - 1 : -1 : self.window]])
 
+    @lru_cache(maxsize=64)  # noqa: B019
     def _window_members(self, epoch: int, number: int) -> np.ndarray:
         """Indices of the samples of one window, shuffled."""
-        chunks = self._windows(epoch)[0][number * self.window : (number + 1) * self.window]
+        chunks = self._window_starts(epoch)[0][number * self.window : (number + 1) * self.window]
         spans = [np.arange(self.chunk_sizes[c]) + self.chunk_starts[c] for c in chunks]
         return self._rng(epoch, number).permutation(np.concatenate(spans))
 

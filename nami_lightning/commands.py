@@ -1,6 +1,8 @@
 """What the commands of ``lightning`` do; imported only when one runs, since it imports everything."""
 
+import logging
 import shutil
+import warnings
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,24 @@ from nami_lightning.recipe import Recipe
 from nami_lightning.runs import Run, find_run
 
 
+NOISE = (
+    r".*isinstance\(treespec, LeafSpec\).*",
+    r".*does not have many workers which may be a bottleneck.*",
+    r".*Starting from v1.9.0, `tensorboardX` has been removed.*",
+    r".*Checkpoint directory .* exists and is not empty.*",
+)
+
+
+def quieten_libraries() -> None:
+    """Drop what libraries say of their own inner workings, and their advertisements."""
+    for message in NOISE:
+        warnings.filterwarnings("ignore", message=message)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.getMessage())
+
+
 def run(options: Namespace) -> None:
     """Train a recipe, from the newest checkpoint of its run if there is one."""
+    quieten_libraries()
     recipe = Recipe(options.recipe, options.overrides)
     this = Run(recipe.folder)
     if options.fresh and (aside := set_aside(this)):

@@ -159,7 +159,9 @@ def load_text_model(name: str, dtype: str) -> tuple[Any, Any]:
         AutoTokenizer,
         CLIPTextModel,
     )
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     path = _resolve(name)
     kind = AutoConfig.from_pretrained(path).model_type
     if kind.startswith("altclip"):

@@ -1,0 +1,31 @@
+"""Shared by all tests: one thread, no network, and a small data set of real emoji."""
+
+import os
+from pathlib import Path
+
+os.environ.update(HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
+
+import pytest
+import torch
+
+from nami_lightning.datamodules.openmoji import OpenMoji
+from nami_lightning.datamodules.prepare import prepare
+
+torch.set_num_threads(1)
+
+TINY = Path(__file__).parent / "tiny.yaml"
+LIMIT = 80
+
+
+@pytest.fixture(scope="session")
+def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the tiny recipe's data set lies, prepared once."""
+    root = tmp_path_factory.mktemp("data")
+    prepare(OpenMoji(["en", "de"], LIMIT), root, [8, 16, 32], 10.0, workers=1)
+    return root
+
+
+@pytest.fixture
+def tiny(data_root: Path, tmp_path: Path) -> list[str]:
+    """Arguments of ``lightning run`` for the tiny recipe, in folders of this test."""
+    return [str(TINY), "--output_dir", str(tmp_path / "runs"), "--data.init_args.folder", str(data_root)]

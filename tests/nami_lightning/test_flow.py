@@ -1,0 +1,247 @@
+"""The flow's mathematics, against closed forms, scipy's distributions, FLUX's own time shift and an ODE with a known
+solution."""
+
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from scipy import special, stats
+from torch import Tensor
+
+from nami_lightning import flow
+from nami_lightning.flow import LossWeighting, SolverKind, Window
+
+# --- windows -----------------------------------------------------------------------------------
+
+
+def test_equal_windows_have_the_papers_edges() -> None:
+    windows = flow.make_windows([1, 1, 1])
+    assert [w.start for w in windows] == pytest.approx([1, 2 / 3, 1 / 3])
+    assert [w.end for w in windows] == pytest.approx([2 / 3, 1 / 3, 0])
+    assert [w.width for w in windows] == pytest.approx([1 / 3] * 3)
+
+
+@pytest.mark.parametrize("ratios", [[1.0], [3, 1], [1, 2, 3, 4], [0.1] * 7])
+def test_windows_tile_the_noise_levels(ratios: list[float]) -> None:
+    windows = flow.make_windows(ratios)
+    assert len(windows) == len(ratios)
+    assert (windows[0].start, windows[-1].end) == (1.0, 0.0)
+    assert all(before.end == after.start for before, after in pairwise(windows))
+    assert [w.width for w in windows] == pytest.approx(np.array(ratios) / sum(ratios))
+
+
+def test_matched_windows_start_at_the_noise_level_of_the_restored_endpoint() -> None:
+    plain, matched = flow.make_windows([2, 1, 1]), flow.make_windows([2, 1, 1], matched=True)
+    assert [w.end for w in matched] == [w.end for w in plain]
+    assert [w.start for w in matched] == pytest.approx([1, 2 * 0.5 / 1.5, 2 * 0.25 / 1.25])
+
+
+@pytest.mark.parametrize("ratios", [[], [1, 0, 1], [1, -1], [math.nan], [1, math.inf]])
+def test_bad_window_ratios_are_refused(ratios: list[float]) -> None:
+    with pytest.raises(ValueError, match="ratios"):
+        flow.make_windows(ratios)
+
+
+# --- pyramids ----------------------------------------------------------------------------------
+
+
+def test_noise_pyramid_is_shared_and_keeps_unit_variance() -> None:
+    noise = torch.randn(64, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    levels = flow.pyramid(noise, 3, flow.coarsen_noise)
+    assert [tuple(x.shape[-2:]) for x in levels] == [(8, 8), (16, 16), (32, 32)]
+    assert torch.equal(levels[-1], noise)
+    blocks = noise.unfold(2, 4, 4).unfold(3, 4, 4)
+    torch.testing.assert_close(levels[0], 4 * blocks.mean((-1, -2)))
+    for x in levels:
+        spread = 5 * math.sqrt(2 / x.numel())  # five standard deviations of the variance's estimate
+        assert abs(x.var().item() - 1) < spread
+        assert abs(x.mean().item()) < 5 / math.sqrt(x.numel())
+
+
+def test_latent_pyramid_is_block_means() -> None:
+    latents = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    coarse, _, _ = flow.pyramid(latents, 3)
+    torch.testing.assert_close(coarse, latents.unfold(2, 4, 4).unfold(3, 4, 4).mean((-1, -2)))
+
+
+def test_upsample_repeats_every_value_in_its_cell() -> None:
+    x = torch.arange(4.0).view(1, 1, 2, 2)
+    expected = np.kron(x[0, 0].numpy(), np.ones((2, 2)))
+    np.testing.assert_array_equal(flow.upsample(x)[0, 0].numpy(), expected)
+
+
+def test_detail_is_orthogonal_to_the_pooled_part() -> None:
+    """As matrices on 16 pixels: the covariance of detail and pooled part of unit noise is their product."""
+    basis = torch.eye(16, dtype=torch.float64).view(16, 1, 4, 4)
+    detail, pooled = flow.detail(basis).flatten(1).T, flow.pool(basis).flatten(1).T
+    assert (detail @ pooled.T).abs().max() < 1e-15
+    assert torch.linalg.matrix_rank(detail) == 12
+    torch.testing.assert_close(detail @ detail, detail)
+
+
+# --- one stage ---------------------------------------------------------------------------------
+
+
+def _random(count: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(3, 2, 4, 4, generator=generator, dtype=torch.float64) for _ in range(count)]
+
+
+def test_interpolation_reaches_its_end_points() -> None:
+    start, end = _random(2)
+    x = flow.interpolate(start, end, torch.tensor([1.0, 0.0, 0.25]))
+    assert torch.equal(x[0], start[0])
+    assert torch.equal(x[1], end[1])
+    torch.testing.assert_close(x[2], 0.25 * start[2] + 0.75 * end[2])
+
+
+def test_one_stage_is_rectified_flow() -> None:
+    """With K=1 the end is the data, the velocity noise - data, and the global time the local one."""
+    latents, noise = _random(2)
+    (window,) = flow.make_windows([1])
+    end = flow.add_noise(latents, noise, window.end)
+    assert torch.equal(end, latents)
+    torch.testing.assert_close(flow.velocity_target(noise, end, window), noise - latents)
+    tau = torch.tensor([0.0, 0.3, 1.0])
+    torch.testing.assert_close(flow.global_time(tau, window), tau)
+
+
+def test_following_the_velocity_over_a_window_leads_from_start_to_end() -> None:
+    start, end = _random(2)
+    for window in flow.make_windows([1, 2, 3]):
+        velocity = flow.velocity_target(start, end, window)
+        torch.testing.assert_close(start - velocity * (window.start - window.end), end)
+        times = flow.global_time(torch.tensor([1.0, 0.0], dtype=torch.float64), window)
+        assert times.tolist() == pytest.approx([window.start, window.end])
+
+
+def test_residual_noise_adds_only_what_the_coarse_grid_does_not_hold() -> None:
+    bridged, noise = _random(2)
+    window = Window(0.6, 0.2)
+    assert flow.start_point(bridged, noise, window, residual_noise=False) is bridged
+    added = flow.start_point(bridged, noise, window) - bridged
+    assert flow.pool(added).abs().max() < 1e-15
+    cell_means = noise.unfold(2, 2, 2).unfold(3, 2, 2).mean((-1, -2)).repeat_interleave(2, 2).repeat_interleave(2, 3)
+    torch.testing.assert_close(added, 0.6 * (noise - cell_means))
+
+
+# --- local time --------------------------------------------------------------------------------
+
+
+def _draws(count: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(count, generator=generator), torch.rand(count, 2, generator=generator)
+
+
+def test_logit_normal_has_scipys_quantiles() -> None:
+    normal, uniform = _draws(100_000)
+    tau = flow.sample_tau("logit_normal", normal, uniform, mean=0.4, std=1.3).numpy()
+    for q in (0.01, 0.1, 0.5, 0.9, 0.99):
+        exact = special.expit(stats.norm(0.4, 1.3).ppf(q))
+        assert (tau < exact).mean() == pytest.approx(q, abs=5 * math.sqrt(q * (1 - q) / len(tau)))
+
+
+def test_uniform_tau_is_uniform() -> None:
+    normal, uniform = _draws(20_000)
+    assert stats.kstest(flow.sample_tau("uniform", normal, uniform).numpy(), "uniform").pvalue > 0.01
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])
+def test_mixture_trains_the_start(share: float) -> None:
+    normal, uniform = _draws(200_000)
+    late = (flow.sample_tau("mixture", normal, uniform, uniform_share=share) > 0.95).float().mean().item()
+    exact = share * 0.05 + (1 - share) * stats.norm.sf(special.logit(0.95))
+    assert late == pytest.approx(exact, abs=5 * math.sqrt(exact / 200_000))
+
+
+@pytest.mark.parametrize("tokens", [256, 1024, 4096, 9216])
+def test_resolution_shift_is_fluxs(tokens: int) -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    mu = calculate_shift(tokens)
+    assert flow.resolution_shift(tokens) == pytest.approx(mu)
+    assert flow.resolution_shift(tokens, 0.3, 2.0) == pytest.approx(
+        calculate_shift(tokens, base_shift=0.3, max_shift=2.0)
+    )
+    tau = torch.linspace(0.01, 1, 50, dtype=torch.float64)
+    torch.testing.assert_close(flow.shift_tau(tau, mu), scheduler.time_shift(mu, 1.0, tau))
+
+
+def test_time_grid_of_one_stage_is_fluxs_schedule() -> None:
+    """FLUX's pipeline asks its scheduler for sigmas 1, 1 - 1/n, ..., 1/n, which shifts them and appends 0."""
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / 8, 8), mu=0.9)
+    assert flow.time_grid(8, Window(1.0, 0.0), mu=0.9) == pytest.approx(scheduler.sigmas.tolist(), abs=1e-6)
+
+
+def test_time_grid_spans_its_window() -> None:
+    assert flow.time_grid(4, Window(0.75, 0.25)) == pytest.approx([0.75, 0.625, 0.5, 0.375, 0.25])
+    shifted = flow.time_grid(4, Window(0.75, 0.25), mu=1.0)
+    assert (shifted[0], shifted[-1]) == pytest.approx((0.75, 0.25))
+    assert all(before > after for before, after in pairwise(shifted))
+    assert shifted[2] > 0.5
+
+
+# --- the loss of a step ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "ratio", "expected"),
+    [
+        ("ratio", [4, 2, 1], [4 / 7, 2 / 7, 1 / 7]),
+        ("ratio", [0, 3, 1], [0, 3 / 4, 1 / 4]),
+        ("uniform", [4, 2, 1], [1 / 3, 1 / 3, 1 / 3]),
+        ("uniform", [4, 0, 1], [1 / 2, 0, 1 / 2]),
+        ("balanced", [4, 2, 1], [2 / 7, 4 / 7, 1 / 7]),  # in proportion to 1/2, 1/1, 1/4
+        ("balanced", [4, 2, 0], [1 / 3, 2 / 3, 0]),
+    ],
+)
+def test_loss_weights(kind: LossWeighting, ratio: list[int], expected: list[float]) -> None:
+    weights = flow.loss_weights(kind, ratio, torch.tensor([2.0, 1.0, 4.0]))
+    assert weights.tolist() == pytest.approx(expected)
+    assert weights.sum().item() == pytest.approx(1)
+
+
+# --- solvers -----------------------------------------------------------------------------------
+
+
+def _error(kind: SolverKind, steps: int, window: Window, mu: float | None) -> tuple[float, int]:
+    """Error at the window's end on ``dx/dt = x cos 3t``, solved by ``x = exp(sin(3t) / 3)``, and the calls it took.
+
+    Its second-order error does not nearly cancel on these grids, so the orders show at few steps.
+    """
+    calls = 0
+
+    def velocity(x: Tensor, t: float) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return x * math.cos(3 * t)
+
+    x = torch.tensor([math.exp(math.sin(3 * window.start) / 3)], dtype=torch.float64)
+    state = None
+    for t, t_next in pairwise(flow.time_grid(steps, window, mu)):
+        state = flow.solver_step(kind, velocity, x, t, t_next, state)
+        x = state.x
+    return abs(x.item() - math.exp(math.sin(3 * window.end) / 3)), calls
+
+
+@pytest.mark.parametrize("mu", [None, 1.15])
+@pytest.mark.parametrize("window", [Window(1.0, 0.0), Window(0.8, 0.3)])
+@pytest.mark.parametrize(("kind", "order", "calls"), [("euler", 1, 1), ("heun", 2, 2), ("multistep", 2, 1)])
+def test_solver_order_and_cost(kind: SolverKind, order: int, calls: int, window: Window, mu: float | None) -> None:
+    coarse, _ = _error(kind, 200, window, mu)
+    fine, fine_calls = _error(kind, 400, window, mu)
+    assert math.log2(coarse / fine) == pytest.approx(order, abs=0.1)
+    assert fine_calls == 400 * calls
+
+
+def test_solver_is_exact_on_a_straight_line_at_one_step() -> None:
+    start, end = _random(2)
+    window = Window(0.6, 0.2)
+    velocity = flow.velocity_target(start, end, window)
+    for kind in ("euler", "heun", "multistep"):
+        step = flow.solver_step(kind, lambda x, t: velocity, start, window.start, window.end, None)
+        torch.testing.assert_close(step.x, end)

@@ -1,0 +1,92 @@
+"""Resuming: against the uninterrupted run, bit for bit, after kill -9 at random points."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from nami_lightning.callbacks import RunCheckpoint
+from nami_lightning.cli import main
+from nami_lightning.runs import Run
+
+# A server process that has imported everything: each run starts at once, in a process of its own.
+SPAWN = multiprocessing.get_context("forkserver")
+SPAWN.set_forkserver_preload(["nami_lightning.commands", "nami_lightning.callbacks", "nami_lightning.datamodules"])
+KILLS = int(os.environ.get("NAMI_KILLS", "10"))
+
+
+class RecordIds(RunCheckpoint):
+    """Appends each step's sample ids to ``ids.jsonl``, then checkpoints as its parent does."""
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """One line a step."""
+        line = {"step": batch[0].step, "ids": [[micro.stage, *micro.ids] for micro in batch]}
+        with (Path(trainer.default_root_dir) / "ids.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def train(arguments: list[str]) -> None:
+    """In a process of its own: one thread, so that sums are done in one order."""
+    torch.set_num_threads(1)
+    raise SystemExit(main(["run", *arguments]))
+
+
+def start(arguments: list[str]) -> Any:
+    process = SPAWN.Process(target=train, args=(arguments,))
+    process.start()
+    return process
+
+
+def ids_by_step(run: Path) -> dict[int, Any]:
+    """The last line of each step: a step after the last checkpoint is done again."""
+    lines = map(json.loads, (run / "ids.jsonl").read_text().splitlines())
+    return {line["step"]: line["ids"] for line in lines}
+
+
+@pytest.fixture
+def recording(tiny: list[str], tmp_path: Path) -> list[str]:
+    recipe = yaml.safe_load(Path(tiny[0]).read_text())
+    recipe["trainer"]["callbacks"][-1]["class_path"] = f"{__name__}.RecordIds"
+    path = tmp_path / "recording.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return [str(path), *tiny[1:]]
+
+
+def test_killed_at_random_points_ends_with_the_same_bits(recording: list[str], tmp_path: Path) -> None:
+    whole = start([*recording, "--name", "whole"])
+    begin = time.monotonic()
+    whole.join()
+    duration = time.monotonic() - begin
+    assert whole.exitcode == 0
+
+    chance, kills = random.Random(0), 0
+    while True:
+        process = start([*recording, "--name", "killed"])
+        process.join(chance.uniform(0.3, 1.0) * duration if kills < KILLS else None)
+        if process.exitcode == 0:
+            break
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        kills += 1
+    assert kills > 0
+
+    one, other = Run(tmp_path / "runs" / "whole"), Run(tmp_path / "runs" / "killed")
+    assert [path.name for path in other.checkpoints] == ["step=0000056.ckpt", "step=0000060.ckpt"]
+    assert ids_by_step(other.folder) == ids_by_step(one.folder)
+    assert sorted(ids_by_step(one.folder)) == list(range(60))
+    _, expected = one.load_newest() or pytest.fail("no checkpoint")
+    _, found = other.load_newest() or pytest.fail("no checkpoint")
+    assert found["nami"] == expected["nami"]
+    for name, tensor in expected["state_dict"].items():
+        assert torch.equal(found["state_dict"][name], tensor), name
+    moments, found_moments = (c["optimizer_states"][0]["state"] for c in (expected, found))
+    assert all(torch.equal(found_moments[i][key], value) for i, s in moments.items() for key, value in s.items())
+    assert not list((tmp_path / "runs" / "killed").rglob("*.partial"))
