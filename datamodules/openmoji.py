@@ -70,6 +70,7 @@ class OpenMoji:
     def _captions(self, key: str) -> list[str]:
         import emoji
 
+        emoji.config.load_language(self.languages)
         codes = [int(code, 16) for code in key.split("-")]
         text = "".join(map(chr, codes))
         if text not in emoji.EMOJI_DATA:

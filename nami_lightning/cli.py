@@ -16,11 +16,13 @@ examples:
   lightning show openmoji                                  how far it is, and where its files lie
 """
 
+BENCH = "Step time beside a bare PyTorch loop over the same modules and batches, interleaved in one run."
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; the exit status. Set NAMI_TRACEBACK=1 to see where an error came from."""
     options, rest = make_parser().parse_known_args(arguments)
-    if options.command == "run":
+    if options.command in ("run", "bench"):
         options.overrides = rest
     elif rest:
         print(f"error: unknown option {rest[0]}; see: lightning {options.command} --help", file=sys.stderr)
@@ -61,6 +63,11 @@ def make_parser() -> argparse.ArgumentParser:
     )
     run.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a packaged one (openmoji)")
     run.add_argument("--fresh", action="store_true", help="start over; the old run is renamed, never deleted")
+
+    bench = commands.add_parser("bench", help="measure, beside what it should be as fast as", description=BENCH)
+    bench.add_argument("what", choices=["step"], help="step: a recipe's step time in each phase")
+    bench.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a packaged one; recipe keys may follow")
+    bench.add_argument("--steps", type=int, default=20, help="steps of each phase that count (default 20)")
 
     sample = commands.add_parser("sample", help="draw images from prompts", description="Draw images from prompts.")
     sample.add_argument("run", metavar="RUN", help="a run (folder, or name below runs/), or a saved pipeline's folder")

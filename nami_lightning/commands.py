@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
+from nami_lightning import bench as benchmarks
 from nami_lightning.curriculum import Curriculum
 from nami_lightning.grid import caption_grid, save_image
 from nami_lightning.module import NamiModule
@@ -85,6 +86,12 @@ def describe(curriculum: Curriculum, step: int) -> str:
     """``step 600 of 900, phase 2 of 3``."""
     phase = curriculum.phase_index(min(step, curriculum.total_steps - 1)) + 1
     return f"step {step} of {curriculum.total_steps}, phase {phase} of {len(curriculum.phases)}"
+
+
+def bench(options: Namespace) -> None:
+    """Measure; nothing is written but the data set, if it isn't there."""
+    quieten_libraries()
+    getattr(benchmarks, options.what)(options)
 
 
 def load_pipeline(source: str) -> NamiPipeline:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import lightning as L
+import yaml
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
 from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -28,6 +29,7 @@ def make_parser() -> ArgumentParser:
         exit_on_error=False,
     )
     parser.add_argument("--config", action=ActionConfigFile, help="A recipe laid over the ones before it.")
+    parser.add_argument("--base", type=str, help="A recipe beside this one, over which this one is laid.")
     parser.add_argument("--name", type=str, required=True, help="Name of the run: its folder below output_dir.")
     parser.add_argument("--output_dir", type=str, default="runs", help="Where runs live.")
     parser.add_argument("--seed", type=int, default=0, help="Of the weights, the order of samples, and all chance.")
@@ -58,10 +60,12 @@ class Recipe:
 
     def __init__(self, path: str | Path, overrides: Sequence[str] = ()) -> None:
         self.parser = make_parser()
+        layers = [argument for layer in with_bases(find_recipe(path)) for argument in ("--config", str(layer))]
         try:
-            self.config = self.parser.parse_args(["--config", str(find_recipe(path)), *overrides])
+            self.config = self.parser.parse_args([*layers, *overrides])
         except ArgumentError as error:
             raise ValueError(f"{path}: {explain(error, keys(self.parser))}") from error
+        self.config.base = None  # resolved: the recipe now stands alone
 
     @property
     def folder(self) -> Path:
@@ -93,6 +97,30 @@ class Recipe:
 def keys(parser: ArgumentParser) -> list[str]:
     """Every key that can be given on the command line, classes' own arguments aside."""
     return [option.removeprefix("--") for action in parser._actions for option in action.option_strings]
+
+
+def with_bases(path: Path) -> list[Path]:
+    """The recipe at ``path`` after the one that its key ``base`` names, and that one's base, and so on.
+
+    Raises:
+        ValueError: a file that is not YAML, or bases that go round in a circle.
+        FileNotFoundError: a base that isn't there.
+    """
+    layers = [path]
+    while True:
+        try:
+            content = yaml.safe_load(layers[0].read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise ValueError(f"{layers[0]} is not YAML: {error}") from error
+        base = content.get("base") if isinstance(content, dict) else None
+        if base is None:
+            return layers
+        following = layers[0].parent / base
+        if not following.is_file():
+            raise FileNotFoundError(f"{layers[0]}: its base {following} isn't there")
+        if following in layers:
+            raise ValueError(f"{layers[0]}: its base {base} leads back to itself")
+        layers.insert(0, following)
 
 
 def find_recipe(path: str | Path) -> Path:

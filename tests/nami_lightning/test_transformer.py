@@ -12,6 +12,8 @@ from torch import Tensor
 
 from nami_lightning.transformer import NamiTransformer2DModel, RopePositions, patchify, unpatchify
 
+pytest_plugins = "tiny_models"
+
 MakeFlux = Callable[..., FluxTransformer2DModel]
 SPLIT: dict[str, Any] = {"num_layers": [2, 0, 0], "num_single_layers": [1, 1, 2]}
 
@@ -172,22 +174,23 @@ def _gradients(nami: NamiTransformer2DModel, stage: int) -> dict[str, Tensor]:
 def test_a_stage_trains_its_own_modules_alone(stage: int, double: int, single: int) -> None:
     nami = _random_nami()
     gradients = _gradients(nami, stage)
-    used = ("time_text_embed.", "context_embedder.", "x_embedder.", f"heads.{stage}.")
+    used: tuple[str, ...] = ("time_text_embed.", "context_embedder.", "x_embedder.", f"heads.{stage}.")
     used += tuple(f"transformer_blocks.{i}." for i in range(double))
     used += tuple(f"single_transformer_blocks.{i}." for i in range(single))
     assert set(gradients) == {name for name, _ in nami.named_parameters() if name.startswith(used)}
-    assert all(gradient.any() for name, gradient in gradients.items() if "norm_added_k" not in name)
+    assert all(gradient.any() for gradient in gradients.values())
 
 
 @pytest.mark.parametrize("stage", [0, 2])
 def test_gradient_checkpointing_changes_nothing(stage: int) -> None:
     nami = _random_nami()
+    calls: list[int] = []
+    nami.transformer_blocks[0].register_forward_pre_hook(lambda *_: calls.append(stage))
     plain = _gradients(nami, stage)
+    assert len(calls) == 1
     nami.enable_gradient_checkpointing()
-    calls = []
-    nami.transformer_blocks[0].register_forward_hook(lambda *_: calls.append(1))
     checkpointed = _gradients(nami, stage)
-    assert len(calls) == 2  # once more in the backward pass
+    assert len(calls) == 1 + 2  # once more in the backward pass
     assert set(checkpointed) == set(plain)
     for name, gradient in plain.items():
         torch.testing.assert_close(checkpointed[name], gradient)
@@ -238,9 +241,8 @@ def test_initial_output_is_exactly_zero() -> None:
     temb = nami.time_text_embed(t * 1000, pooled)
     rotary = nami.pos_embed(torch.zeros(5 + 24, 3))
     x = nami.x_embedder(patchify(latents, 2))
-    for block in nami.blocks(2):
-        after = block(x, context, temb, rotary)
-        torch.testing.assert_close(after, (context, x))  # every block starts as the identity
+    for block in [*nami.transformer_blocks, *nami.single_transformer_blocks]:
+        torch.testing.assert_close(block(x, context, temb, rotary), (context, x))  # every block is the identity
 
 
 def test_initial_weights_can_be_trained() -> None:
@@ -249,9 +251,8 @@ def test_initial_weights_can_be_trained() -> None:
     nami.init_weights()
     latents, *conditions = _inputs()
     torch.nn.functional.mse_loss(nami(latents, *conditions, stage=0), latents).backward()
-    gradient = nami.heads[0].proj_out.weight.grad
-    assert gradient is not None
-    assert gradient.abs().sum() > 0
+    gradients = {name for name, p in nami.named_parameters() if p.grad is not None and p.grad.any()}
+    assert "heads.0.proj_out.weight" in gradients
 
 
 @torch.no_grad()
@@ -262,7 +263,7 @@ def test_save_and_load(tmp_path: Path) -> None:
     weights = loaded.state_dict()
     assert all(torch.equal(weights[name], tensor) for name, tensor in nami.state_dict().items())
     for stage in range(3):
-        assert torch.equal(loaded(*_inputs(), stage=stage), nami(*_inputs(), stage=stage))
+        torch.testing.assert_close(loaded(*_inputs(), stage=stage), nami(*_inputs(), stage=stage))
 
 
 @pytest.mark.parametrize(

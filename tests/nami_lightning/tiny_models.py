@@ -1,4 +1,4 @@
-"""Tiny models of diffusers and transformers with random weights, made on the spot: nothing is fetched."""
+"""A pytest plugin: tiny models of diffusers and transformers with random weights, made on the spot."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +12,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-WORDS = "a the red blue green cat dog tree house on in under big small and".split()
+WORDS = ["a", "the", "red", "blue", "green", "cat", "dog", "tree", "house", "on", "in", "under", "big", "small", "and"]
 PAD, EOS, UNKNOWN, BOS = range(4)
 VOCABULARY = {"<pad>": PAD, "</s>": EOS, "<unk>": UNKNOWN, "<s>": BOS} | {w: i + 4 for i, w in enumerate(WORDS)}
 

@@ -1,0 +1,93 @@
+"""Benchmarks: what is measured, next to what it should be as fast as, interleaved in one run."""
+
+import statistics
+from argparse import Namespace
+from time import perf_counter
+from typing import Any
+
+import lightning as L
+import torch
+from torch import nn
+
+from nami_lightning.batch import MicroBatch
+from nami_lightning.module import NamiModule
+from nami_lightning.recipe import Recipe
+
+WARM_UP = 3
+"""Steps at the start of each phase that don't count."""
+
+
+class BareLoop(L.Callback):
+    """After each of Lightning's steps, does the same step on a twin model in plain PyTorch, and times both.
+
+    Lightning's time is from the end of the bare step to the end of its own: fetching the batch, hooks, logging,
+    the curriculum, and the step. The bare step's is the step alone, on the batch that was fetched already.
+
+    Args:
+        twin: the same model with an optimizer of its own.
+    """
+
+    def __init__(self, twin: NamiModule) -> None:
+        self.twin = twin
+        self.optimizer = twin.configure_optimizers()
+        self.times: list[tuple[int, float, float]] = []
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the clock."""
+        self.clock = perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: list[MicroBatch], batch_idx: int
+    ) -> None:
+        """Lightning's step has ended: note its time, and take ours."""
+        _synchronise(pl_module.device)
+        lightning_done = perf_counter()
+        self.step(batch)
+        _synchronise(pl_module.device)
+        bare_done = perf_counter()
+        self.times.append((batch[0].step, lightning_done - self.clock, bare_done - lightning_done))
+        self.clock = bare_done
+
+    def step(self, batch: list[MicroBatch]) -> None:
+        """One optimizer step as one would write it by hand."""
+        twin = self.twin
+        ratio = twin.curriculum.phase(batch[0].step).ratio
+        for micro in batch:
+            loss = twin.flow_loss(twin.transformer, micro, micro.step, twin.prompt_dropout)
+            (loss * ratio[micro.stage] / sum(ratio)).backward()
+        if twin.gradient_clip_norm is not None:
+            nn.utils.clip_grad_norm_(twin.transformer.parameters(), twin.gradient_clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def step(options: Namespace) -> None:
+    """Step time of a recipe in each of its phases, beside a bare PyTorch loop over the same modules and batches."""
+    recipe = Recipe(options.recipe, options.overrides)
+    for phase in recipe.config.curriculum.phases:
+        phase.steps, phase.warmup_steps = options.steps + WARM_UP, 0
+    model, data, trainer = recipe.make()
+    kept = [c for c in trainer.callbacks if type(c).__name__ in ("CurriculumCallback", "BridgePretraining")]
+    twin = recipe.make_model()
+    twin.configure_model()
+    twin.to(trainer.strategy.root_device)
+    bare = BareLoop(twin)
+    trainer.callbacks = [*kept, bare]
+    trainer.limit_val_batches = 0
+    trainer.fit(model, data)
+
+    print(f"\n{'phase':>5}  {'ratio':>10}  {'samples':>7}  {'Lightning':>10}  {'bare loop':>10}  {'quotient':>8}")
+    for index, phase in enumerate(model.curriculum.phases):
+        begin = model.curriculum.ends[index] - phase.steps + WARM_UP
+        rows = [(ours, theirs) for step, ours, theirs in bare.times if begin <= step < model.curriculum.ends[index]]
+        ours, theirs = (statistics.median(column) for column in zip(*rows, strict=True))
+        quotient = statistics.median(one / other for one, other in rows)
+        ratio = ":".join(map(str, phase.ratio))
+        samples = sum(phase.ratio) * model.curriculum.unit
+        print(f"{index + 1:>5}  {ratio:>10}  {samples:>7}  {ours:>8.3f} s  {theirs:>8.3f} s  {quotient:>8.3f}")
+    print(f"Medians of {options.steps} interleaved steps a phase, on {model.device} with {torch.get_num_threads()} thread(s).")
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
