@@ -26,7 +26,9 @@ class RunCheckpoint(Checkpoint):
 
     def __init__(self, every_n_steps: int = 1000, keep: int = 2) -> None:
         if every_n_steps < 1 or keep < 1:
-            raise ValueError(f"RunCheckpoint needs every_n_steps and keep of at least 1; got {every_n_steps} and {keep}")
+            raise ValueError(
+                f"RunCheckpoint needs every_n_steps and keep of at least 1; got {every_n_steps} and {keep}"
+            )
         self.every_n_steps, self.keep = every_n_steps, keep
 
     def on_train_batch_end(

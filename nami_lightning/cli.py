@@ -66,7 +66,9 @@ def make_parser() -> argparse.ArgumentParser:
 
     bench = commands.add_parser("bench", help="measure, beside what it should be as fast as", description=BENCH)
     bench.add_argument("what", choices=["step"], help="step: a recipe's step time in each phase")
-    bench.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a packaged one; recipe keys may follow")
+    bench.add_argument(
+        "recipe", metavar="RECIPE", help="a YAML file, or the name of a packaged one; recipe keys may follow"
+    )
     bench.add_argument("--steps", type=int, default=20, help="steps of each phase that count (default 20)")
 
     sample = commands.add_parser("sample", help="draw images from prompts", description="Draw images from prompts.")

@@ -31,7 +31,9 @@ def quieten_libraries() -> None:
     """Drop what libraries say of their own inner workings, and their advertisements."""
     for message in NOISE:
         warnings.filterwarnings("ignore", message=message)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.getMessage())
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "Tip:" not in record.getMessage()
+    )
 
 
 def run(options: Namespace) -> None:

@@ -70,7 +70,7 @@ class PromptEncoder:
         sequence_tokenizer: its tokenizer.
         pooled: model of the pooled state, or None for the mean of the token states.
         pooled_tokenizer: its tokenizer.
-        max_length: tokens a prompt.
+        max_length: tokens a prompt, or what the tokenizer knows as its model's limit if that is less.
         cache: remember encodings. Missing ones are then computed in batches of one fixed shape, so that a prompt's
             encoding does not depend on the company it came in.
     """
@@ -129,22 +129,20 @@ class PromptEncoder:
         return TextStates(torch.stack([r.sequence for r in rows]), torch.stack([r.pooled for r in rows]))
 
     def _encode(self, prompts: list[str]) -> TextStates:
-        output, mask = self._run(self.sequence, self.sequence_tokenizer, prompts, self.max_length)
+        output, mask = self._run(self.sequence, self.sequence_tokenizer, prompts)
         sequence = output.last_hidden_state.float() * mask
         if self.pooled is None:
             return TextStates(sequence, sequence.sum(1) / mask.sum(1))
-        output, mask = self._run(self.pooled, self.pooled_tokenizer, prompts, None)
+        output, mask = self._run(self.pooled, self.pooled_tokenizer, prompts)
         if self.pooled.config.model_type in CLIP_FAMILY:
             return TextStates(sequence, output.pooler_output.float())
         states = output.last_hidden_state.float() * mask
         return TextStates(sequence, states.sum(1) / mask.sum(1))
 
-    @staticmethod
-    def _run(model: Any, tokenizer: Any, prompts: list[str], max_length: int | None) -> tuple[Any, Tensor]:
-        """The model's output and its mask ``(B, L, 1)``."""
-        limit = max_length or min(tokenizer.model_max_length, model.config.max_position_embeddings - 2)
-        padding = "max_length" if max_length else "longest"
-        tokens = tokenizer(prompts, padding=padding, max_length=limit, truncation=True, return_tensors="pt")
+    def _run(self, model: Any, tokenizer: Any, prompts: list[str]) -> tuple[Any, Tensor]:
+        """The model's output and its mask ``(B, L, 1)``, always of one length L."""
+        length = min(self.max_length, tokenizer.model_max_length)
+        tokens = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         tokens = tokens.to(model.device)
         output = model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
         return output, tokens.attention_mask[..., None].float()

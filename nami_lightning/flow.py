@@ -12,7 +12,7 @@ noise of :func:`start_point` is not in the paper, which reaches only the mean of
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -145,14 +145,20 @@ def sample_tau(
 
     Returns:
         ``(B,)`` in [0, 1].
+
+    Raises:
+        ValueError: an unknown kind.
     """
     choice, value = uniform.unbind(-1)
-    if kind == "uniform":
-        return value
     logit_normal = torch.sigmoid(mean + std * normal)
-    if kind == "logit_normal":
-        return logit_normal
-    return torch.where(choice < uniform_share, value, logit_normal)
+    match kind:
+        case "logit_normal":
+            return logit_normal
+        case "uniform":
+            return value
+        case "mixture":
+            return torch.where(choice < uniform_share, value, logit_normal)
+    raise ValueError(f"tau must be one of {get_args(TauKind)}; got {kind!r}")
 
 
 def resolution_shift(tokens: int, base_shift: float = 0.5, max_shift: float = 1.15) -> float:
@@ -182,13 +188,21 @@ def loss_weights(kind: LossWeighting, ratio: Sequence[int], running_losses: Tens
 
     Returns:
         ``(K,)``, on the device of ``running_losses``.
+
+    Raises:
+        ValueError: an unknown kind.
     """
     share = torch.tensor(ratio, dtype=torch.float32, device=running_losses.device)
-    if kind == "uniform":
-        share = (share > 0).float()
-    elif kind == "balanced":
-        share = (share > 0) / running_losses
-    return share / share.sum()
+    match kind:
+        case "ratio":
+            weights = share
+        case "uniform":
+            weights = (share > 0).float()
+        case "balanced":
+            weights = (share > 0) / running_losses
+        case _:
+            raise ValueError(f"loss_weighting must be one of {get_args(LossWeighting)}; got {kind!r}")
+    return weights / weights.sum()
 
 
 # --- solvers -----------------------------------------------------------------------------------
@@ -226,14 +240,19 @@ def solver_step(
         t: global time now.
         t_next: global time after the step, below ``t``.
         previous: the result of the stage's last step, or None at a stage's start.
+
+    Raises:
+        ValueError: an unknown kind.
     """
     length = t_next - t
     v = velocity(x, t)
-    if kind == "heun":
-        slope = (v + velocity(x + length * v, t_next)) / 2
-    elif kind == "multistep" and previous is not None:
-        ratio = length / previous.length
-        slope = v + ratio / 2 * (v - previous.velocity)
-    else:
-        slope = v
+    match kind:
+        case "euler":
+            slope = v
+        case "heun":
+            slope = (v + velocity(x + length * v, t_next)) / 2
+        case "multistep":
+            slope = v if previous is None else v + length / previous.length / 2 * (v - previous.velocity)
+        case _:
+            raise ValueError(f"solver must be one of {get_args(SolverKind)}; got {kind!r}")
     return SolverStep(x + length * slope, v, length)

@@ -158,7 +158,8 @@ class NamiPipeline(DiffusionPipeline):
             if negative_prompt_states is None:
                 negatives = [negative_prompt] if isinstance(negative_prompt, str) else negative_prompt
                 negative_prompt_states = self.encode_prompt(negatives)
-            states = TextStates(*map(torch.cat, zip(_spread(negative_prompt_states, batch), states, strict=True)))
+            negative = _spread(negative_prompt_states, len(prompt_states.pooled), num_images_per_prompt)
+            states = TextStates(*map(torch.cat, zip(negative, states, strict=True)))
 
         # 3. Noise of the coarsest stage
         channels, dtype = self.transformer.config.in_channels, self.transformer.dtype
@@ -185,8 +186,8 @@ class NamiPipeline(DiffusionPipeline):
                     ).float()
                     if not guided:
                         return v
-                    negative, positive = v.chunk(2)
-                    return negative + guidance_scale * (positive - negative)
+                    v_negative, v_positive = v.chunk(2)
+                    return v_negative + guidance_scale * (v_positive - v_negative)
 
                 tokens = sides[stage][0] * sides[stage][1] // self.transformer.config.patch_size**2
                 times = flow.time_grid(steps[stage], window, self.bridge.time_shift(tokens))
@@ -223,13 +224,13 @@ def _repeat(states: TextStates, times: int) -> TextStates:
     return TextStates(*(field.repeat_interleave(times, 0) for field in states))
 
 
-def _spread(states: TextStates, batch: int) -> TextStates:
+def _spread(states: TextStates, prompts: int, images_per_prompt: int) -> TextStates:
     """One row for all, or one a prompt, to one an image.
 
     Raises:
         ValueError: another number of rows.
     """
     rows = len(states.pooled)
-    if batch % rows:
-        raise ValueError(f"{rows} negative prompts for {batch} images: give one, or one a prompt")
-    return _repeat(states, batch // rows)
+    if rows not in (1, prompts):
+        raise ValueError(f"{rows} negative prompts for {prompts} prompts: give one, or one a prompt")
+    return _repeat(states, prompts * images_per_prompt // rows)

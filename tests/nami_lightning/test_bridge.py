@@ -50,6 +50,18 @@ def _fit(bridge: BridgeFlow, stage: int, coarse: Tensor, target: Tensor, pieces:
 # --- the least-squares problem -----------------------------------------------------------------
 
 
+def test_a_bridge_is_fitted_at_the_noise_level_of_its_boundary() -> None:
+    """Windows 1..3/4, 3/4..1/4, 1/4..0; the coarse noise is twice the mean of each cell."""
+    bridge = BridgeFlow([1, 2, 1], 2).double()
+    latents = _latents(3)
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    coarse_latents, means = (x.unfold(2, 2, 2).unfold(3, 2, 2).mean((-1, -2)) for x in (latents, noise))
+    for stage, sigma in ((1, 0.75), (2, 0.25)):
+        coarse, target = bridge.fitting_pair(stage, latents, coarse_latents, noise)
+        torch.testing.assert_close(coarse, (1 - sigma) * coarse_latents + sigma * 2 * means)
+        torch.testing.assert_close(target, (1 - sigma) * latents + sigma * noise)
+
+
 @pytest.mark.parametrize(("kind", "kernel"), LEARNED)
 def test_closed_form_in_pieces_is_lstsq(kind: BridgeKind, kernel: int) -> None:
     bridge = BridgeFlow([1, 1], 2, kind, kernel).double()

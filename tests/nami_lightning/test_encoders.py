@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
-from transformers import AltCLIPTextModel, PreTrainedTokenizerFast
+from transformers import AltCLIPTextModel, BertConfig, BertModel, PreTrainedTokenizerFast
 from transformers.models.altclip.configuration_altclip import AltCLIPTextConfig
 
 from nami_lightning.encoders import (
@@ -114,6 +114,23 @@ def test_pooled_state_is_the_models_own(name: str, width: int, t5: TextModel, re
         torch.testing.assert_close(pooled, _alone(pooled_model, prompt).pooler_output[0])
 
 
+def test_pooled_state_of_another_model_is_its_mean_over_the_tokens(t5: TextModel) -> None:
+    torch.manual_seed(6)
+    config = BertConfig(
+        vocab_size=len(t5[1]),
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=24,
+    )
+    bert = BertModel(config).eval(), t5[1]
+    encoder = _encoder(t5, bert, max_length=12)
+    assert encoder.dims == (16, 8)
+    for pooled, prompt in zip(encoder(PROMPTS).pooled, PROMPTS, strict=True):
+        torch.testing.assert_close(pooled, _alone(bert, prompt).last_hidden_state[0].mean(0))
+
+
 @pytest.mark.parametrize("name", ["clip", "altclip"])
 def test_encoders_load_from_folders(name: str, t5: TextModel, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     parts = {"t5": t5, name: request.getfixturevalue(name)}
@@ -179,12 +196,7 @@ def test_cached_prompts_are_encoded_once(t5: TextModel) -> None:
     "pooled",
     [
         None,
-        pytest.param(
-            "clip",
-            marks=pytest.mark.xfail(
-                strict=True, reason="the pooled model's batches are padded to their longest prompt, not to one shape"
-            ),
-        ),
+        "clip",
     ],
 )
 def test_cached_states_do_not_depend_on_company(

@@ -245,3 +245,13 @@ def test_solver_is_exact_on_a_straight_line_at_one_step() -> None:
     for kind in ("euler", "heun", "multistep"):
         step = flow.solver_step(kind, lambda x, t: velocity, start, window.start, window.end, None)
         torch.testing.assert_close(step.x, end)
+
+
+def test_multistep_minds_the_length_of_the_step_before() -> None:
+    """On ``dx/dt = t`` a two-step method is exact after its first step, whatever the two lengths."""
+    x, times = torch.zeros(1, dtype=torch.float64), (1.0, 0.9, 0.4, 0.3)
+    first = flow.solver_step("multistep", lambda x, t: torch.full_like(x, t), x, times[0], times[1], None)
+    second = flow.solver_step("multistep", lambda x, t: torch.full_like(x, t), first.x, times[1], times[2], first)
+    third = flow.solver_step("multistep", lambda x, t: torch.full_like(x, t), second.x, times[2], times[3], second)
+    assert (second.x - first.x).item() == pytest.approx((0.4**2 - 0.9**2) / 2)
+    assert (third.x - second.x).item() == pytest.approx((0.3**2 - 0.4**2) / 2)

@@ -1,0 +1,259 @@
+"""The command as a user meets it: a whole small run and all that is read of it, and one clear message for each mistake."""
+
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from nami_lightning.cli import main
+from nami_lightning.commands import last_scalars, load_module, load_pipeline
+from nami_lightning.pipeline import NamiPipeline
+from nami_lightning.recipe import RECIPES, Recipe
+from nami_lightning.runs import Run
+
+TINY = Path(__file__).parents[1] / "tiny.yaml"
+PROMPT = ["--prompt", "red apple", "--prompt", "dog", "--steps", "1", "2", "3"]
+
+
+@pytest.fixture(scope="module")
+def finished(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of the tiny recipe."""
+    runs = tmp_path_factory.mktemp("runs")
+    arguments = ["run", str(TINY), "--output_dir", str(runs), "--data.init_args.folder", str(data_root)]
+    assert main(arguments) == 0
+    return runs / "tiny"
+
+
+def resume(run: Path, *overrides: str) -> int:
+    return main(["run", str(run / "recipe.yaml"), *overrides])
+
+
+def test_help_answers_quickly_and_names_the_commands() -> None:
+    begin = time.monotonic()
+    shown = subprocess.run(
+        [sys.executable, "-m", "nami_lightning.cli", "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    assert time.monotonic() - begin < 2
+    assert all(command in shown for command in ("run", "sample", "show", "bench"))
+
+
+def test_a_run_leaves_what_the_readme_says(finished: Path) -> None:
+    assert sorted(path.name for path in finished.glob("checkpoints/*")) == ["step=0000056.ckpt", "step=0000060.ckpt"]
+    assert sorted(path.name for path in finished.glob("samples/*")) == ["step=0000030.png", "step=0000060.png"]
+    assert Image.open(finished / "samples" / "step=0000060.png").size[0] > 2 * 128
+    assert list(finished.glob("events.out.tfevents.*"))
+    logged = last_scalars(finished)
+    stages = [f"train/loss_stage{k}" for k in (1, 2, 3)] + [f"val/loss_stage{k}" for k in (1, 2, 3)]
+    assert set(stages) <= set(logged)
+    # Stage 1 has no part in the last phase, so its last loss was logged before that phase began.
+    assert logged["train/loss_stage1"][0] < 40 <= logged["train/loss_stage3"][0]
+
+
+def test_the_curriculum_is_in_the_logs(finished: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(finished), size_guidance={"scalars": 0})
+    events.Reload()
+    phase, rate, share = (
+        {event.step: event.value for event in events.Scalars(f"curriculum/{name}")}
+        for name in ("phase", "learning_rate", "share_stage3")
+    )
+    assert [phase[step] for step in (4, 19, 24, 39, 44, 59)] == [1, 1, 2, 2, 3, 3]
+    assert rate[4] == pytest.approx(2e-3)
+    assert rate[59] == pytest.approx(5e-4)
+    assert share[44] == pytest.approx(4 / 6)
+    assert {"throughput/images_per_second_stage2", "throughput/share_waiting_for_data"} <= set(events.Tags()["scalars"])
+    assert events.Tags()["images"] == ["samples"]
+
+
+def test_the_resolved_recipe_stands_alone(finished: Path) -> None:
+    recipe = Recipe(finished / "recipe.yaml")
+    assert recipe.dump() == (finished / "recipe.yaml").read_text()
+    assert recipe.config.base is None
+
+
+def test_run_again_says_it_is_finished(finished: Path, capsys: pytest.CaptureFixture[str], caplog: Any) -> None:
+    before = (finished / "checkpoints" / "step=0000060.ckpt").stat().st_mtime_ns
+    assert resume(finished) == 0
+    assert "is finished (step 60 of 60, phase 3 of 3)" in capsys.readouterr().err + caplog.text
+    assert (finished / "checkpoints" / "step=0000060.ckpt").stat().st_mtime_ns == before
+
+
+def test_fresh_keeps_the_old_run(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "tiny")
+    short = ["--curriculum.phases", "[{steps: 2, ratio: [1, 1, 1], learning_rate: 1e-3}]"]
+    assert resume(finished, "--fresh", "--output_dir", str(tmp_path), *short) == 0
+    old = [path for path in tmp_path.iterdir() if path.name.startswith("tiny.")]
+    assert (old[0] / "checkpoints" / "step=0000060.ckpt").exists()
+    assert [path.stem for path in Run(tmp_path / "tiny").checkpoints] == ["step=0000002"]
+
+
+def test_a_longer_last_phase_goes_on(finished: Path, tmp_path: Path, caplog: Any) -> None:
+    shutil.copytree(finished, tmp_path / "tiny")
+    recipe = yaml.safe_load((finished / "recipe.yaml").read_text())
+    recipe["output_dir"] = str(tmp_path)
+    recipe["curriculum"]["phases"][2]["steps"] = 22
+    (tmp_path / "longer.yaml").write_text(yaml.safe_dump(recipe))
+    assert main(["run", str(tmp_path / "longer.yaml")]) == 0
+    assert Run(tmp_path / "tiny").checkpoints[-1].stem == "step=0000062"
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        ({"phases": 0, "learning_rate": 1e-5}, r"curriculum.phases\[0\].learning_rate was 0.002"),
+        (
+            {"phases": 1, "steps": 10},
+            r"curriculum.phases\[1\].steps was 20 in the checkpoint, and that phase is completed",
+        ),
+        ({"phases": 2, "steps": 10}, r"would end at step 50, but the checkpoint has already done 60"),
+    ],
+)
+def test_an_edited_past_is_refused(
+    finished: Path, tmp_path: Path, edit: dict[str, Any], message: str, capsys: Any
+) -> None:
+    recipe = yaml.safe_load((finished / "recipe.yaml").read_text())
+    phase = recipe["curriculum"]["phases"][edit.pop("phases")]
+    phase.update(edit)
+    (tmp_path / "edited.yaml").write_text(yaml.safe_dump(recipe))
+    assert main(["run", str(tmp_path / "edited.yaml")]) == 2
+    assert pytest.importorskip("re").search(message, capsys.readouterr().err)
+
+
+def test_a_checkpoint_of_another_model_is_refused(finished: Path, capsys: Any) -> None:
+    assert resume(finished, "--model.transformer.init_args.num_single_layers", "[0, 1, 2]") == 2
+    error = capsys.readouterr().err
+    assert "another model: its transformer.num_single_layers is [0, 1, 1], this recipe's [0, 1, 2]" in error
+    assert error.count("\n") == 1
+
+
+def test_a_damaged_checkpoint_is_named(finished: Path, tmp_path: Path, capsys: Any) -> None:
+    shutil.copytree(finished, tmp_path / "tiny")
+    path = tmp_path / "tiny" / "checkpoints" / "step=0000060.ckpt"
+    path.write_bytes(path.read_bytes()[:1000])
+    assert resume(finished, "--output_dir", str(tmp_path)) == 2
+    assert "step=0000060.ckpt can't be read" in capsys.readouterr().err
+
+
+def test_sample_writes_images_and_a_grid(finished: Path, tmp_path: Path, capsys: Any) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("flag: France\n\nhouse\n", encoding="utf-8")
+    arguments = ["sample", str(finished), *PROMPT, "--prompts", str(prompts), "--out", str(tmp_path / "out")]
+    assert main([*arguments, "--images", "2"]) == 0
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == [*(f"{i:05d}.png" for i in range(8)), "grid.png"]
+    assert Image.open(tmp_path / "out" / "00000.png").size == (32, 32)
+
+
+def test_a_saved_pipeline_draws_what_the_run_draws(finished: Path, tmp_path: Path) -> None:
+    load_pipeline(str(finished)).save_pretrained(tmp_path / "pipeline")
+    for source, out in ((finished, "run"), (tmp_path / "pipeline", "saved")):
+        assert main(["sample", str(source), *PROMPT, "--out", str(tmp_path / out)]) == 0
+    one, other = (Image.open(tmp_path / out / "00000.png").tobytes() for out in ("run", "saved"))
+    assert one == other
+    assert isinstance(NamiPipeline.from_pretrained(tmp_path / "pipeline"), NamiPipeline)
+
+
+def test_samples_are_drawn_with_the_ema(finished: Path) -> None:
+    module = load_module(Run(finished))
+    assert module.pipeline().transformer is module.ema
+    assert module.ema is not None
+    weights = zip(module.ema.parameters(), module.transformer.parameters(), strict=True)
+    assert not all(torch.equal(ema, weight) for ema, weight in weights)
+
+
+def test_show_tells_what_a_run_is(finished: Path, capsys: Any) -> None:
+    assert main(["show", str(finished)]) == 0
+    shown = capsys.readouterr().out
+    for part in (
+        "step 60 of 60, phase 3 of 3",
+        "train/loss_stage3",
+        "val/loss_stage1",
+        "step=0000060.ckpt",
+        "recipe.yaml",
+    ):
+        assert part in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "nowhere.yaml"], "no recipe nowhere.yaml; give a YAML file, or one of: "),
+        (["run", str(TINY), "--model.tua", "uniform"], "unknown recipe key model.tua; did you mean model.tau?"),
+        (["run", str(TINY), "--model.tau", "banana"], "model.tau: Expected"),
+        (["run", str(TINY), "--data.init_args.num_worker", "3"], "unknown key num_worker; did you mean num_workers?"),
+        (
+            ["run", str(TINY), "--resolutions", "[8, 16]"],
+            "every stage needs one entry in each list, but resolutions has 2",
+        ),
+        (["run", str(TINY), "--resolutions", "[8, 16, 40]"], "must be twice the one before"),
+        (["run", str(TINY), "--resolutions", "[6, 12, 24]"], "[6] are not multiples of 4 px"),
+        (["run", str(TINY), "--model.bridge.init_args.window_ratios", "[1, 1]"], "window_ratios has 2"),
+        (["run", str(TINY), "--model.bridge.init_args.window_ratios", "[1, 0, 1]"], "must be positive numbers"),
+        (["run", str(TINY), "--model.transformer.init_args.num_layers", "[1, 0]"], "need one number a stage"),
+        (["run", str(TINY), "--model.transformer.init_args.num_layers", "[1, -1, 0]"], "must not be negative"),
+        (["run", str(TINY), "--curriculum.unit", "0"], "unit must be at least 1"),
+        (["run", str(TINY), "--curriculum.phases", "[]"], "needs at least one phase"),
+        (["run", str(TINY), "--model.bridge.init_args.channels", "4"], "both are the channels of the latents"),
+        (["run", str(TINY), "--model.text_encoder.sequence", "no/such-model"], "no/such-model"),
+        (["sample", "nowhere", "--prompt", "x", "--out", "o"], "nowhere is not a run"),
+        (["show", "nowhere"], "nowhere is not a run"),
+    ],
+)
+def test_a_mistake_gets_one_clear_message(
+    arguments: list[str], message: str, data_root: Path, tmp_path: Path, capsys: Any
+) -> None:
+    if arguments[:2] == ["run", str(TINY)]:
+        arguments = [*arguments, "--output_dir", str(tmp_path), "--data.init_args.folder", str(data_root)]
+    assert main(arguments) == 2
+    error = capsys.readouterr().err.splitlines()
+    assert message in error[-1]
+    assert "Traceback" not in "".join(error)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right", "message"),
+    [
+        ("unti: 2", "unit: 2", "curriculum: unknown key unti; did you mean unit?"),
+        ("warmup_stesp: 5", "warmup_steps: 5", "unknown key warmup_stesp; did you mean warmup_steps?"),
+        ("callbacks.EMMA", "callbacks.EMA", "nami_lightning.callbacks has no EMMA; did you mean EMA?"),
+        ("decaay: 0.9", "decay: 0.9", "trainer.callbacks: unknown key decaay; did you mean decay?"),
+        ("decay: 1.9", "decay: 0.9", "EMA needs 0 <= decay < 1"),
+        ("patch_sise: 4", "patch_size: 4", "model.transformer: unknown key patch_sise; did you mean patch_size?"),
+        ("phases: [", "phases:", "is not YAML"),
+        ("curiculum:", "curriculum:", "curriculum"),
+        ("ratio: [4, 2]", "ratio: [4, 2, 1]", "all phases need one number a stage"),
+    ],
+)
+def test_a_misspelt_recipe_gets_the_right_name(
+    wrong: str, right: str, message: str, tmp_path: Path, capsys: Any
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(TINY.read_text().replace(right, wrong, 1))
+    assert main(["run", str(recipe)]) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in RECIPES.glob("*.yaml")))
+def test_every_recipe_of_the_package_describes_a_model(recipe: str) -> None:
+    model = Recipe(recipe).make_model()
+    assert model.curriculum.num_stages == len(model.resolutions)
+
+
+def test_the_papers_recipes_have_its_settings() -> None:
+    model = Recipe("nami_2b").make_model()
+    assert [(p.steps, p.ratio, p.learning_rate) for p in model.curriculum.phases] == [
+        (120_000, [4, 2, 1], 1e-4),
+        (80_000, [2, 4, 1], 1e-4),
+        (50_000, [1, 2, 4], 5e-5),
+    ]
+    assert model.resolutions == [256, 512, 1024]
+    assert [window.start for window in model.bridge.windows] == pytest.approx([1, 2 / 3, 1 / 3])
+    assert Recipe("flux_base_2b").make_model().bridge.time_shift(4096) == pytest.approx(1.15)
