@@ -1,6 +1,7 @@
 """What the commands of ``lightning`` do; imported only when one runs, since it imports everything."""
 
 import logging
+import os
 import shutil
 import warnings
 from argparse import Namespace
@@ -17,7 +18,6 @@ from nami_lightning.module import NamiModule
 from nami_lightning.pipeline import NamiPipeline
 from nami_lightning.recipe import Recipe
 from nami_lightning.runs import Run, find_run
-
 
 NOISE = (
     r".*isinstance\(treespec, LeafSpec\).*",
@@ -41,11 +41,13 @@ def run(options: Namespace) -> None:
     quieten_libraries()
     recipe = Recipe(options.recipe, options.overrides)
     this = Run(recipe.folder)
-    if options.fresh and (aside := set_aside(this)):
+    fresh = options.fresh and not is_restart()
+    if fresh and (aside := set_aside(this)):
         rank_zero_info(f"Starting over; the old run is now {aside}")
 
     model, data, trainer = recipe.make()
-    newest = this.load_newest()
+    # With --fresh another rank may not have renamed the old run yet: don't look at it.
+    newest = None if fresh else this.load_newest()
     if newest is None:
         rank_zero_info(
             f"New run {this.folder}: {model.curriculum.total_steps} steps in {len(model.curriculum.phases)} phases"
@@ -63,10 +65,16 @@ def run(options: Namespace) -> None:
 
     write_recipe(this, recipe.dump())
     trainer.fit(model, data, ckpt_path=newest[0] if newest else None, weights_only=True)
-    if trainer.interrupted:
+    if model.step < model.curriculum.total_steps:
         rank_zero_info(f"Stopped at {describe(model.curriculum, model.step)}. The same command goes on.")
     else:
         rank_zero_info(f"Done. Samples: {this.folder / 'samples'}  Curves: tensorboard --logdir {this.folder.parent}")
+
+
+def is_restart() -> bool:
+    """Whether torchrun or SLURM started this job again after a failure: it must go on, whatever its command says."""
+    counts = (os.environ.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+    return any(int(count) > 0 for count in counts)
 
 
 @rank_zero_only

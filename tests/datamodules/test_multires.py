@@ -165,7 +165,7 @@ def test_a_stage_without_images_is_refused(tmp_path: Path) -> None:
             records = [Record(str(i), image.getvalue(), ["x"]) for i in range(30)] if resolution == 8 else []
             counts.setdefault(split, {})[str(resolution)] = write_bucket(tmp_path / split / str(resolution), records)
     (tmp_path / "dataset.json").write_text(json.dumps({"format": "nami-shards/1", "samples": counts}))
-    with pytest.raises(ValueError, match="no bucket of 16 px or more holds an image .*8 px 30, 16 px 0, 32 px 0"):
+    with pytest.raises(ValueError, match=r"no bucket of 16 px or more holds an image .*8 px 30, 16 px 0, 32 px 0"):
         make_data(tmp_path).steps()
 
 
@@ -174,7 +174,7 @@ def test_a_damaged_chunk_names_its_folder(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder / "train" / "32", damaged)
     for chunk in damaged.glob("*.bin"):
         chunk.write_bytes(chunk.read_bytes()[:100])
-    with pytest.raises(RuntimeError, match="damaged.*prepare this data set again"):
+    with pytest.raises(RuntimeError, match=r"damaged.*prepare this data set again"):
         Bucket(damaged).read([0, 1])
 
 

@@ -1,4 +1,4 @@
-"""The command as a user meets it: a whole small run and all that is read of it, and one clear message for each mistake."""
+"""The command as a user meets it: a small run and all that is read of it, and one clear message for each mistake."""
 
 import shutil
 import subprocess

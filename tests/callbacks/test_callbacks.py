@@ -1,0 +1,151 @@
+"""The callbacks on a small run of real data: against formulas, scipy, and each other."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from torch import Tensor, nn
+
+from nami_lightning.bridge import BridgeFlow
+from nami_lightning.callbacks import EMA, BridgePretraining, Drawing, FrechetDistance, RunCheckpoint, Throughput
+from nami_lightning.commands import last_scalars
+from nami_lightning.datamodules import MultiResolutionDataModule
+from nami_lightning.module import NamiModule
+from nami_lightning.recipe import Recipe
+
+SHORT = [
+    "--curriculum.phases",
+    "[{steps: 6, ratio: [2, 1, 1], learning_rate: 0.002}]",
+    "--data.init_args.num_workers",
+    "0",
+]
+
+
+def fit(
+    tiny: list[str], callbacks: list[L.Callback], overrides: list[str] = SHORT
+) -> tuple[NamiModule, Any, L.Trainer]:
+    """Train the tiny recipe with other callbacks."""
+    model, data, trainer = Recipe(tiny[0], [*tiny[1:], *overrides]).make()
+    trainer.callbacks = [*callbacks, *[c for c in trainer.callbacks if isinstance(c, RunCheckpoint)]]  # type: ignore[attr-defined]
+    trainer.fit(model, data)
+    return model, data, trainer
+
+
+class Recorder(L.Callback):
+    """Copies the weights after each step."""
+
+    def __init__(self) -> None:
+        self.weights: list[list[Tensor]] = []
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self.weights.append([p.detach().double().clone() for p in pl_module.transformer.parameters()])
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+        self.on_train_start(trainer, pl_module)
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_ema_is_the_moving_average_of_the_weights(tiny: list[str], every: int) -> None:
+    recorder = Recorder()
+    model, _, _ = fit(tiny, [BridgePretraining(samples=16), recorder, EMA(decay=0.5, every_n_steps=every)])
+    expected = recorder.weights[0]
+    for step, weights in enumerate(recorder.weights[1:], start=1):
+        if step % every == 0:
+            decay = min(0.5, (1 + step) / (10 + step)) ** every
+            expected = [decay * old + (1 - decay) * new for old, new in zip(expected, weights, strict=True)]
+    assert model.ema is not None
+    for found, value in zip(model.ema.parameters(), expected, strict=True):
+        torch.testing.assert_close(found.double(), value, rtol=1e-5, atol=1e-7)
+
+
+def outputs(bridge: BridgeFlow, stage: int) -> Tensor:
+    coarse = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 0.7
+    with torch.no_grad():
+        return bridge(stage, coarse)
+
+
+def test_both_methods_fit_the_same_bridges_and_fitted_ones_are_left_alone(tiny: list[str]) -> None:
+    solved, _, _ = fit(tiny, [BridgePretraining(samples=400)])
+    learnt, _, _ = fit(tiny, [BridgePretraining(method="gradient", steps=500, learning_rate=0.03)])
+    for stage in (1, 2):
+        one, other = outputs(solved.bridge, stage), outputs(learnt.bridge, stage)
+        assert (one - other).square().mean().sqrt() < 0.06 * one.std()
+    before = outputs(solved.bridge, 1)
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    BridgePretraining(samples=8).on_fit_start(trainer, solved)
+    assert torch.equal(outputs(solved.bridge, 1), before)
+    assert not any(parameter.requires_grad for parameter in solved.bridge.parameters())
+
+
+class MeanColours(nn.Module):
+    """Six numbers an image: means and deviations of its colours."""
+
+    name = "mean_colours"
+    num_features = 6
+
+    def forward(self, images: Tensor) -> Tensor:
+        images = images.double() / 255
+        return torch.cat([images.mean((2, 3)), images.std((2, 3))], 1)
+
+
+def test_frechet_distance_against_scipy(tiny: list[str], tmp_path: Path) -> None:
+    features, drawing = MeanColours(), Drawing(num_inference_steps=2, guidance_scale=2.0)
+    callback = FrechetDistance(samples=8, features=features, drawing=drawing, batch_size=3, seed=5)
+    model, data, _ = fit(tiny, [BridgePretraining(samples=64), callback])
+    assert isinstance(data, MultiResolutionDataModule)
+    heldout = data.heldout(8, micro_batch=[8, 8, 8])
+    finest = next(heldout[i] for i in range(len(heldout)) if heldout[i].stage == 2)
+    drawn = drawing.draw(model, finest.captions, [5 + i for i in range(len(finest))], output_type="pt")
+    real, fake = (features(images).numpy() for images in (finest.images, (drawn * 255).round().byte()))
+    means = real.mean(0) - fake.mean(0)
+    covariances = np.cov(real.T), np.cov(fake.T)
+    root = scipy.linalg.sqrtm(covariances[0] @ covariances[1]).real
+    expected = means @ means + np.trace(covariances[0] + covariances[1] - 2 * root)
+    logged = last_scalars(tmp_path / "runs" / "tiny")["metrics/frechet_mean_colours"]
+    assert logged[0] == 6
+    assert logged[1] == pytest.approx(expected, rel=2e-3, abs=1e-5)
+
+
+def test_the_packaged_features_tell_pictures_from_noise() -> None:
+    from nami_lightning.callbacks.frechet import EfficientNetLite0
+
+    features = EfficientNetLite0()
+    noise = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    flat = torch.full((2, 3, 32, 32), 128, dtype=torch.uint8)
+    assert features(noise).shape == (2, 1280)
+    assert torch.dist(features(noise)[0], features(noise)[1]) < torch.dist(features(noise)[0], features(flat)[0])
+
+
+def test_throughput_counts_every_image_and_token(tiny: list[str], tmp_path: Path) -> None:
+    fit(
+        tiny, [BridgePretraining(samples=16), Throughput(every_n_steps=6)], [*SHORT, "--trainer.log_every_n_steps", "6"]
+    )
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "runs" / "tiny"))
+    events.Reload()
+    rate = {tag: events.Scalars(tag)[-1].value for tag in events.Tags()["scalars"] if tag.startswith("throughput")}
+    seconds = rate["throughput/seconds_per_step"]
+    assert rate["throughput/images_per_second"] * seconds == pytest.approx((2 + 1 + 1) * 2, rel=1e-4)
+    # Stage 3: two images of 8 x 8 image tokens and 8 text tokens.
+    assert rate["throughput/tokens_per_second_stage3"] * seconds == pytest.approx(2 * (64 + 8), rel=1e-4)
+    assert 0 <= rate["throughput/share_waiting_for_data"] < 1
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: EMA(decay=1.0),
+        lambda: RunCheckpoint(keep=0),
+        lambda: BridgePretraining(samples=0),
+        lambda: FrechetDistance(samples=1),
+        lambda: Throughput(every_n_steps=0),
+    ],
+)
+def test_settings_out_of_range_are_refused(make: Any) -> None:
+    with pytest.raises(ValueError, match=r"at least|needs"):
+        make()
