@@ -85,9 +85,8 @@ def step(options: Namespace) -> None:
         ratio = ":".join(map(str, phase.ratio))
         samples = sum(phase.ratio) * model.curriculum.unit
         print(f"{index + 1:>5}  {ratio:>10}  {samples:>7}  {ours:>8.3f} s  {theirs:>8.3f} s  {quotient:>8.3f}")
-    print(
-        f"Medians of {options.steps} interleaved steps a phase, on {model.device} with {torch.get_num_threads()} thread(s)."
-    )
+    threads = f"{torch.get_num_threads()} thread(s)"
+    print(f"Medians of {options.steps} interleaved steps a phase, on {twin.device} with {threads}.")
 
 
 def _synchronise(device: torch.device) -> None:

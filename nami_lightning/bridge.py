@@ -76,7 +76,8 @@ class BridgeFlow(ModelMixin, ConfigMixin):
         """``B_k``: the endpoint of stage ``stage - 1``, ``(B, C, H, W)``, to ``(B, C, 2H, 2W)``; ``stage >= 1``."""
         if self.kind == "matched":
             return flow.upsample(coarse_end) / (1 + self.windows[stage - 1].end)
-        mapped = self.maps[stage - 1](coarse_end)
+        with torch.autocast(coarse_end.device.type, enabled=False):  # where a stage starts must not be rounded
+            mapped = self.maps[stage - 1](coarse_end)
         return F.pixel_shuffle(mapped, 2) if self.kind == "shuffle" else flow.upsample(mapped)
 
     def start(self, stage: int, coarse_end: Tensor, noise: Tensor) -> Tensor:

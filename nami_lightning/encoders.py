@@ -94,7 +94,7 @@ class PromptEncoder:
         """Load the models that ``config`` names.
 
         Raises:
-            OSError: a name that can be neither found nor fetched.
+            FileNotFoundError: a name that can be neither found nor fetched.
         """
         sequence, sequence_tokenizer = load_text_model(config.sequence, config.dtype)
         pooled, pooled_tokenizer = load_text_model(config.pooled, config.dtype) if config.pooled else (None, None)
@@ -149,7 +149,11 @@ class PromptEncoder:
 
 
 def load_text_model(name: str, dtype: str) -> tuple[Any, Any]:
-    """A frozen text encoder and its tokenizer, by Hugging Face name or folder."""
+    """A frozen text encoder and its tokenizer, by Hugging Face name or folder.
+
+    Raises:
+        FileNotFoundError: it can be neither found nor fetched.
+    """
     from transformers import (
         AltCLIPTextModel,
         AutoConfig,
@@ -161,15 +165,18 @@ def load_text_model(name: str, dtype: str) -> tuple[Any, Any]:
 
     disable_progress_bar()
     path = _resolve(name)
-    kind = AutoConfig.from_pretrained(path).model_type
-    if kind.startswith("altclip"):
-        loader = AltCLIPTextModel
-    elif kind.startswith("clip"):
-        loader = CLIPTextModel
-    else:
-        loader = AutoModelForTextEncoding
-    model = loader.from_pretrained(path, dtype=getattr(torch, dtype)).eval().requires_grad_(False)
-    return model, AutoTokenizer.from_pretrained(path)
+    try:
+        kind = AutoConfig.from_pretrained(path).model_type
+        if kind.startswith("altclip"):
+            loader = AltCLIPTextModel
+        elif kind.startswith("clip"):
+            loader = CLIPTextModel
+        else:
+            loader = AutoModelForTextEncoding
+        model = loader.from_pretrained(path, dtype=getattr(torch, dtype)).eval().requires_grad_(False)
+        return model, AutoTokenizer.from_pretrained(path)
+    except OSError as error:
+        raise FileNotFoundError(f"text encoder {name} can't be loaded: {str(error).splitlines()[0]}") from error
 
 
 def _resolve(name: str) -> str:
@@ -232,13 +239,16 @@ def load_autoencoder(config: AutoencoderConfig) -> Autoencoder:
     """Load the autoencoder that ``config`` names, frozen.
 
     Raises:
-        OSError: a name that can be neither found nor fetched.
+        FileNotFoundError: a name that can be neither found nor fetched.
         ValueError: it reduces by another factor than ``config`` says.
     """
     if config.name == PIXELS:
         return PixelCodec(config.scaling_factor, config.shift_factor)
     dtype = getattr(torch, config.dtype)
-    vae = AutoencoderKL.from_pretrained(config.name, subfolder=config.subfolder, torch_dtype=dtype)
+    try:
+        vae = AutoencoderKL.from_pretrained(config.name, subfolder=config.subfolder, torch_dtype=dtype)
+    except OSError as error:
+        raise FileNotFoundError(f"autoencoder {config.name} can't be loaded: {str(error).splitlines()[0]}") from error
     if (factor := autoencoder_factor(vae)) != config.factor:
         raise ValueError(
             f"autoencoder {config.name} reduces by {factor}, but the recipe's autoencoder.factor is {config.factor}"

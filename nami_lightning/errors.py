@@ -45,7 +45,8 @@ def explain(error: BaseException, known_keys: Iterable[str] = ()) -> str:
     if match := re.search(r"Group '([^']+)' does not accept option '([^']+)'", text):
         return f"{match[1]}: unknown key {match[2]}{_nearest(match[2], _parameters(RECIPE_CLASSES.get(match[1], '')))}"
     if match := re.search(r"Option '([^']+)' is not accepted", text):
-        return f"{where}unknown key {match[1]}{_nearest(match[1], _parameters(_class_of(text, match.start())))}"
+        names = _parameters(_class_of(text, match.start())) or known_keys
+        return f"{where}unknown key {match[1]}{_nearest(match[1], names)}"
     if match := re.search(r"module '([^']+)' has no attribute '([^']+)'", text):
         return f"{where}{match[1]} has no {match[2]}{_nearest(match[2], dir(import_module(match[1])))}"
     if match := re.search(r"Key '([^']+)' is required", text):

@@ -164,19 +164,31 @@ class NamiModule(L.LightningModule):
             self.manual_backward(weights[micro.stage] * share * loss)
             losses[micro.stage] += share * loss.detach()
 
-        if self.gradient_clip_norm is not None:
-            norm = torch.nn.utils.clip_grad_norm_(self.transformer.parameters(), self.gradient_clip_norm)
-            self.log("train/gradient_norm", norm)
+        norm = self.clip_gradients_by_norm()
         optimizer.step()
         optimizer.zero_grad()
         self.step += 1
 
         losses = self.trainer.strategy.reduce(losses, reduce_op="mean")
         self._update_running_losses(losses, ratio)
-        self.log("train/loss", (weights * losses).sum(), prog_bar=True)
-        for stage, parts in enumerate(ratio):
-            if parts:
-                self.log(f"train/loss_stage{stage + 1}", losses[stage])
+        self._log_losses(weights, losses, ratio, norm)
+
+    def clip_gradients_by_norm(self) -> Tensor:
+        """Scale the gradient down to ``gradient_clip_norm`` if that is set; its norm before that."""
+        limit = torch.inf if self.gradient_clip_norm is None else self.gradient_clip_norm
+        return torch.nn.utils.clip_grad_norm_(self.transformer.parameters(), limit)
+
+    def _log_losses(self, weights: Tensor, losses: Tensor, ratio: list[int], norm: Tensor) -> None:
+        """Log every so many steps; only then is the device waited for."""
+        loss = (weights * losses).sum()
+        self.log("train/loss", loss, prog_bar=True, logger=False)
+        if self.step % self.trainer.log_every_n_steps:  # type: ignore[attr-defined]
+            return
+        metrics = {"train/loss": float(loss), "train/gradient_norm": float(norm)}
+        metrics |= {f"train/loss_stage{k + 1}": float(losses[k]) for k, parts in enumerate(ratio) if parts}
+        # Not by self.log, which would repeat the last value of a stage that is no longer trained.
+        for logger in self.loggers:
+            logger.log_metrics(metrics, step=self.step - 1)
 
     def flow_loss(
         self, transformer: torch.nn.Module, micro: MicroBatch, batch: int | str, prompt_dropout: float = 0.0

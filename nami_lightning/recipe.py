@@ -17,7 +17,15 @@ from nami_lightning.errors import explain
 from nami_lightning.module import NamiModule
 
 RECIPES = Path(__file__).parent / "recipes"
-SET_BY_THE_RUN = {"default_root_dir", "max_epochs", "min_epochs", "max_steps", "min_steps", "use_distributed_sampler"}
+SET_BY_THE_RUN = {
+    "default_root_dir",
+    "max_epochs",
+    "min_epochs",
+    "max_steps",
+    "min_steps",
+    "use_distributed_sampler",
+    "check_val_every_n_epoch",
+}
 
 
 def make_parser() -> ArgumentParser:
@@ -90,7 +98,13 @@ class Recipe:
         settings = dict(objects.trainer)
         if settings["logger"] in (None, True):
             settings["logger"] = TensorBoardLogger(self.config.output_dir, self.config.name, version="")
-        trainer = L.Trainer(**settings, default_root_dir=self.folder, max_epochs=1, use_distributed_sampler=False)
+        trainer = L.Trainer(
+            **settings,
+            default_root_dir=self.folder,
+            max_epochs=1,  # the curriculum's steps are one pass over the DataModule's loader
+            check_val_every_n_epoch=None,
+            use_distributed_sampler=False,
+        )
         return objects.model, objects.data, trainer
 
 
@@ -111,7 +125,7 @@ def with_bases(path: Path) -> list[Path]:
         try:
             content = yaml.safe_load(layers[0].read_text(encoding="utf-8"))
         except yaml.YAMLError as error:
-            raise ValueError(f"{layers[0]} is not YAML: {error}") from error
+            raise ValueError(f"{layers[0]} is not YAML: {' '.join(str(error).split())}") from error
         base = content.get("base") if isinstance(content, dict) else None
         if base is None:
             return layers
