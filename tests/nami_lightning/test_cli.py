@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
 from nami_lightning.cli import main
 from nami_lightning.commands import last_scalars, load_module, load_pipeline
@@ -258,3 +259,26 @@ def test_the_papers_recipes_have_its_settings() -> None:
     assert model.resolutions == [256, 512, 1024]
     assert [window.start for window in model.bridge.windows] == pytest.approx([1, 2 / 3, 1 / 3])
     assert Recipe("flux_base_2b").make_model().bridge.time_shift(4096) == pytest.approx(1.15)
+
+
+def training_flops(recipe: str) -> float:
+    """Floating-point operations of a recipe's training, by torch's counter on the meta device."""
+    model = Recipe(recipe).make_model()
+    counts = []
+    with torch.device("meta"):
+        transformer = model.make_transformer()
+        for stage, side in enumerate(model.resolutions):
+            text, time = torch.zeros(1, model.text_encoder_config.max_length, 384), torch.zeros(1)
+            with FlopCounterMode(display=False) as counter:
+                transformer(torch.zeros(1, 3, side, side), text, torch.zeros(1, 384), time, stage).sum().backward()
+            counts.append(counter.get_total_flops())
+    samples = model.curriculum.samples_before(model.curriculum.total_steps)
+    return sum(count * number for count, number in zip(counts, samples, strict=True))
+
+
+@pytest.mark.parametrize("recipe", ["openmoji_flux_base", "openmoji_flow_only"])
+def test_the_demos_comparisons_have_its_budget_and_its_network(recipe: str) -> None:
+    assert training_flops(recipe) == pytest.approx(training_flops("openmoji"), rel=0.005)
+    demo, other = (Recipe(name).make_model().transformer_config for name in ("openmoji", recipe))
+    assert sum(demo["num_layers"]) == sum(other["num_layers"])
+    assert sum(demo["num_single_layers"]) == sum(other["num_single_layers"])
