@@ -43,7 +43,7 @@ class RunCheckpoint(Checkpoint):
     def save(self, trainer: L.Trainer, step: int) -> None:
         """Write a checkpoint of ``step`` (all ranks take part), then remove the oldest."""
         folder = Path(trainer.default_root_dir)
-        trainer.save_checkpoint(folder / "checkpoints" / f"step={step:07d}.ckpt")
+        trainer.save_checkpoint(folder / "checkpoints" / f"step={step:07d}.ckpt", weights_only=False)
         if trainer.is_global_zero:
             for old in Run(folder).checkpoints[: -self.keep]:
                 old.unlink()
