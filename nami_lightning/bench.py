@@ -16,6 +16,9 @@ from nami_lightning.recipe import Recipe
 WARM_UP = 3
 """Steps at the start of each phase that don't count."""
 
+PARTS_OF_A_STEP = ("CurriculumCallback", "BridgePretraining")
+"""The callbacks without which a step is not the recipe's."""
+
 
 class BareLoop(L.Callback):
     """After each of Lightning's steps, does the same step on a twin model in plain PyTorch, and times both.
@@ -66,14 +69,14 @@ def step(options: Namespace) -> None:
     recipe = Recipe(options.recipe, options.overrides)
     for phase in recipe.config.curriculum.phases:
         phase.steps, phase.warmup_steps = options.steps + WARM_UP, 0
+    settings = recipe.config.trainer
+    settings.update({"logger": False, "enable_checkpointing": False, "limit_val_batches": 0})
+    settings.callbacks = [c for c in settings.callbacks if c.class_path.endswith(PARTS_OF_A_STEP)]
     model, data, trainer = recipe.make()
-    kept = [c for c in trainer.callbacks if type(c).__name__ in ("CurriculumCallback", "BridgePretraining")]
     twin = recipe.make_model()
     twin.configure_model()
-    twin.to(trainer.strategy.root_device)
-    bare = BareLoop(twin)
-    trainer.callbacks = [*kept, bare]
-    trainer.limit_val_batches = 0
+    bare = BareLoop(twin.to(trainer.strategy.root_device))
+    trainer.callbacks.append(bare)  # type: ignore[attr-defined]
     trainer.fit(model, data)
 
     print(f"\n{'phase':>5}  {'ratio':>10}  {'samples':>7}  {'Lightning':>10}  {'bare loop':>10}  {'quotient':>8}")

@@ -159,7 +159,7 @@ def test_folders_that_are_no_data_set_are_refused(folder: Path, tmp_path: Path) 
 def test_a_stage_without_images_is_refused(tmp_path: Path) -> None:
     image = io.BytesIO()
     Image.new("RGB", (8, 8)).save(image, "PNG")
-    counts = {}
+    counts: dict[str, dict[str, int]] = {}
     for split in ("train", "heldout"):
         for resolution in RESOLUTIONS:
             records = [Record(str(i), image.getvalue(), ["x"]) for i in range(30)] if resolution == 8 else []

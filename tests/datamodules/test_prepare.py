@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -87,9 +88,9 @@ def test_openmoji_draws_and_captions() -> None:
     picture = Image.open(io.BytesIO(apple.images[64])).convert("RGB")
     assert picture.size == (64, 64)
     assert picture.getpixel((0, 0)) == (255, 255, 255)
-    red, green, blue = picture.getpixel((32, 40))
+    red, *others = np.asarray(picture)[40, 32]
     assert red > 150
-    assert max(green, blue) < 120
+    assert max(others) < 120
     assert source.load("1F1EB-1F1F7", [16]).captions[0] == "flag: France"
     light, dark = (source.load(f"1F44B-{tone}", [16]) for tone in ("1F3FB", "1F3FF"))
     assert light.group == dark.group

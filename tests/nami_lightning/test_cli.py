@@ -282,3 +282,12 @@ def test_the_demos_comparisons_have_its_budget_and_its_network(recipe: str) -> N
     demo, other = (Recipe(name).make_model().transformer_config for name in ("openmoji", recipe))
     assert sum(demo["num_layers"]) == sum(other["num_layers"])
     assert sum(demo["num_single_layers"]) == sum(other["num_single_layers"])
+
+
+def test_bench_step_prints_a_row_a_phase_and_writes_no_run(data_root: Path, tmp_path: Path, capsys: Any) -> None:
+    folders = ["--output_dir", str(tmp_path / "runs"), "--data.init_args.folder", str(data_root)]
+    assert main(["bench", "step", str(TINY), "--steps", "2", *folders]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if " s  " in line]
+    assert [row[1] for row in rows] == ["4:2:1", "2:4:1", "0:2:4"]
+    assert all(float(row[-1]) > 0 for row in rows)
+    assert not (tmp_path / "runs").exists()
