@@ -111,7 +111,8 @@ class Curriculum:
     def check_past(self, saved: dict[str, Any], step: int) -> None:
         """Refuse a curriculum whose past, the steps before ``step``, differs from the saved one.
 
-        The phase of the last step done may end elsewhere (not before ``step``), and what follows it may be anything.
+        The running phase may end elsewhere (not before ``step``), so a finished training may be made longer, and what
+        follows it may be anything.
 
         Raises:
             ValueError: naming the phase and the key.
@@ -121,9 +122,8 @@ class Curriculum:
                 f"curriculum.unit was {saved['unit']} in the checkpoint and is {self.unit} now: restore it"
             )
         past = Curriculum([Phase(**phase) for phase in saved["phases"]], saved["unit"])
-        last = past.phase_index(max(step - 1, 0))
-        for index in range(last + 1):
-            running = index == last
+        for index in range(past.phase_index(max(step - 1, 0)) + 1):
+            running = step < past.ends[index] or index == len(past.phases) - 1
             _check_phase(index, past.phases[index], self.phases[index : index + 1], running)
             if running and self.ends[index] < step:
                 raise ValueError(

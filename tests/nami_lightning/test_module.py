@@ -53,6 +53,7 @@ def test_one_stage_is_plain_rectified_flow() -> None:
 def test_the_papers_loss_is_ours_times_the_squared_width() -> None:
     micro = micro_batch(1, 16)
     ours, papers = make(), make("--model.local_velocity_loss", "true")
+    papers.bridge.load_state_dict(ours.bridge.state_dict())
     loss = papers.flow_loss(papers.transformer, micro, 7)
     torch.testing.assert_close(loss, ours.flow_loss(ours.transformer, micro, 7) / 9)
 
