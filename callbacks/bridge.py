@@ -88,8 +88,7 @@ class BridgePretraining(L.Callback):
         number = 0
         while True:
             micro: MicroBatch = steps.stage_batch(number, stage).to(module.device)
-            batch = f"{PRETRAINING} {number}"
-            latents, coarse_latents = module.latents(micro, batch)
-            draws = chance.draw(module.seed, batch, micro.places, latents.shape[1:], module.device)
+            latents, coarse_latents = module.latents(micro, PRETRAINING)
+            draws = chance.draw(module.seed, PRETRAINING, micro.places, latents.shape[1:], module.device)
             yield module.bridge.fitting_pair(stage, latents, coarse_latents, draws.noise)
             number += 1

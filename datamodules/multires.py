@@ -104,11 +104,13 @@ class StepDataset(Dataset[list[MicroBatch]]):
         return batch
 
     def stage_batch(self, number: int, stage: int) -> MicroBatch:
-        """This rank's slice of the ``number``-th batch of a stage's stream, whatever the curriculum says of it."""
+        """This rank's slice of the ``number``-th batch of a stage's stream, whatever the curriculum says of it.
+
+        Places are positions in the stream, so a sample's chance does not depend on the number of ranks.
+        """
         size = self.max_micro_batch[stage]
-        indices = self.indices(stage, number * size * self.ranks, size * self.ranks)
-        rows = range(self.rank * size, (self.rank + 1) * size)
-        return self._micro_batch(number, stage, list(rows), [indices[row] for row in rows])
+        first = (number * self.ranks + self.rank) * size
+        return self._micro_batch(number, stage, list(range(first, first + size)), self.indices(stage, first, size))
 
     def indices(self, stage: int, before: int, count: int) -> list[tuple[int, int]]:
         """(bucket, index) of ``stage``'s next ``count`` samples after its first ``before``, over all ranks."""

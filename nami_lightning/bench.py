@@ -70,7 +70,7 @@ def step(options: Namespace) -> None:
     for phase in recipe.config.curriculum.phases:
         phase.steps, phase.warmup_steps = options.steps + WARM_UP, 0
     settings = recipe.config.trainer
-    settings.update({"logger": False, "enable_checkpointing": False, "limit_val_batches": 0})
+    settings.logger, settings.enable_checkpointing, settings.limit_val_batches = False, False, 0
     settings.callbacks = [c for c in settings.callbacks if c.class_path.endswith(PARTS_OF_A_STEP)]
     model, data, trainer = recipe.make()
     twin = recipe.make_model()

@@ -324,6 +324,8 @@ class NamiModule(L.LightningModule):
         """Go on from the checkpoint's step."""
         self.check_checkpoint(checkpoint)
         self.step = checkpoint["nami"]["step"]
+        # The curriculum may have been made longer: whether this was the last batch is for the loader to say.
+        checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"] = False
 
     def check_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint that this recipe can't go on from.

@@ -36,6 +36,7 @@ class RecordIds(RunCheckpoint):
 def train(arguments: list[str]) -> None:
     """In a process of its own: one thread, so that sums are done in one order."""
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # so that workers see it when their parent is killed
     raise SystemExit(main(["run", *arguments]))
 
 
