@@ -5,7 +5,7 @@ A record is ``{"id": str, "image": bytes, "captions": JSON list of str}``; the i
 
 import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -119,12 +119,3 @@ def decode_image(data: bytes, resolution: int) -> Tensor:
     if factor > 1:
         image = image.reduce(factor)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
-def write_bucket(folder: Path, records: Iterable[Record]) -> int:
-    """Write all ``records`` to a new bucket; the number written."""
-    writer = BucketWriter(folder)
-    for record in records:
-        writer.write(record)
-    writer.close()
-    return writer.count

@@ -14,7 +14,7 @@ from PIL import Image
 from nami_lightning.curriculum import Curriculum, Phase
 from nami_lightning.datamodules.multires import MultiResolutionDataModule, StepLoader
 from nami_lightning.datamodules.prepare import open_buckets
-from nami_lightning.datamodules.shards import Bucket, Record, decode_image, write_bucket
+from nami_lightning.datamodules.shards import Bucket, BucketWriter, Record, decode_image
 
 RESOLUTIONS = [8, 16, 32]
 CURRICULUM = Curriculum([Phase(6, [4, 2, 1], 1e-3), Phase(6, [1, 2, 0], 1e-3), Phase(4, [0, 1, 4], 1e-4)], unit=4)
@@ -163,7 +163,11 @@ def test_a_stage_without_images_is_refused(tmp_path: Path) -> None:
     for split in ("train", "heldout"):
         for resolution in RESOLUTIONS:
             records = [Record(str(i), image.getvalue(), ["x"]) for i in range(30)] if resolution == 8 else []
-            counts.setdefault(split, {})[str(resolution)] = write_bucket(tmp_path / split / str(resolution), records)
+            writer = BucketWriter(tmp_path / split / str(resolution))
+            for record in records:
+                writer.write(record)
+            writer.close()
+            counts.setdefault(split, {})[str(resolution)] = writer.count
     (tmp_path / "dataset.json").write_text(json.dumps({"format": "nami-shards/1", "samples": counts}))
     with pytest.raises(ValueError, match=r"no bucket of 16 px or more holds an image .*8 px 30, 16 px 0, 32 px 0"):
         make_data(tmp_path).steps()

@@ -78,7 +78,9 @@ def test_samples_before_is_the_sum_of_the_batches() -> None:
 
 @pytest.mark.parametrize("step", range(10))
 def test_the_same_recipe_may_always_go_on(step: int) -> None:
-    _curriculum().check_past(_curriculum().state_dict(), step)
+    now = _curriculum()
+    now.check_past(now.state_dict(), step)
+    assert now.state_dict() == _curriculum().state_dict()
 
 
 @pytest.mark.parametrize(
@@ -121,7 +123,9 @@ def test_the_future_may_be_anything() -> None:
     saved = _curriculum().state_dict()
     _curriculum(third=Phase(50, [7, 0, 1], 3.0, 9)).check_past(saved, 7)
     _curriculum(third=None).check_past(saved, 6)
-    Curriculum([*_phases(), Phase(1, [1, 1, 1], 1.0)], 8).check_past(saved, 9)
+    longer = Curriculum([*_phases(), Phase(1, [1, 1, 1], 1.0)], 8)
+    longer.check_past(saved, 9)
+    assert longer.total_steps == _curriculum().total_steps + 1
 
 
 def test_a_phase_of_the_past_cannot_be_removed() -> None:
