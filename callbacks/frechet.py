@@ -108,7 +108,7 @@ class FrechetDistance(L.Callback):
         heldout = data.heldout(
             self.samples, trainer.global_rank, trainer.world_size, [self.batch_size] * module.num_stages
         )
-        batches = [number for number, (stage, _) in enumerate(heldout.parts) if stage == module.num_stages - 1]
+        batches = [number for number, (stage, *_) in enumerate(heldout.parts) if stage == module.num_stages - 1]
         first_time = metric.real_features_num_samples == 0
         for number in tqdm(
             batches, "drawing for the Frechet distance", leave=False, disable=not trainer.is_global_zero

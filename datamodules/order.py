@@ -1,8 +1,8 @@
 """The order of samples, as a pure function: which samples make up a stage's next batch.
 
-Nothing here knows of ranks, workers or interruptions. A :class:`Schedule` says how many samples of which bucket
-a stage takes next and where in the bucket's stream it stands; :class:`BucketOrder` says which samples stand there.
-Both are closed forms of the number of samples taken so far, so a resume needs no state but the step.
+Nothing here knows of ranks, workers or interruptions. :class:`Lots` says of which aspect ratio a step's samples of a
+stage are, :func:`reads` how many come from which bucket and where in the bucket's stream, :class:`BucketOrder` which
+samples stand there. All are closed forms of the number of the step, so a resume needs no other state.
 """
 
 from collections.abc import Sequence
@@ -41,27 +41,41 @@ def apportion(draws: int, sizes: Sequence[int]) -> list[int]:
     return [count + cycles * size for count, size in zip(counts, sizes, strict=True)]
 
 
-class Schedule:
-    """What each stage reads: buckets of its resolution or higher, in proportion to their sizes.
+def reads(sizes: Sequence[int], before: int, count: int) -> list[Read]:
+    """The next ``count`` samples after the first ``before``, from buckets in proportion to their ``sizes``.
 
-    Each (stage, bucket) pair has a stream of its own; a stage sees every image it can use once before any twice.
+    A stage has a stream of its own through each bucket, and sees every image it can use once before any twice.
+    """
+    if count == 0:
+        return []
+    first, after = apportion(before, sizes), apportion(before + count, sizes)
+    return [Read(bucket, i, j - i) for bucket, (i, j) in enumerate(zip(first, after, strict=True)) if j > i]
+
+
+class Lots:
+    """To which kind each lot of a stage belongs: its samples in one step are one lot, all of one aspect ratio.
+
+    That holds on any number of ranks, so micro-batches have one shape and ranks the same one. Lots fall to kinds in
+    proportion to the kinds' sizes.
 
     Args:
-        sizes: samples in each stage's own bucket, coarsest first; a bucket may be empty.
-        top_only: every stage draws the finest bucket alone (the pooled latent pyramid needs it).
+        sizes: samples of each kind.
+        runs: (lots, samples in each of them), phase after phase.
     """
 
-    def __init__(self, sizes: Sequence[int], top_only: bool = False) -> None:
-        lowest = [len(sizes) - 1] * len(sizes) if top_only else range(len(sizes))
-        self.sizes = [[size if bucket >= low else 0 for bucket, size in enumerate(sizes)] for low in lowest]
+    def __init__(self, sizes: Sequence[int], runs: Sequence[tuple[int, int]]) -> None:
+        self.sizes, self.runs = sizes, runs
 
-    def reads(self, stage: int, before: int, count: int) -> list[Read]:
-        """The reads of ``stage``'s next ``count`` samples after its first ``before``."""
-        if count == 0:
-            return []
-        first = apportion(before, self.sizes[stage])
-        after = apportion(before + count, self.sizes[stage])
-        return [Read(b, i, j - i) for b, (i, j) in enumerate(zip(first, after, strict=True)) if j > i]
+    def __call__(self, number: int) -> tuple[int, int]:
+        """The kind of lot ``number``, and how many samples of that kind the lots before it took."""
+        counts, after = apportion(number, self.sizes), apportion(number + 1, self.sizes)
+        kind = next(k for k, (i, j) in enumerate(zip(counts, after, strict=True)) if j > i)
+        start = before = 0
+        for lots, samples in self.runs:
+            end = min(number, start + lots)
+            before += samples * (apportion(end, self.sizes)[kind] - apportion(start, self.sizes)[kind])
+            start = end
+        return kind, before
 
 
 class BucketOrder:

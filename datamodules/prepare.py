@@ -1,159 +1,201 @@
-"""From a source of images to a folder of shards, and that folder's description of itself.
+"""A data set from a source: its parts made, then joined; chunks are linked, not rewritten, but for duplicates."""
 
-    FOLDER/dataset.json            settings, counts, attribution; written last
-    FOLDER/train/256/...           one bucket a resolution
-    FOLDER/heldout/256/...         the same for the held-out split
-
-The whole is made under a temporary name and renamed when complete, so an interrupted preparation is never
-taken for a finished one.
-"""
-
-import hashlib
 import json
-import os
 import shutil
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
-from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
+import numpy as np
 
-from nami_lightning.chance import seed_of
-from nami_lightning.datamodules.shards import Bucket, BucketWriter, Record
-
-FORMAT = "nami-shards/1"
-DESCRIPTION = "dataset.json"
-SPLITS = ("train", "heldout")
-
-
-class SourceSample(NamedTuple):
-    """A picture of a source, encoded (PNG, JPEG, WebP) once for each bucket it belongs to.
-
-    Attributes:
-        id: unique name.
-        group: samples of one group stay in one split (the skin tones of an emoji, say).
-        captions: at least one.
-        images: resolution to encoded image.
-    """
-
-    id: str
-    group: str
-    captions: list[str]
-    images: dict[int, bytes]
+from nami_lightning.datamodules.dataset import DESCRIPTION, FORMAT, SKIPPED, SPLITS
+from nami_lightning.datamodules.parts import (
+    DIGEST_BYTES,
+    DIGESTS,
+    REPORT,
+    Preparation,
+    check_settings,
+    checksums,
+    part_name,
+    parts_folder,
+    prepare_parts,
+    publish,
+    settings_of,
+    this_process,
+)
+from nami_lightning.datamodules.shards import Shards, ShardWriter, join
+from nami_lightning.datamodules.sources.base import Source
 
 
-class Source(Protocol):
-    """Where images come from. A class of your own with these three methods is a source too."""
-
-    def settings(self) -> dict[str, Any]:
-        """All that decides what the samples are, JSON-able; a change makes the data set anew."""
-
-    def keys(self) -> list[str]:
-        """One key a sample, in a stable order."""
-
-    def load(self, key: str, resolutions: Sequence[int]) -> SourceSample:
-        """The sample of ``key``, at those of ``resolutions`` that it fills; called in worker processes."""
-
-
-class _Loading(Dataset[SourceSample]):
-    """``source.load`` as a map, so that DataLoader's workers do it side by side and in order."""
-
-    def __init__(self, source: Source, keys: list[str], resolutions: Sequence[int]) -> None:
-        self.source, self.keys, self.resolutions = source, keys, resolutions
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def __getitem__(self, index: int) -> SourceSample:
-        return self.source.load(self.keys[index], self.resolutions)
-
-
-def is_heldout(group: str, percent: float) -> bool:
-    """Whether a group belongs to the held-out split: a stable hash, the same on every machine and for ever."""
-    return seed_of("heldout", group) % 10_000 < percent * 100
-
-
-def prepare(source: Source, root: Path, resolutions: Sequence[int], heldout_percent: float, workers: int) -> Path:
-    """Make the data set of these settings below ``root``, or find it there complete.
+def prepare(source: Source, output: Path, preparation: Preparation, workers: int) -> Path:
+    """Make the data set at ``output``, go on with it, or find it there complete.
 
     Args:
         source: where the images come from.
-        root: holds one folder for each set of settings, so a changed setting never destroys anything.
-        resolutions: one bucket each.
-        heldout_percent: share of the groups that is held out, 0..100.
-        workers: processes that load samples.
+        output: the data set's folder; ``OUTPUT.parts`` beside it holds the parts until it is complete.
+        preparation: what is made of them.
+        workers: processes.
 
     Returns:
-        The data set's folder.
+        ``output``.
 
     Raises:
-        ValueError: the source is empty.
+        ValueError: the source is empty, or ``output`` was made with other settings.
     """
-    settings = {"source": source.settings(), "resolutions": list(resolutions), "heldout_percent": heldout_percent}
-    fingerprint = hashlib.blake2b(json.dumps([FORMAT, settings], sort_keys=True).encode(), digest_size=6).hexdigest()
-    folder = root / fingerprint
-    if (folder / DESCRIPTION).exists():
-        return folder
-    keys = source.keys()
-    if not keys:
-        raise ValueError(f"the source {type(source).__name__} has no images: {settings['source']}")
+    if not is_complete(source, output, preparation):
+        prepare_parts(source, output, preparation, workers)
+        merge(source, output, preparation)
+    return output
 
-    partial = root / f".{fingerprint}.partial-{os.getpid()}"
+
+def is_complete(source: Source, output: Path, preparation: Preparation) -> bool:
+    """Whether ``output`` is the finished data set of these settings.
+
+    Raises:
+        ValueError: it is one of other settings, or something else.
+    """
+    description = output / DESCRIPTION
+    if description.exists():
+        check_settings(json.loads(description.read_text())["settings"], settings_of(source, preparation), output)
+        return True
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"{output} exists and is not a data set: choose another output")
+    return False
+
+
+def merge(source: Source, output: Path, preparation: Preparation) -> None:
+    """Join the parts of ``output``, give the whole its name, and remove the parts.
+
+    Raises:
+        ValueError: parts are missing, or no sample is left.
+    """
+    partial = output.with_name(f".{output.name}.merging-{this_process()}")
     shutil.rmtree(partial, ignore_errors=True)
-    writers = {(s, r): BucketWriter(partial / s / str(r)) for s in SPLITS for r in resolutions}
-    loader = DataLoader(_Loading(source, keys, resolutions), batch_size=None, num_workers=workers)
-    for sample in tqdm(loader, desc=f"preparing {type(source).__name__}", unit="image"):
-        split = SPLITS[is_heldout(sample.group, heldout_percent)]
-        for resolution, image in sample.images.items():
-            writers[split, resolution].write(Record(sample.id, image, sample.captions))
-    for writer in writers.values():
-        writer.close()
-
-    counts = {split: {str(r): writers[split, r].count for r in resolutions} for split in SPLITS}
-    description = {"format": FORMAT, "settings": settings, "samples": counts}
-    (partial / DESCRIPTION).write_text(json.dumps(description, indent=2, ensure_ascii=False) + "\n")
-    _publish(partial, folder)
-    return folder
-
-
-def _publish(partial: Path, folder: Path) -> None:
-    """Give a complete data set its name; if another process was faster, keep that one's."""
     try:
-        partial.rename(folder)
-    except OSError:
-        if not (folder / DESCRIPTION).exists():
+        parts = finished_parts(source, output)
+        reports = [json.loads((part / REPORT).read_text()) for part in parts]
+        duplicates = find_duplicates(parts) if preparation.filters.drop_duplicates else {}
+        sums, counts = _join_buckets(parts, reports, duplicates, partial, preparation.chunk_mib)
+        if not counts:
+            raise ValueError(f"no sample is left: {_summary(reports)}; see {parts_folder(output)}/*/{REPORT}")
+        _write_skipped(reports, partial / SKIPPED)
+        removed = _total(reports, "removed")
+        if duplicates:
+            removed["duplicate"] = sum(map(len, duplicates.values()))
+        description = {
+            "format": FORMAT,
+            "settings": settings_of(source, preparation),
+            "read": sum(report["read"] for report in reports),
+            "samples": {split: counts_of(counts, split) for split in SPLITS},
+            "removed": removed,
+            "skipped": _reasons(reports),
+            "checksums": sums,
+        }
+        (partial / DESCRIPTION).write_text(json.dumps(description, indent=2, ensure_ascii=False) + "\n")
+        publish(partial, output, DESCRIPTION)
+    except Exception:
+        shutil.rmtree(partial, ignore_errors=True)
+        if not (output / DESCRIPTION).exists():  # else another process has done it
             raise
-        shutil.rmtree(partial)
+    shutil.rmtree(parts_folder(output), ignore_errors=True)
 
 
-def open_buckets(folder: Path, split: str, resolutions: Sequence[int]) -> list[Bucket]:
-    """The buckets of ``resolutions`` in a prepared data set.
+def finished_parts(source: Source, output: Path) -> list[Path]:
+    """The folders of all parts, in the source's order.
 
     Raises:
-        FileNotFoundError: no folder, or one whose preparation did not finish.
-        ValueError: another format, a resolution that was not prepared, or shards that don't hold what
-            the description says.
+        ValueError: some are missing.
     """
-    description_file = folder / DESCRIPTION
-    if not description_file.exists():
-        state = "holds no finished data set" if folder.exists() else "does not exist"
-        raise FileNotFoundError(
-            f"data.folder {folder} {state} (no {DESCRIPTION}): prepare it first, or set data.source"
-        )
-    description = json.loads(description_file.read_text())
-    if description.get("format") != FORMAT:
-        raise ValueError(f"{description_file} has format {description.get('format')!r}; this version reads {FORMAT!r}")
-    counts = description["samples"][split]
-    if missing := [r for r in resolutions if str(r) not in counts]:
+    folder = parts_folder(output)
+    parts = [folder / part_name(index) for index in range(len(source.parts()))]
+    missing = [part.name for part in parts if not part.exists()]
+    if missing:
+        named = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
         raise ValueError(
-            f"{folder} has no bucket for {missing} px, only for {', '.join(counts)} px: prepare it for them"
+            f"{len(missing)} of {len(parts)} parts are missing in {folder} ({named}): run their shards before merging"
         )
-    buckets = [Bucket(folder / split / str(r)) for r in resolutions]
-    for bucket, resolution in zip(buckets, resolutions, strict=True):
-        if len(bucket) != counts[str(resolution)]:
-            raise ValueError(
-                f"{bucket.folder} holds {len(bucket)} samples, but {description_file} says {counts[str(resolution)]}: "
-                "it was changed after its preparation; prepare it again"
-            )
-    return buckets
+    return parts
+
+
+def find_duplicates(parts: Sequence[Path]) -> dict[tuple[str, str], set[int]]:
+    """(part, bucket) to the positions of images whose very bytes come earlier in the data set."""
+    places = [(part, file) for part in parts for file in sorted(part.glob(f"*/*/*/{DIGESTS}"))]
+    digests = [np.fromfile(file, dtype=f"V{DIGEST_BYTES}") for _, file in places]
+    first = np.zeros(sum(map(len, digests)), dtype=bool)
+    first[np.unique(np.concatenate(digests), return_index=True)[1]] = True
+    ends = np.cumsum([len(rows) for rows in digests])
+    found = {}
+    for (part, file), rows in zip(places, np.split(first, ends[:-1]), strict=True):
+        if not rows.all():
+            found[part.name, str(file.parent.relative_to(part))] = set(np.flatnonzero(~rows).tolist())
+    return found
+
+
+def _join_buckets(
+    parts: Sequence[Path],
+    reports: Sequence[dict[str, Any]],
+    duplicates: dict[tuple[str, str], set[int]],
+    target: Path,
+    chunk_mib: int,
+) -> tuple[dict[str, str], dict[str, int]]:
+    """Make the buckets of ``target``; checksums by chunk file, and samples by bucket."""
+    sums: dict[str, str] = {}
+    counts: dict[str, int] = {}
+    for bucket in sorted({bucket for report in reports for bucket in report["checksums"]}):
+        folders, names = [], []
+        for part, report in zip(parts, reports, strict=True):
+            if bucket not in report["checksums"]:
+                continue
+            folder, of_part = part / bucket, report["checksums"][bucket]
+            if twice := duplicates.get((part.name, bucket)):
+                folder = target / "rewritten" / part.name / bucket
+                _copy_without(part / bucket, twice, folder, chunk_mib)
+                of_part = checksums(folder)
+            folders.append(folder)
+            names.append(part.name)
+            sums |= {f"{bucket}/{part.name}-{file}": value for file, value in of_part.items()}
+        counts[bucket] = join(folders, names, target / bucket)
+    shutil.rmtree(target / "rewritten", ignore_errors=True)
+    return sums, {bucket: count for bucket, count in counts.items() if count}
+
+
+def _copy_without(folder: Path, positions: set[int], target: Path, chunk_mib: int) -> None:
+    shards = Shards(folder)
+    writer = ShardWriter(target, chunk_mib * 2**20)
+    for position in range(len(shards)):
+        if position not in positions:
+            writer.write(shards.read([position])[0])
+    writer.close()
+
+
+def counts_of(counts: dict[str, int], split: str) -> dict[str, int]:
+    """Samples by bucket of one split, without its name."""
+    return {name.removeprefix(f"{split}/"): n for name, n in counts.items() if name.startswith(f"{split}/")}
+
+
+def _skipped(reports: Sequence[dict[str, Any]]) -> Iterator[dict[str, str]]:
+    return (skipped for report in reports for skipped in report["skipped"])
+
+
+def _reasons(reports: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """How many were skipped, by the part of the reason that isn't particular to the sample."""
+    return dict(Counter(skipped["reason"].split(":")[0] for skipped in _skipped(reports)))
+
+
+def _total(reports: Sequence[dict[str, Any]], key: str) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for report in reports:
+        total.update(report[key])
+    return dict(total)
+
+
+def _summary(reports: Sequence[dict[str, Any]]) -> str:
+    counts = {"read": sum(report["read"] for report in reports)} | _total(reports, "removed") | _reasons(reports)
+    return ", ".join(f"{reason} {count}" for reason, count in counts.items())
+
+
+def _write_skipped(reports: Sequence[dict[str, Any]], file: Path) -> None:
+    with file.open("w", encoding="utf-8") as stream:
+        for skipped in _skipped(reports):
+            stream.write(json.dumps(skipped, ensure_ascii=False) + "\n")

@@ -1,62 +1,81 @@
-"""Buckets on disk: litdata shards of encoded images with their captions, written in order and read by index.
+"""Buckets on disk: litdata shards of records, written in order and read by index."""
 
-A record is ``{"id": str, "image": bytes, "captions": JSON list of str}``; the image is a PNG, JPEG or WebP file.
-"""
-
-import io
 import json
+import shutil
+from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
-import torch
 from litdata import StreamingDataset
 from litdata.streaming import Cache
-from PIL import Image
-from torch import Tensor
 
-CHUNK_BYTES = 16 * 2**20
+INDEX = "index.json"
 
 
 class Record(NamedTuple):
-    """One stored sample: its name, its encoded image, its captions (at least one)."""
+    """One stored sample.
+
+    Attributes:
+        id: its name.
+        image: a PNG, JPEG or WebP file.
+        captions: at least one.
+        weights: of the captions; empty: all alike.
+    """
 
     id: str
     image: bytes
     captions: list[str]
+    weights: list[float]
+
+    def to_item(self) -> dict[str, Any]:
+        """What litdata stores."""
+        texts = json.dumps([self.captions, self.weights], ensure_ascii=False)
+        return {"id": self.id, "image": self.image, "captions": texts}
+
+    def caption(self, chance: float) -> str:
+        """The caption that ``chance``, in [0, 1), falls on."""
+        ends = list(accumulate(self.weights or [1.0] * len(self.captions)))
+        return self.captions[bisect_right(ends, chance * ends[-1])]
+
+    @classmethod
+    def from_item(cls, item: dict[str, Any]) -> "Record":
+        """What litdata read."""
+        return cls(item["id"], item["image"], *json.loads(item["captions"]))
 
 
-class BucketWriter:
-    """Writes records to a new bucket; usable only once :meth:`close` returned.
+class ShardWriter:
+    """Writes items to a new folder of shards; usable only once :meth:`close` returned.
 
     Args:
         folder: created; must not exist.
         chunk_bytes: size at which a chunk is closed.
     """
 
-    def __init__(self, folder: Path, chunk_bytes: int = CHUNK_BYTES) -> None:
+    def __init__(self, folder: Path, chunk_bytes: int) -> None:
         folder.mkdir(parents=True)
+        self.folder = folder
         self.cache = Cache(str(folder), chunk_bytes=chunk_bytes)
         self.count = 0
 
-    def write(self, record: Record) -> None:
-        """Append a record."""
-        self.cache[self.count] = record._asdict() | {"captions": json.dumps(record.captions, ensure_ascii=False)}
+    def write(self, item: dict[str, Any]) -> None:
+        """Append an item."""
+        self.cache[self.count] = item
         self.count += 1
 
     def close(self) -> None:
-        """Write the last chunk and the index (none for an empty bucket)."""
+        """Write the last chunk and the index (none for an empty folder)."""
         if self.count:
             self.cache.done()
             self.cache.merge()
 
 
-class Bucket:
-    """Reads a bucket by index. Opened lazily, so that it can be sent to a worker process.
+class Shards:
+    """Reads a folder of shards by index. Opened lazily, so that it can be sent to a worker process.
 
     Args:
-        folder: of the shards; a bucket without an index is empty.
+        folder: of the shards; one without an index is empty.
 
     Raises:
         ValueError: an index that can't be read.
@@ -64,14 +83,14 @@ class Bucket:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.chunk_sizes = _chunk_sizes(folder)
+        self.chunk_sizes = [chunk["chunk_size"] for chunk in read_index(folder)["chunks"]]
         self._dataset: StreamingDataset | None = None
 
     def __len__(self) -> int:
         return sum(self.chunk_sizes)
 
-    def read(self, indices: Sequence[int]) -> list[Record]:
-        """The records at ``indices``, in that order; read in the order in which they lie on disk.
+    def read(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """The items at ``indices``, in that order; read in the order in which they lie on disk.
 
         Raises:
             RuntimeError: a chunk is missing or damaged.
@@ -79,43 +98,66 @@ class Bucket:
         if self._dataset is None:
             self._dataset = StreamingDataset(str(self.folder), shuffle=False)
         try:
-            items = {index: self._dataset[index] for index in sorted(set(indices))}
+            items = {index: _plain(self._dataset[index]) for index in sorted(set(indices))}
         except Exception as error:
             raise RuntimeError(
                 f"{self.folder}: reading samples {min(indices)}..{max(indices)} failed ({error!r}): "
-                "a chunk is missing or damaged; prepare this data set again"
+                "a chunk is missing or damaged; find it with: lightning data verify"
             ) from error
-        return [
-            Record(item["id"], bytes(item["image"]), json.loads(item["captions"]))
-            for item in (items[index] for index in indices)
-        ]
+        return [items[index] for index in indices]
 
 
-def _chunk_sizes(folder: Path) -> list[int]:
-    index = folder / "index.json"
-    if not index.exists():
-        return []
-    try:
-        return [chunk["chunk_size"] for chunk in json.loads(index.read_text())["chunks"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{index} is not a litdata index ({error!r}): prepare this data set again") from error
+def _plain(item: dict[str, Any]) -> dict[str, Any]:
+    """litdata gives views of a chunk's memory; bytes can be sent between processes and written again."""
+    return {key: bytes(value) if isinstance(value, memoryview) else value for key, value in item.items()}
 
 
-def decode_image(data: bytes, resolution: int) -> Tensor:
-    """An encoded square image to uint8 ``(3, resolution, resolution)``.
-
-    Down-sampling is by the mean of whole cells, the filter that composes: an image brought from 64 to 16 px is
-    the same as one brought there by way of 32, so all stages agree on what an image's coarse version is.
+def read_index(folder: Path) -> dict[str, Any]:
+    """A shard folder's index: ``chunks`` and ``config``; without chunks if the folder has none.
 
     Raises:
-        ValueError: the stored side is not a multiple of ``resolution``.
+        ValueError: it can't be read.
     """
-    image = Image.open(io.BytesIO(data)).convert("RGB")
-    factor, rest = divmod(image.width, resolution)
-    if rest or image.width != image.height:
-        raise ValueError(
-            f"a stored image is {image.width}x{image.height}: not a multiple of the {resolution} px of its stage"
-        )
-    if factor > 1:
-        image = image.reduce(factor)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    path = folder / INDEX
+    if not path.exists():
+        return {"chunks": [], "config": {}}
+    try:
+        index: dict[str, Any] = json.loads(path.read_text())
+        for chunk in index["chunks"]:
+            int(chunk["chunk_size"]), str(chunk["filename"])
+        return index
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a litdata index ({error!r}): prepare this data set again") from error
+
+
+def join(folders: Sequence[Path], names: Sequence[str], target: Path) -> int:
+    """Make one folder of shards from several without rewriting a chunk: chunks are linked, indices joined.
+
+    Args:
+        folders: of shards, of the same kind of items; empty ones add nothing.
+        names: one a folder; prefixes of its chunks' new names.
+        target: created.
+
+    Returns:
+        The number of items.
+    """
+    chunks: list[dict[str, Any]] = []
+    config: dict[str, Any] = {}
+    target.mkdir(parents=True)
+    for folder, name in zip(folders, names, strict=True):
+        index = read_index(folder)
+        config = config or index["config"]
+        for chunk in index["chunks"]:
+            renamed = f"{name}-{chunk['filename']}"
+            _link(folder / chunk["filename"], target / renamed)
+            chunks.append(chunk | {"filename": renamed})
+    (target / INDEX).write_text(json.dumps({"chunks": chunks, "config": config}))
+    return sum(chunk["chunk_size"] for chunk in chunks)
+
+
+def _link(source: Path, target: Path) -> None:
+    """A second name for a file, or a copy where the file system can't."""
+    try:
+        target.hardlink_to(source)
+    except OSError:
+        shutil.copyfile(source, target)

@@ -18,6 +18,11 @@ def seed_of(*parts: int | str) -> int:
     return int.from_bytes(digest) >> 1
 
 
+def uniform_of(*parts: int | str) -> float:
+    """A number in [0, 1) from numbers and words, the same on every machine."""
+    return (seed_of(*parts) >> 10) / 2**53
+
+
 @dataclass(frozen=True)
 class Draws:
     """Base draws of a micro-batch of n samples.

@@ -96,13 +96,18 @@ class Curriculum:
         """Samples of each stage in the global batch of ``step``."""
         return [parts * self.unit for parts in self.phase(step).ratio]
 
-    def samples_before(self, step: int) -> list[int]:
-        """Samples of each stage in all the batches before ``step``."""
-        totals = [0] * self.num_stages
-        for phase, end in zip(self.phases, self.ends, strict=True):
-            steps = min(max(step - (end - phase.steps), 0), phase.steps)
-            totals = [total + steps * parts * self.unit for total, parts in zip(totals, phase.ratio, strict=True)]
-        return totals
+    def runs(self, stage: int) -> list[tuple[int, int]]:
+        """(steps, samples in each of them) of the phases that train ``stage``."""
+        return [(phase.steps, phase.ratio[stage] * self.unit) for phase in self.phases if phase.ratio[stage]]
+
+    def steps_with(self, stage: int, step: int) -> int:
+        """How many of the steps before ``step`` train ``stage``."""
+        starts = (end - phase.steps for phase, end in zip(self.phases, self.ends, strict=True))
+        return sum(
+            min(max(step - start, 0), phase.steps)
+            for phase, start in zip(self.phases, starts, strict=True)
+            if phase.ratio[stage]
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """All that fixes the past: the phases and the unit."""

@@ -92,6 +92,14 @@ class Recipe:
         assert isinstance(model, NamiModule)
         return model
 
+    def make_data(self) -> L.LightningDataModule:
+        """The DataModule alone; needs no model."""
+        config = self.config.clone()
+        del config["model"], config["trainer"]
+        data = self.parser.instantiate(config).data
+        assert isinstance(data, L.LightningDataModule)
+        return data
+
     def make(self) -> tuple[NamiModule, L.LightningDataModule, L.Trainer]:
         """Model, data and trainer."""
         objects = self.parser.instantiate(self.config)

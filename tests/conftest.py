@@ -8,8 +8,9 @@ os.environ.update(HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="
 import pytest
 import torch
 
-from nami_lightning.datamodules.openmoji import OpenMoji
+from nami_lightning.datamodules.parts import Preparation, fingerprint, settings_of
 from nami_lightning.datamodules.prepare import prepare
+from nami_lightning.datamodules.sources import OpenMoji
 
 torch.set_num_threads(1)
 
@@ -21,7 +22,8 @@ LIMIT = 80
 def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the tiny recipe's data set lies, prepared once."""
     root = tmp_path_factory.mktemp("data")
-    prepare(OpenMoji(["en", "de"], LIMIT), root, [8, 16, 32], 10.0, workers=1)
+    source, preparation = OpenMoji(["en", "de"], LIMIT, size=32), Preparation([32], heldout_percent=10, format="png")
+    prepare(source, root / fingerprint(settings_of(source, preparation)), preparation, workers=1)
     return root
 
 

@@ -1,5 +1,6 @@
 """The DataModule on real shards: against the files themselves, and against itself on other numbers of ranks."""
 
+import dataclasses
 import io
 import json
 import shutil
@@ -10,19 +11,28 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from squares import Squares
 
 from nami_lightning.curriculum import Curriculum, Phase
-from nami_lightning.datamodules.multires import MultiResolutionDataModule, StepLoader
-from nami_lightning.datamodules.prepare import open_buckets
-from nami_lightning.datamodules.shards import Bucket, BucketWriter, Record, decode_image
+from nami_lightning.datamodules.dataset import Bucket, PreparedDataset
+from nami_lightning.datamodules.images import read_image
+from nami_lightning.datamodules.multires import MultiResolutionDataModule
+from nami_lightning.datamodules.parts import Preparation
+from nami_lightning.datamodules.prepare import prepare
+from nami_lightning.datamodules.shapes import Shape
+from nami_lightning.datamodules.shards import Record
+from nami_lightning.datamodules.stream import StepLoader
 
 RESOLUTIONS = [8, 16, 32]
 CURRICULUM = Curriculum([Phase(6, [4, 2, 1], 1e-3), Phase(6, [1, 2, 0], 1e-3), Phase(4, [0, 1, 4], 1e-4)], unit=4)
+PREPARATION = Preparation(RESOLUTIONS, heldout_percent=20, aspect_step=2, format="png")
+COUNT = 120
 
 
-@pytest.fixture
-def folder(data_root: Path) -> Path:
-    return next(data_root.iterdir())
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Squares of many shapes, in buckets of 16 and 32 px and several aspect ratios."""
+    return prepare(Squares(COUNT), tmp_path_factory.mktemp("squares") / "data", PREPARATION, workers=1)
 
 
 def make_data(folder: Path, **settings: object) -> MultiResolutionDataModule:
@@ -30,28 +40,45 @@ def make_data(folder: Path, **settings: object) -> MultiResolutionDataModule:
     return MultiResolutionDataModule(str(folder), RESOLUTIONS, CURRICULUM, **arguments)  # type: ignore[arg-type]
 
 
-def test_a_step_is_micro_batches_of_one_stage_coarsest_first(folder: Path) -> None:
-    batch = make_data(folder).steps()[0]
+def stored(folder: Path, split: str = "train") -> dict[str, tuple[Bucket, Record]]:
+    """id to its bucket and record."""
+    found: dict[str, tuple[Bucket, Record]] = {}
+    for bucket in PreparedDataset(folder).buckets(split):  # type: ignore[arg-type]
+        records = [Record.from_item(item) for item in bucket.shards.read(range(len(bucket)))]
+        found |= {record.id: (bucket, record) for record in records}
+    return found
+
+
+def test_a_step_is_micro_batches_of_one_stage_and_one_shape_coarsest_first(folder: Path) -> None:
+    data = make_data(folder)
+    batch = data.steps()[0]
     assert [(micro.stage, len(micro)) for micro in batch] == [(0, 8), (0, 8), (1, 4), (1, 4), (2, 2), (2, 2)]
-    assert [micro.images.shape[-1] for micro in batch] == [8, 8, 16, 16, 32, 32]
     assert sorted(place for micro in batch for place in micro.places) == list(range(28))
-    assert [micro.stage for micro in make_data(folder).steps()[12]] == [1, *[2] * 8]
+    assert [micro.stage for micro in data.steps()[12]] == [1, *[2] * 8]
+    shapes: dict[int, set[tuple[int, ...]]] = {0: set(), 1: set(), 2: set()}
+    for step in range(len(data.steps())):
+        of_step: dict[int, set[tuple[int, ...]]] = {}
+        for micro in data.steps()[step]:
+            of_step.setdefault(micro.stage, set()).add(tuple(micro.images.shape[1:]))
+        for stage, found in of_step.items():
+            assert len(found) == 1
+            shapes[stage] |= found
+    assert {(3, 8, 8), (3, 10, 6), (3, 6, 10)} <= shapes[0]
+    assert {(3, 32, 32), (3, 40, 24), (3, 24, 40)} <= shapes[2]
 
 
-def test_images_are_the_stored_files_reduced_by_cell_means(folder: Path) -> None:
-    buckets = {r: open_buckets(folder, "train", [r])[0] for r in RESOLUTIONS}
-    stored = {r: {record.id: record for record in bucket.read(range(len(bucket)))} for r, bucket in buckets.items()}
+def test_images_are_the_stored_files_reduced_by_cell_means(data_root: Path) -> None:
+    folder = next(data_root.iterdir())
+    files = stored(folder)
     for micro in make_data(folder).steps()[3]:
         side = RESOLUTIONS[micro.stage]
         for image, name, caption in zip(micro.images, micro.ids, micro.captions, strict=True):
-            candidates = []
-            for resolution in (r for r in RESOLUTIONS if r >= side):
-                pixels = np.asarray(Image.open(io.BytesIO(stored[resolution][name].image)).convert("RGB"), np.float64)
-                factor = resolution // side
-                candidates.append(pixels.reshape(side, factor, side, factor, 3).mean((1, 3)))
-            found = image.permute(1, 2, 0).numpy()
-            assert min(np.abs(found - candidate).max() for candidate in candidates) <= 0.5 + 1e-9
-            assert caption in stored[side][name].captions
+            bucket, record = files[name]
+            pixels = np.asarray(Image.open(io.BytesIO(record.image)).convert("RGB"), np.float64)
+            factor = bucket.resolution // side
+            expected = pixels.reshape(side, factor, side, factor, 3).mean((1, 3))
+            assert np.abs(image.permute(1, 2, 0).numpy() - expected).max() <= 0.5 + 1e-9
+            assert caption in record.captions
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -61,20 +88,38 @@ def test_ranks_take_slices_of_the_same_global_batches(folder: Path, ranks: int) 
     together = [data.steps(rank, ranks) for rank in range(ranks)]
     for step in range(len(alone)):
         parts = [steps[step] for steps in together]
-        assert len({tuple(micro.stage for micro in part) for part in parts}) == 1
+        assert len({tuple((micro.stage, micro.images.shape[1:]) for micro in part) for part in parts}) == 1
         for which, micro in enumerate(alone[step]):
             assert [i for part in parts for i in part[which].ids] == micro.ids
             assert [p for part in parts for p in part[which].places] == micro.places
             assert [c for part in parts for c in part[which].captions] == micro.captions
 
 
-def test_each_sample_exactly_once_an_epoch_of_a_stage(folder: Path) -> None:
+def test_one_rank_then_two_then_one_give_the_batches_of_one(folder: Path) -> None:
+    data = make_data(folder, max_micro_batch=[64, 64, 64])
+
+    def ids(step: int, ranks: int) -> list[str]:
+        batches = [data.steps(rank, ranks)[step] for rank in range(ranks)]
+        return [name for which in zip(*batches, strict=True) for micro in which for name in micro.ids]
+
+    uninterrupted = [ids(step, 1) for step in range(16)]
+    assert [ids(step, 2 if 4 <= step < 11 else 1) for step in range(16)] == uninterrupted
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_each_sample_of_a_bucket_once_before_any_twice(folder: Path, stage: int) -> None:
+    """In each stage's own stream through each bucket, whatever the lots."""
     steps = make_data(folder).steps()
-    size = len(steps.buckets[2])
-    stream = [index for step in range(len(steps)) for micro in steps[step] if micro.stage == 2 for index in micro.ids]
-    while len(stream) < size:
-        stream += steps.stage_batch(len(stream) // 2, 2).ids
-    assert set(Counter(stream[:size]).values()) == {1}
+    usable = {name: bucket for name, (bucket, _) in stored(folder).items() if bucket.resolution >= RESOLUTIONS[stage]}
+    sizes = Counter(bucket.name for bucket in usable.values())
+    streams: dict[str, list[str]] = {name: [] for name in sizes}
+    for number in range(4 * COUNT):
+        for name in steps.stage_batch(number, stage).ids:
+            streams[usable[name].name].append(name)
+    for bucket, size in sizes.items():
+        for epoch in range(3):
+            stream = streams[bucket][epoch * size : (epoch + 1) * size]
+            assert sorted(stream) == sorted(name for name, of_name in usable.items() if of_name.name == bucket)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -88,13 +133,40 @@ def test_the_loader_goes_on_where_it_is_told(folder: Path, workers: int) -> None
 
 
 def test_a_pooled_pyramid_draws_the_finest_images_for_every_stage(folder: Path) -> None:
-    batch = make_data(folder, latent_pyramid="pool").steps()[0]
-    assert {micro.images.shape[-1] for micro in batch} == {32}
+    data = make_data(folder, latent_pyramid="pool")
+    assert {micro.images.shape[-1] * micro.images.shape[-2] for micro in data.steps()[0]} <= {32 * 32, 24 * 40}
+    heldout = data.heldout(8)
+    assert all(min(heldout[i].images.shape[-2:]) >= 24 for i in range(len(heldout)))
 
 
-def test_heldout_is_the_same_on_any_number_of_ranks(folder: Path) -> None:
-    data = make_data(folder)
-    samples = len(open_buckets(folder, "heldout", [32])[0]) // 2 * 2
+def test_random_crops_are_windows_of_the_stored_image_and_move(tmp_path: Path) -> None:
+    settings = dataclasses.replace(PREPARATION, resolutions=[32], aspect_step=None, crop="random")
+    folder = prepare(Gradients(40, [(64, 33)]), tmp_path / "data", settings, workers=1)
+    micro = make_data(folder).steps()[0][-1]
+    lefts = micro.images[:, 0, 0, 0].tolist()
+    assert len(set(lefts)) > 1
+    for image, left in zip(micro.images, lefts, strict=True):
+        steps = image[0, 0].int().diff()
+        assert ((steps >= 3) & (steps <= 5)).all()
+        assert left <= 4 * 31
+    heldout = make_data(folder).heldout(8)[0]
+    assert len(set(heldout.images[:, 0, 0, 0].tolist())) == 1
+
+
+class Gradients(Squares):
+    """Their red rises by four a px from left to right."""
+
+    def sample(self, number: int):  # type: ignore[no-untyped-def]
+        width, height = self.sizes[number % len(self.sizes)]
+        row = np.stack([np.arange(width) * 4 % 256, np.full(width, number), np.zeros(width)], 1).astype(np.uint8)
+        file = io.BytesIO()
+        Image.fromarray(np.broadcast_to(row, (height, width, 3)).copy()).save(file, "PNG")
+        return dataclasses.replace(super().sample(number), image=file.getvalue())
+
+
+def test_heldout_is_the_same_on_any_number_of_ranks(data_root: Path) -> None:
+    data = make_data(next(data_root.iterdir()))
+    samples = sum(map(len, data.dataset.buckets("heldout"))) // 2 * 2
 
     def names(rank: int, ranks: int) -> list[tuple[int, str]]:
         heldout = data.heldout(samples, rank, ranks)
@@ -105,11 +177,21 @@ def test_heldout_is_the_same_on_any_number_of_ranks(folder: Path) -> None:
     assert [stage for stage, _ in halves[0]] == [stage for stage, _ in halves[1]]
 
 
-def test_train_and_heldout_share_no_group(folder: Path) -> None:
+def test_heldout_has_places_of_its_own_for_every_sample_of_a_stage(folder: Path) -> None:
+    heldout = make_data(folder).heldout(20)
+    for stage in range(3):
+        micros = [heldout[i] for i in range(len(heldout)) if heldout[i].stage == stage]
+        places = [place for micro in micros for place in micro.places]
+        assert sorted(places) == list(range(len(places)))
+        assert len({name for micro in micros for name in micro.ids}) == len(places)
+
+
+def test_train_and_heldout_share_no_group(data_root: Path) -> None:
     tones = {"1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF"}
     train, heldout = (
-        {"-".join(c for c in r.id.split("-") if c not in tones) for r in bucket.read(range(len(bucket)))}
-        for bucket in (open_buckets(folder, split, [32])[0] for split in ("train", "heldout"))
+        {"-".join(code for code in name.split("-") if code not in tones) for name in stored(folder, split)}
+        for folder in data_root.iterdir()
+        for split in ("train", "heldout")
     )
     assert train
     assert heldout
@@ -140,7 +222,7 @@ def test_folders_that_are_no_data_set_are_refused(folder: Path, tmp_path: Path) 
         make_data(tmp_path / "empty").steps()
     half = tmp_path / "half"
     shutil.copytree(folder, half)
-    shutil.rmtree(half / "train" / "16")
+    shutil.rmtree(half / "train" / "32")
     with pytest.raises(ValueError, match="holds 0 samples, but"):
         make_data(half).steps()
     (half / "dataset.json").unlink()
@@ -152,38 +234,21 @@ def test_folders_that_are_no_data_set_are_refused(folder: Path, tmp_path: Path) 
     (other / "dataset.json").write_text(json.dumps(description | {"format": "nami-shards/0"}))
     with pytest.raises(ValueError, match="nami-shards/0"):
         make_data(other).steps()
-    with pytest.raises(ValueError, match="no bucket for \\[64\\]"):
-        open_buckets(folder, "train", [32, 64])
 
 
-def test_a_stage_without_images_is_refused(tmp_path: Path) -> None:
-    image = io.BytesIO()
-    Image.new("RGB", (8, 8)).save(image, "PNG")
-    counts: dict[str, dict[str, int]] = {}
-    for split in ("train", "heldout"):
-        for resolution in RESOLUTIONS:
-            records = [Record(str(i), image.getvalue(), ["x"]) for i in range(30)] if resolution == 8 else []
-            writer = BucketWriter(tmp_path / split / str(resolution))
-            for record in records:
-                writer.write(record)
-            writer.close()
-            counts.setdefault(split, {})[str(resolution)] = writer.count
-    (tmp_path / "dataset.json").write_text(json.dumps({"format": "nami-shards/1", "samples": counts}))
-    with pytest.raises(ValueError, match=r"no bucket of 16 px or more holds an image .*8 px 30, 16 px 0, 32 px 0"):
-        make_data(tmp_path).steps()
+def test_a_stage_without_images_and_resolutions_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    settings = dataclasses.replace(PREPARATION, resolutions=[8], aspect_step=None)
+    folder = prepare(Squares(), tmp_path / "coarse", settings, workers=1)
+    with pytest.raises(ValueError, match=r"no bucket of 16 px or more holds an image .*8/8x8 \d+\)"):
+        make_data(folder).steps()
+    settings = dataclasses.replace(PREPARATION, resolutions=[20], aspect_step=None)
+    folder = prepare(Squares(), tmp_path / "odd", settings, workers=1)
+    with pytest.raises(ValueError, match="20 px are no multiple of a stage's 8 px"):
+        make_data(folder).steps()
 
 
-def test_a_damaged_chunk_names_its_folder(folder: Path, tmp_path: Path) -> None:
-    damaged = tmp_path / "damaged"
-    shutil.copytree(folder / "train" / "32", damaged)
-    for chunk in damaged.glob("*.bin"):
-        chunk.write_bytes(chunk.read_bytes()[:100])
-    with pytest.raises(RuntimeError, match=r"damaged.*prepare this data set again"):
-        Bucket(damaged).read([0, 1])
-
-
-def test_an_image_of_another_size_is_refused() -> None:
+def test_an_image_that_is_too_small_is_refused() -> None:
     image = io.BytesIO()
     Image.new("RGB", (10, 10)).save(image, "PNG")
     with pytest.raises(ValueError, match="10x10"):
-        decode_image(image.getvalue(), 8)
+        read_image(image.getvalue(), Shape(8, 8), 2)

@@ -1,11 +1,12 @@
 """The order of samples: each exactly once an epoch, in proportion, and the same however it is cut."""
 
 import itertools
+from collections import Counter
 from fractions import Fraction
 
 import pytest
 
-from nami_lightning.datamodules.order import BucketOrder, Schedule, apportion
+from nami_lightning.datamodules.order import BucketOrder, Lots, Read, apportion, reads
 
 
 @pytest.mark.parametrize("sizes", [[1], [3, 5], [0, 4, 4], [1, 100, 7], [17, 0, 3, 100], [5, 5, 5]])
@@ -28,12 +29,25 @@ def test_apportion_is_websters_method() -> None:
         assert apportion(draws, sizes) == expected
 
 
-def test_schedule_draws_from_buckets_of_the_stage_or_higher_in_proportion() -> None:
-    schedule = Schedule([10, 20, 30])
-    reads = {read.bucket: read.count for read in schedule.reads(1, 0, 50)}
-    assert reads == {1: 20, 2: 30}
-    assert [read.bucket for read in schedule.reads(2, 0, 7)] == [2]
-    assert Schedule([10, 20, 30], top_only=True).reads(0, 0, 4)[0].bucket == 2
+def test_reads_are_in_proportion_and_go_on_where_they_stopped() -> None:
+    assert {read.bucket: (read.first, read.count) for read in reads([20, 30], 0, 50)} == {0: (0, 20), 1: (0, 30)}
+    assert {read.bucket: (read.first, read.count) for read in reads([20, 30], 50, 5)} == {0: (20, 2), 1: (30, 3)}
+    assert reads([0, 7], 3, 2) == [Read(1, 3, 2)]
+    assert reads([5], 3, 0) == []
+
+
+@pytest.mark.parametrize("sizes", [[6], [60, 30, 10], [5, 0, 1]])
+def test_lots_know_what_the_lots_before_them_took(sizes: list[int]) -> None:
+    """Against counting: three phases of 20, 7 and 40 lots, of 8, 3 and 1 samples."""
+    phases = [(20, 8), (7, 3), (40, 1)]
+    lots = Lots(sizes, phases)
+    taken = [0] * len(sizes)
+    for number, samples in enumerate(samples for count, samples in phases for _ in range(count)):
+        kind, before = lots(number)
+        assert before == taken[kind]
+        taken[kind] += samples
+    counts = Counter(lots(number)[0] for number in range(sum(sizes)))
+    assert [counts[kind] for kind in range(len(sizes))] == sizes
 
 
 @pytest.mark.parametrize("window", [1, 2, 100])

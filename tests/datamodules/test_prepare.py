@@ -1,102 +1,216 @@
 """Preparation: what is on disk afterwards, against the source itself; and that half of it is never taken for all."""
 
+import dataclasses
 import io
 import json
-from collections.abc import Sequence
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from random import Random
 
-import numpy as np
 import pytest
 from PIL import Image
+from squares import Squares, colour, contents, kill
 
-from nami_lightning.datamodules.openmoji import OpenMoji
-from nami_lightning.datamodules.prepare import SourceSample, is_heldout, open_buckets, prepare
+from nami_lightning.datamodules.dataset import SPLITS, PreparedDataset
+from nami_lightning.datamodules.filters import Filters
+from nami_lightning.datamodules.parts import Preparation, is_heldout, parts_folder, prepare_parts
+from nami_lightning.datamodules.prepare import merge, prepare
+from nami_lightning.datamodules.shards import Record
+from nami_lightning.datamodules.sources.base import Skipped, SourceSample
 
-
-class Squares:
-    """A source of coloured squares that may fail at one of them."""
-
-    def __init__(self, count: int = 40, fails_at: int | None = None) -> None:
-        self.count, self.fails_at = count, fails_at
-
-    def settings(self) -> dict[str, Any]:
-        return {"name": "squares", "count": self.count}
-
-    def keys(self) -> list[str]:
-        return [str(i) for i in range(self.count)]
-
-    def load(self, key: str, resolutions: Sequence[int]) -> SourceSample:
-        if key == str(self.fails_at):
-            raise RuntimeError("no such square")
-        images = {}
-        for resolution in resolutions:
-            file = io.BytesIO()
-            Image.new("RGB", (resolution, resolution), (int(key), 0, resolution)).save(file, "PNG")
-            images[resolution] = file.getvalue()
-        return SourceSample(key, key, [f"square {key}"], images)
+PREPARATION = Preparation([16, 32], heldout_percent=20, aspect_step=4, widest_aspect=2, format="png", chunk_mib=1)
 
 
-def test_everything_of_the_source_is_stored_once(tmp_path: Path) -> None:
-    folder = prepare(Squares(), tmp_path, [8, 16], 20.0, workers=1)
-    stored = {}
-    for split in ("train", "heldout"):
-        for bucket, resolution in zip(open_buckets(folder, split, [8, 16]), (8, 16), strict=True):
-            for record in bucket.read(range(len(bucket))):
-                assert is_heldout(record.id, 20.0) == (split == "heldout")
-                stored[record.id, resolution] = record
-    assert sorted(stored) == sorted((str(i), r) for i in range(40) for r in (8, 16))
-    picture = Image.open(io.BytesIO(stored["7", 16].image))
-    assert picture.size == (16, 16)
-    assert picture.getpixel((3, 3)) == (7, 0, 16)
-    assert stored["7", 16].captions == ["square 7"]
+def records(folder: Path) -> dict[str, tuple[str, str, Record]]:
+    """id to (split, bucket, record); each id once."""
+    found: dict[str, tuple[str, str, Record]] = {}
+    for split in SPLITS:
+        for bucket in PreparedDataset(folder).buckets(split):
+            for item in bucket.shards.read(range(len(bucket))):
+                record = Record.from_item(item)
+                assert record.id not in found
+                found[record.id] = (split, bucket.name, record)
+    return found
 
 
-def test_it_is_made_once_and_again_for_other_settings(tmp_path: Path) -> None:
-    first = prepare(Squares(), tmp_path, [8], 10.0, workers=1)
-    stamp = (first / "dataset.json").stat().st_mtime_ns
-    assert prepare(Squares(), tmp_path, [8], 10.0, workers=1) == first
-    assert (first / "dataset.json").stat().st_mtime_ns == stamp
-    others = {
-        prepare(Squares(), tmp_path, [8, 16], 10.0, workers=1),
-        prepare(Squares(), tmp_path, [8], 50.0, workers=1),
-        prepare(Squares(30), tmp_path, [8], 10.0, workers=1),
-    }
-    assert len(others | {first}) == 4
+def test_each_image_goes_once_to_the_highest_bucket_that_it_fills(tmp_path: Path) -> None:
+    found = records(prepare(Squares(), tmp_path / "out", PREPARATION, workers=2))
+    assert sorted(found) == sorted(str(i) for i in range(60))
+    expected = {0: "32/32x32", 1: "32/40x24", 2: "32/24x40", 3: "16/16x16", 4: "32/24x40"}
+    for name, (split, bucket, record) in found.items():
+        assert bucket == expected[int(name) % 5]
+        assert split == ("heldout" if is_heldout(name, 20) else "train")
+        image = Image.open(io.BytesIO(record.image))
+        assert f"{image.width}x{image.height}" == bucket.split("/")[1]
+        assert image.getpixel((3, 3)) == colour(int(name))
+        assert record.captions == [f"square {name}"]
 
 
-def test_an_interrupted_preparation_leaves_nothing_under_a_final_name(tmp_path: Path) -> None:
+def test_squares_alone_and_random_crops_keep_the_rest_of_the_image(tmp_path: Path) -> None:
+    settings = dataclasses.replace(PREPARATION, aspect_step=None, crop="random")
+    found = records(prepare(Squares(), tmp_path / "out", settings, workers=1))
+    sizes = [Image.open(io.BytesIO(found[str(i)][2].image)).size for i in range(5)]
+    assert sizes == [(32, 32), (51, 32), (32, 51), (16, 16), (32, 58)]
+
+
+def test_it_is_made_once_and_other_settings_are_refused(tmp_path: Path) -> None:
+    out = prepare(Squares(), tmp_path / "out", PREPARATION, workers=1)
+    stamp = (out / "dataset.json").stat().st_mtime_ns
+    assert prepare(Squares(), out, PREPARATION, workers=1) == out
+    assert (out / "dataset.json").stat().st_mtime_ns == stamp
+    with pytest.raises(ValueError, match=r"quality was 95 and is 80 now.*choose another output"):
+        prepare(Squares(), out, dataclasses.replace(PREPARATION, quality=80), workers=1)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").touch()
+    with pytest.raises(ValueError, match="exists and is not a data set"):
+        prepare(Squares(), tmp_path / "mine", PREPARATION, workers=1)
+
+
+def test_a_failure_leaves_no_data_set_and_its_finished_parts_are_kept(tmp_path: Path) -> None:
+    out = tmp_path / "out"
     with pytest.raises(RuntimeError, match="no such square"):
-        prepare(Squares(fails_at=33), tmp_path, [8], 10.0, workers=0)
-    assert [path.name[0] for path in tmp_path.iterdir()] == ["."]
-    folder = prepare(Squares(), tmp_path, [8], 10.0, workers=1)
-    assert json.loads((folder / "dataset.json").read_text())["samples"]["train"]["8"] > 0
+        prepare(Squares(fails_at=33), out, PREPARATION, workers=1)
+    assert not out.exists()
+    kept = {part: part.stat().st_mtime_ns for part in parts_folder(out).iterdir() if part.name.isdigit()}
+    assert 3 <= len(kept) < 6
+    with pytest.raises(ValueError, match="heldout_percent was 20 and is 30 now"):
+        prepare(Squares(), out, dataclasses.replace(PREPARATION, heldout_percent=30), workers=1)
+    prepare_parts(Squares(), out, PREPARATION, workers=1)
+    assert all(part.stat().st_mtime_ns == stamp for part, stamp in kept.items())
+    merge(Squares(), out, PREPARATION)
+    assert len(records(out)) == 60
+    assert list(tmp_path.iterdir()) == [out]
 
 
-def test_an_empty_source_is_refused(tmp_path: Path) -> None:
+def test_shards_of_many_machines_join_to_what_one_would_have_made(tmp_path: Path) -> None:
+    alone = prepare(Squares(), tmp_path / "alone", PREPARATION, workers=1)
+    out = tmp_path / "out"
+    for share in (2, 0):
+        prepare_parts(Squares(), out, PREPARATION, workers=1, shard=(share, 3))
+    with pytest.raises(ValueError, match=r"2 of 6 parts are missing .*000001, 000004"):
+        merge(Squares(), out, PREPARATION)
+    assert not out.exists()
+    prepare_parts(Squares(), out, PREPARATION, workers=1, shard=(1, 3))
+    merge(Squares(), out, PREPARATION)
+    assert contents(out) == contents(alone)
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from squares import Squares
+from test_prepare import PREPARATION
+from nami_lightning.datamodules.prepare import prepare
+print("ready", flush=True)
+sys.stdin.readline()
+prepare(Squares(pause=0.01), Path(sys.argv[1]), PREPARATION, workers=2)
+"""
+
+
+@pytest.mark.parametrize("kills", [3])
+def test_kill_9_at_random_points_neither_loses_nor_doubles_a_sample(tmp_path: Path, kills: int) -> None:
+    alone = prepare(Squares(), tmp_path / "alone", PREPARATION, workers=1)
+    out = tmp_path / "out"
+    for number in range(kills):
+        with subprocess.Popen(
+            [sys.executable, "-c", SCRIPT, str(out)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+            env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)},
+        ) as process:
+            assert process.stdin
+            assert process.stdout
+            process.stdout.readline()
+            process.stdin.write(b"\n")
+            process.stdin.flush()
+            time.sleep(Random(number).uniform(0.1, 0.5))
+            kill(process.pid)
+        assert not out.exists() or contents(out) == contents(alone)
+    prepare(Squares(), out, PREPARATION, workers=2)
+    assert contents(out) == contents(alone)
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_merge_that_was_interrupted_is_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = prepare(Squares(), tmp_path / "alone", PREPARATION, workers=1)
+    out = tmp_path / "out"
+    prepare_parts(Squares(), out, PREPARATION, workers=1)
+    with monkeypatch.context() as patch:
+        patch.setattr("nami_lightning.datamodules.prepare.publish", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            merge(Squares(), out, PREPARATION)
+    assert not out.exists()
+    merge(Squares(), out, PREPARATION)
+    assert contents(out) == contents(alone)
+
+
+def test_an_empty_source_and_one_of_which_nothing_is_left_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has no images"):
-        prepare(Squares(0), tmp_path, [8], 10.0, workers=1)
+        prepare(Squares(0), tmp_path / "a", PREPARATION, workers=1)
+    with pytest.raises(ValueError, match=r"no sample is left: read 60, too small for the smallest bucket 60"):
+        prepare(Squares(), tmp_path / "b", dataclasses.replace(PREPARATION, resolutions=[128]), workers=1)
+    assert not (tmp_path / "b").exists()
 
 
-def test_openmoji_draws_and_captions() -> None:
-    source = OpenMoji(["en", "de", "fr"])
-    keys = source.keys()
-    assert len(keys) > 3900
-    assert len(set(keys)) == len(keys)
-    apple = source.load("1F34E", [16, 64])
-    assert apple.captions == ["red apple", "roter apfel", "pomme rouge"]
-    picture = Image.open(io.BytesIO(apple.images[64])).convert("RGB")
-    assert picture.size == (64, 64)
-    assert picture.getpixel((0, 0)) == (255, 255, 255)
-    red, *others = np.asarray(picture)[40, 32]
-    assert red > 150
-    assert max(others) < 120
-    assert source.load("1F1EB-1F1F7", [16]).captions[0] == "flag: France"
-    light, dark = (source.load(f"1F44B-{tone}", [16]) for tone in ("1F3FB", "1F3FF"))
-    assert light.group == dark.group
-    assert light.id != dark.id
+class Scored(Squares):
+    """Squares with scores, several captions, and some that are the same file."""
+
+    def read(self, part: str) -> Iterator[SourceSample | Skipped]:
+        for sample in super().read(part):
+            assert isinstance(sample, SourceSample)
+            number = int(sample.id)
+            scores = {"aesthetic": float(number % 10)} if number % 7 else {}
+            twin = self.sample(number - 20) if number >= 40 else sample
+            captions = ["", f"square {number}", "x" * (number % 50)]
+            yield dataclasses.replace(sample, image=twin.image, captions=captions, weights=[1, 1, 3], scores=scores)
 
 
-def test_openmoji_refuses_a_language_it_has_not() -> None:
-    with pytest.raises(ValueError, match="tlh"):
-        OpenMoji(["tlh"])
+def test_filters_remove_what_they_say_and_count_it(tmp_path: Path) -> None:
+    filters = Filters(
+        min_aesthetic=3, min_side=21, max_aspect_ratio=1.7, min_caption_length=5, max_caption_length=20,
+        drop_duplicates=True,
+    )  # fmt: skip
+    out = prepare(Scored(), tmp_path / "out", dataclasses.replace(PREPARATION, filters=filters), workers=2)
+    kept, removed = [], {"no aesthetic score": 0, "min_aesthetic": 0, "min_side": 0, "max_aspect_ratio": 0}
+    seen, duplicates = set(), 0
+    for number in range(60):
+        original = number - 20 if number >= 40 else number
+        width, height = Squares().sizes[original % 5]
+        if number % 7 == 0:
+            removed["no aesthetic score"] += 1
+        elif number % 10 < 3:
+            removed["min_aesthetic"] += 1
+        elif min(width, height) < 21:
+            removed["min_side"] += 1
+        elif max(width, height) / min(width, height) > 1.7:
+            removed["max_aspect_ratio"] += 1
+        elif original in seen:
+            duplicates += 1
+        else:
+            seen.add(original)
+            kept.append(str(number))
+    assert duplicates > 0
+    found = records(out)
+    assert sorted(found) == sorted(kept)
+    about = json.loads((out / "dataset.json").read_text())
+    assert about["removed"] == removed | {"duplicate": duplicates}
+    for name, (_, _, record) in found.items():
+        long = 5 <= int(name) % 50 <= 20
+        assert record.captions == [f"square {name}", *["x" * (int(name) % 50)] * long]
+        assert record.weights == ([1, 3] if long else [])
+
+
+def test_captions_are_drawn_by_their_weights() -> None:
+    record = Record("a", b"", ["one", "two", "three"], [1, 0.5, 2.5])
+    drawn = [record.caption(i / 400) for i in range(400)]
+    assert [drawn.count(text) for text in record.captions] == [100, 50, 250]
+    assert Record("a", b"", ["one", "two"], []).caption(0.999) == "two"

@@ -272,8 +272,8 @@ def training_flops(recipe: str) -> float:
             with FlopCounterMode(display=False) as counter:
                 transformer(torch.zeros(1, 3, side, side), text, torch.zeros(1, 384), time, stage).sum().backward()
             counts.append(counter.get_total_flops())
-    samples = model.curriculum.samples_before(model.curriculum.total_steps)
-    return sum(count * number for count, number in zip(counts, samples, strict=True))
+    runs = [model.curriculum.runs(stage) for stage in range(model.num_stages)]
+    return sum(count * sum(n * samples for n, samples in run) for count, run in zip(counts, runs, strict=True))
 
 
 @pytest.mark.parametrize("recipe", ["openmoji_flux_base", "openmoji_flow_only"])

