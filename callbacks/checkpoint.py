@@ -7,14 +7,14 @@ import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 
 from nami_lightning.module import NamiModule
-from nami_lightning.runs import Run
+from nami_lightning.runs import Run, remove
 
 
 class RunCheckpoint(Checkpoint):
     """Writes ``checkpoints/step=NNNNNNN.ckpt`` every so often and at the end, and keeps the newest ``keep``.
 
-    Lightning writes a file under a temporary name and renames it, so a named checkpoint is always whole; an older
-    one is removed only after a newer one has its name.
+    A file, or a folder of every rank's shards under FSDP2. It is written under a temporary name and renamed, so a named
+    checkpoint is always whole; an older one is removed only after a newer one has its name.
 
     Args:
         every_n_steps: how often.
@@ -42,8 +42,14 @@ class RunCheckpoint(Checkpoint):
 
     def save(self, trainer: L.Trainer, step: int) -> None:
         """Write a checkpoint of ``step`` (all ranks take part), then remove the oldest."""
-        folder = Path(trainer.default_root_dir)
-        trainer.save_checkpoint(folder / "checkpoints" / f"step={step:07d}.ckpt", weights_only=False)
+        run = Run(Path(trainer.default_root_dir))
+        target = run.folder / "checkpoints" / f"step={step:07d}.ckpt"
+        partial = target.with_suffix(".partial")
         if trainer.is_global_zero:
-            for old in Run(folder).checkpoints[: -self.keep]:
-                old.unlink()
+            remove(partial)
+        trainer.strategy.barrier()
+        trainer.save_checkpoint(partial, weights_only=False)
+        if trainer.is_global_zero:
+            partial.rename(target)
+            for old in run.checkpoints[: -self.keep]:
+                remove(old)

@@ -6,6 +6,7 @@ import lightning as L
 import torch
 
 from nami_lightning.module import NamiModule
+from nami_lightning.strategies import local_shards
 
 
 class EMA(L.Callback):
@@ -41,9 +42,4 @@ class EMA(L.Callback):
             return
         assert pl_module.ema is not None
         decay = min(self.decay, (1 + step) / (10 + step)) ** self.every_n_steps
-        torch._foreach_lerp_(_local(pl_module.ema), _local(pl_module.transformer), 1 - decay)
-
-
-def _local(model: torch.nn.Module) -> list[torch.Tensor]:
-    """The parameters' local tensors: their shards under FSDP2, themselves otherwise."""
-    return [getattr(parameter, "_local_tensor", parameter.data) for parameter in model.parameters()]
+        torch._foreach_lerp_(local_shards(pl_module.ema), local_shards(pl_module.transformer), 1 - decay)

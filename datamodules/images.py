@@ -2,7 +2,8 @@
 
 Down-sampling when reading is by the mean of whole cells, the filter that composes: an image brought from 64 to 16 px
 is the same as one brought there by way of 32, so all stages agree on what an image's coarse version is. From JPEG
-files libjpeg gives up to an eighth of the size at once, nearly the same mean at a fraction of the time.
+files libjpeg gives up to an eighth of the size at once: nearly the same mean (53 dB from it, rounding alone being 59),
+in half the time.
 """
 
 import io
@@ -101,9 +102,11 @@ def read_image(data: bytes, shape: Shape, factor: int, position: tuple[float, fl
         raise ValueError(f"a stored image is {image.width}x{image.height}, smaller than {factor} times {shape}")
     finest = image.width
     image.draft("RGB", (image.width // factor, image.height // factor))
-    image = image.convert("RGB")
+    if image.mode != "RGB":  # where it is, convert() would only copy it
+        image = image.convert("RGB")
     if (rest := factor * image.width // finest) > 1:
         image = image.reduce(rest)
     if image.size != shape:
         image = crop(image, shape, position)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return pixels.view(image.height, image.width, 3).permute(2, 0, 1)

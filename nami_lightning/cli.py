@@ -14,15 +14,25 @@ examples:
   lightning run recipes/openmoji.yaml --curriculum.unit 8  with another value of any recipe key
   lightning sample openmoji --prompt "red apple" --out out draw with the run's newest checkpoint
   lightning show openmoji                                  how far it is, and where its files lie
+  lightning data prepare --source photos/ --output shards/ --resolutions 256 512 1024
 """
 
-BENCH = "Step time beside a bare PyTorch loop over the same modules and batches, interleaved in one run."
+DATA_EXAMPLES = """\
+examples:
+  lightning data prepare --source photos/ --output shards/ --resolutions 256 512 1024
+  lightning data prepare --source 'laion/*.tar' --output shards/ --resolutions 256 512 --filters.min_aesthetic 5
+  lightning data prepare recipes/openmoji.yaml             what the recipe's data: block says
+  lightning data show shards/                              counts, captions, a contact sheet
+  lightning data verify shards/                            read all, and report the damaged
+"""
+
+BENCH = "Measure beside what it should be as fast as, interleaved in one run; medians and quotients."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; the exit status. Set NAMI_TRACEBACK=1 to see where an error came from."""
     options, rest = make_parser().parse_known_args(arguments)
-    if options.command in ("run", "bench"):
+    if options.command in ("run", "bench") or getattr(options, "takes_keys", False):
         options.overrides = rest
     elif rest:
         print(f"error: unknown option {rest[0]}; see: lightning {options.command} --help", file=sys.stderr)
@@ -65,11 +75,22 @@ def make_parser() -> argparse.ArgumentParser:
     run.add_argument("--fresh", action="store_true", help="start over; the old run is renamed, never deleted")
 
     bench = commands.add_parser("bench", help="measure, beside what it should be as fast as", description=BENCH)
-    bench.add_argument("what", choices=["step"], help="step: a recipe's step time in each phase")
     bench.add_argument(
-        "recipe", metavar="RECIPE", help="a YAML file, or the name of a packaged one; recipe keys may follow"
+        "what",
+        choices=["step", "data"],
+        help="step: a recipe's step time in each phase; data: images read a second, beside litdata and ImageFolder",
     )
-    bench.add_argument("--steps", type=int, default=20, help="steps of each phase that count (default 20)")
+    bench.add_argument(
+        "recipe",
+        metavar="RECIPE",
+        help="a YAML file, or the name of a packaged one, keys may follow; for data also DIR",
+    )
+    bench.add_argument("--steps", type=int, default=20, help="step: steps of each phase that count (default 20)")
+    bench.add_argument("--images", metavar="DIR", help="data: the same images as torchvision's ImageFolder takes them")
+    bench.add_argument("--workers", type=int, default=2, help="data: processes of each loader (default 2)")
+    bench.add_argument("--batch_size", type=int, default=32, help="data: images a batch (default 32)")
+    bench.add_argument("--samples", type=int, default=1024, help="data: images that each reads in a round (1024)")
+    bench.add_argument("--rounds", type=int, default=5, help="data: rounds, of which medians are taken (default 5)")
 
     sample = commands.add_parser("sample", help="draw images from prompts", description="Draw images from prompts.")
     sample.add_argument("run", metavar="RUN", help="a run (folder, or name below runs/), or a saved pipeline's folder")
@@ -87,9 +108,39 @@ def make_parser() -> argparse.ArgumentParser:
     sample.add_argument("--batch_size", type=int, default=16, help="images drawn at once (default 16)")
     sample.add_argument("--columns", type=int, default=8, help="images in a row of the grid (default 8)")
 
+    add_data_commands(
+        commands.add_parser(
+            "data",
+            help="image-caption collections to shards",
+            description="Make a data set of any collection of images with captions, look at it, check it.",
+            epilog=DATA_EXAMPLES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+    )
+
     show = commands.add_parser("show", help="print what a run is", description="Print what a run is.")
     show.add_argument("run", metavar="RUN", help="a run (folder, or name below runs/)")
     return parser
+
+
+def add_data_commands(parser: argparse.ArgumentParser) -> None:
+    """The commands below ``lightning data``."""
+    commands = parser.add_subparsers(dest="what", required=True, metavar="COMMAND")
+    prepare = commands.add_parser("prepare", help="images and captions to shards", add_help=False, allow_abbrev=False)
+    prepare.set_defaults(takes_keys=True)
+
+    show = commands.add_parser(
+        "show", help="counts, captions, a contact sheet", description="Print what a data set is."
+    )
+    show.add_argument("folder", metavar="DIR", help="a prepared data set")
+    show.add_argument("--out", metavar="DIR", default=".", help="where contact_sheet.png goes (default: here)")
+    show.add_argument("--images", type=int, default=48, help="images on it (default 48)")
+
+    verify = commands.add_parser(
+        "verify", help="read all, and report the damaged", description="Read a data set whole."
+    )
+    verify.add_argument("folder", metavar="DIR", help="a prepared data set")
+    verify.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
 
 
 if __name__ == "__main__":

@@ -5,24 +5,26 @@ import os
 import shutil
 import warnings
 from argparse import Namespace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
-from nami_lightning import bench as benchmarks
 from nami_lightning.curriculum import Curriculum
 from nami_lightning.grid import caption_grid, save_image
 from nami_lightning.module import NamiModule
 from nami_lightning.pipeline import NamiPipeline
 from nami_lightning.recipe import Recipe
-from nami_lightning.runs import Run, find_run
+from nami_lightning.runs import Run, find_run, load_weights
+from nami_lightning.strategies import FSDP2Strategy
 
 NOISE = (
     r".*isinstance\(treespec, LeafSpec\).*",
     r".*does not have many workers which may be a bottleneck.*",
     r".*Starting from v1.9.0, `tensorboardX` has been removed.*",
+    r".*FSDP2-wrapped module .* returned a view tensor.*",
     r".*Checkpoint directory .* exists and is not empty.*",
 )
 
@@ -61,6 +63,10 @@ def run(options: Namespace) -> None:
                 f"{this.folder} is finished ({where}). Draw with: lightning sample {this.folder} --prompt '...'"
             )
             return
+        if path.is_dir() and not isinstance(trainer.strategy, FSDP2Strategy):
+            raise ValueError(
+                f"{path} was written by FSDP2Strategy: resume with it as trainer.strategy (on one device too)"
+            )
         rank_zero_info(f"Resuming {this.folder} from {where}, checkpoint {path.name}")
 
     write_recipe(this, recipe.dump())
@@ -101,7 +107,16 @@ def describe(curriculum: Curriculum, step: int) -> str:
 def bench(options: Namespace) -> None:
     """Measure; nothing is written but the data set, if it isn't there."""
     quieten_libraries()
-    getattr(benchmarks, options.what)(options)
+    measure = {"step": ("bench", "step"), "data": ("bench_data", "data")}[options.what]
+    getattr(import_module(f"nami_lightning.{measure[0]}"), measure[1])(options)
+
+
+def data(options: Namespace) -> None:
+    """Run a command of ``lightning data``."""
+    from nami_lightning import data_commands
+
+    quieten_libraries()
+    getattr(data_commands, options.what)(options)
 
 
 def load_pipeline(source: str) -> NamiPipeline:
@@ -122,12 +137,12 @@ def load_module(this: Run) -> NamiModule:
     newest = this.load_newest()
     if newest is None:
         raise FileNotFoundError(f"{this.folder} has no checkpoint yet")
-    _, checkpoint = newest
+    path, checkpoint = newest
     model = Recipe(this.recipe).make_model()
-    model.use_ema = any(name.startswith("ema.") for name in checkpoint["state_dict"])
-    model.configure_model()
     model.check_checkpoint(checkpoint)
-    model.load_state_dict(checkpoint["state_dict"])
+    model.use_ema = checkpoint["nami"]["ema"]
+    model.configure_model()
+    load_weights(path, model)
     return model.eval()
 
 

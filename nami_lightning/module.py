@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 
 from nami_lightning import chance, flow
@@ -28,6 +29,7 @@ from nami_lightning.encoders import (
 )
 from nami_lightning.flow import LossWeighting, TauKind
 from nami_lightning.pipeline import NamiPipeline
+from nami_lightning.strategies import local_shards, parallelize, reduce_gradients, whole
 from nami_lightning.transformer import NamiTransformer2DModel
 
 LatentPyramid = Literal["encode", "pool"]
@@ -55,7 +57,8 @@ class NamiModule(L.LightningModule):
         latent_pyramid: ``encode`` the image at each stage's resolution, or ``pool`` the finest latents.
         prompt_dropout: probability of training a sample on the empty prompt.
         gradient_clip_norm: largest norm of a step's gradient; null for no clipping.
-        gradient_checkpointing: recompute activations in the backward pass.
+        activation_checkpointing: recompute every so many-th block in the backward pass; 1 is every block, 0 none.
+        compile_blocks: compile each block: one graph a kind of block and shape.
         pretrained: folder or hub name of a NamiTransformer2DModel to start from.
 
     Raises:
@@ -81,7 +84,8 @@ class NamiModule(L.LightningModule):
         latent_pyramid: LatentPyramid = "encode",
         prompt_dropout: float = 0.1,
         gradient_clip_norm: float | None = 1.0,
-        gradient_checkpointing: bool = False,
+        activation_checkpointing: int = 0,
+        compile_blocks: bool = False,
         pretrained: str | None = None,
     ) -> None:
         super().__init__()
@@ -96,7 +100,8 @@ class NamiModule(L.LightningModule):
         self.tau_mean, self.tau_std = self._per_stage(tau_mean), self._per_stage(tau_std)
         self.loss_weighting, self.local_velocity_loss = loss_weighting, local_velocity_loss
         self.latent_pyramid, self.prompt_dropout = latent_pyramid, prompt_dropout
-        self.gradient_clip_norm, self.gradient_checkpointing = gradient_clip_norm, gradient_checkpointing
+        self.gradient_clip_norm = gradient_clip_norm
+        self.activation_checkpointing, self.compile_blocks = activation_checkpointing, compile_blocks
         self.pretrained = pretrained
         check_stages(self.transformer_config, self.bridge, resolutions, curriculum, autoencoder)
 
@@ -130,11 +135,23 @@ class NamiModule(L.LightningModule):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             self.transformer = self._new_transformer()
-        if self.gradient_checkpointing:
-            self.transformer.enable_gradient_checkpointing()
+        parallelize(self.transformer, self._strategy, self.activation_checkpointing, self.compile_blocks)
         if self.use_ema:
-            self.ema = self.make_transformer().requires_grad_(False)
-            self.ema.load_state_dict(self.transformer.state_dict())
+            self.ema = self._twin(self.transformer)
+
+    @property
+    def _strategy(self) -> Strategy | None:
+        """Lightning's, in a run."""
+        return None if self._trainer is None else self._trainer.strategy
+
+    def _twin(self, transformer: NamiTransformer2DModel) -> NamiTransformer2DModel:
+        """The same network with the same weights, spread in the same way, and never trained."""
+        with torch.device("meta"):
+            twin = self.make_transformer().requires_grad_(False)
+        parallelize(twin, self._strategy)
+        twin.to_empty(device=transformer.device)
+        torch._foreach_copy_(local_shards(twin), local_shards(transformer))
+        return twin
 
     def _new_transformer(self) -> NamiTransformer2DModel:
         transformer = self.make_transformer()
@@ -158,8 +175,9 @@ class NamiModule(L.LightningModule):
         weights = flow.loss_weights(self.loss_weighting, ratio, self.running_losses.nan_to_num(1.0))
         counts = [sum(len(micro) for micro in batch if micro.stage == stage) for stage in range(self.num_stages)]
         losses = torch.zeros(self.num_stages, device=self.device)
-        for micro in batch:
+        for number, micro in enumerate(batch, 1):
             share = len(micro) / counts[micro.stage]
+            reduce_gradients(self.transformer, self._strategy, last=number == len(batch))
             loss = self.flow_loss(self.transformer, micro, micro.step, self.prompt_dropout)
             self.manual_backward(weights[micro.stage] * share * loss)
             losses[micro.stage] += share * loss.detach()
@@ -176,7 +194,7 @@ class NamiModule(L.LightningModule):
     def clip_gradients_by_norm(self) -> Tensor:
         """Scale the gradient down to ``gradient_clip_norm`` if that is set; its norm before that."""
         limit = torch.inf if self.gradient_clip_norm is None else self.gradient_clip_norm
-        return torch.nn.utils.clip_grad_norm_(self.transformer.parameters(), limit)
+        return whole(torch.nn.utils.clip_grad_norm_(self.transformer.parameters(), limit))
 
     def _log_losses(self, weights: Tensor, losses: Tensor, ratio: list[int], norm: Tensor) -> None:
         """Log every so many steps; only then is the device waited for."""
@@ -318,6 +336,7 @@ class NamiModule(L.LightningModule):
             "step": self.step,
             "curriculum": self.curriculum.state_dict(),
             "model": self._identity(),
+            "ema": self.ema is not None,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

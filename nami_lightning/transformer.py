@@ -128,9 +128,10 @@ class NamiTransformer2DModel(ModelMixin, ConfigMixin):
             ``(B, C, H, W)``.
         """
         height, width = (side // self.config.patch_size for side in hidden_states.shape[-2:])
-        x = self.x_embedder(patchify(hidden_states, self.config.patch_size))
-        context = self.context_embedder(encoder_hidden_states)
-        temb = self.time_text_embed(timestep.to(x.dtype) * 1000, pooled_projections)
+        dtype = self.x_embedder.weight.dtype  # under FSDP2 that of the computation; time stays exact, FLUX rounds it
+        x = self.x_embedder(patchify(hidden_states.to(dtype), self.config.patch_size))
+        context = self.context_embedder(encoder_hidden_states.to(dtype))
+        temb = self.time_text_embed(timestep.float() * 1000, pooled_projections.to(dtype))
         rotary = self.pos_embed(self._positions(stage, height, width, context.shape[1], x.device))
 
         for block in self.blocks(stage):

@@ -27,6 +27,13 @@ def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture(scope="module")
+def tiny_module(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """As ``tiny``, in folders of this module."""
+    runs = tmp_path_factory.mktemp("runs")
+    return [str(TINY), "--output_dir", str(runs), "--data.init_args.folder", str(data_root)]
+
+
 @pytest.fixture
 def tiny(data_root: Path, tmp_path: Path) -> list[str]:
     """Arguments of ``lightning run`` for the tiny recipe, in folders of this test."""

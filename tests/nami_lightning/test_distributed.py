@@ -1,50 +1,98 @@
-"""Two processes (DDP over gloo) against one: the same global batches, so the same losses and weights."""
+"""Several processes over gloo against one: the same global batches, so the same losses and weights, however spread."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
+from torch import Tensor
 
+from nami_lightning.commands import load_module
 from nami_lightning.runs import Run
 
-TWO = ["--trainer.devices", "2", "--trainer.strategy", "ddp_find_unused_parameters_true"]
-STEPS = [
-    "--curriculum.phases",
-    "[{steps: 4, ratio: [2, 1, 1], learning_rate: 0.002}, {steps: 4, ratio: [0, 1, 2], learning_rate: 0.001}]",
-    *("--data.init_args.num_workers", "0"),
-]
+PHASES = (
+    "{steps: 6, ratio: [2, 4, 0], learning_rate: 0.002, warmup_steps: 2}",  # stage 3 is not touched yet
+    "{steps: 6, ratio: [4, 2, 2], learning_rate: 0.001, warmup_steps: 0}",
+    "{steps: 8, ratio: [0, 2, 4], learning_rate: 0.001, warmup_steps: 0}",
+)
+STEPS = 20
+SETTINGS = ["--data.init_args.num_workers", "0", "--trainer.log_every_n_steps", "1"]
+STRATEGIES: dict[str, list[str]] = {
+    "ddp": ["--trainer.devices", "2", "--trainer.strategy", "ddp_find_unused_parameters_true"],
+    "fsdp2": ["--trainer.devices", "2", "--trainer.strategy", "fsdp2", "--model.activation_checkpointing", "2"],
+    "hsdp": [
+        *("--trainer.devices", "4", "--trainer.strategy.class_path", "nami_lightning.strategies.FSDP2Strategy"),
+        *("--trainer.strategy.init_args.replicate", "2", "--trainer.strategy.init_args.reduce_gradients=micro_batch"),
+    ],
+}
+
+
+def phases(*steps: str) -> list[str]:
+    return ["--curriculum.phases", f"[{', '.join(steps)}]"]
 
 
 def run(arguments: list[str]) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "nami_lightning.cli", "run", *arguments]
+    command = [sys.executable, "-m", "nami_lightning.cli", "run", *arguments, *SETTINGS]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
-@pytest.fixture
-def runs(tiny: list[str], tmp_path: Path) -> Path:
-    run([*tiny, *STEPS, "--name", "one"])
-    run([*tiny, *STEPS, *TWO, "--name", "two"])
-    return tmp_path / "runs"
+@pytest.fixture(scope="module")
+def alone(tiny_module: list[str]) -> Path:
+    """The run of one process, which the others are compared with."""
+    run([*tiny_module, *phases(*PHASES), "--name", "alone"])
+    return Path(tiny_module[2]) / "alone"
 
 
-def test_two_processes_train_as_one(runs: Path) -> None:
+def losses(folder: Path) -> dict[str, dict[int, float]]:
+    """Name to step to value of all that a run logged of its training."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    _, one = Run(runs / "one").load_newest() or pytest.fail("no checkpoint")
-    _, two = Run(runs / "two").load_newest() or pytest.fail("no checkpoint")
-    assert one["nami"]["step"] == two["nami"]["step"] == 8
-    for name, tensor in one["state_dict"].items():
-        assert torch.allclose(two["state_dict"][name], tensor, rtol=2e-4, atol=2e-5, equal_nan=True), name
-    logs = []
-    for name in ("one", "two"):
-        events = EventAccumulator(str(runs / name), size_guidance={"scalars": 0})
-        events.Reload()
-        logs.append([(e.step, e.value) for e in events.Scalars("train/loss_stage3")])
-    assert logs[0]
-    for (step, loss), (other_step, other_loss) in zip(*logs, strict=True):
-        assert (step, loss) == (other_step, pytest.approx(other_loss, rel=1e-5))
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    names = [name for name in events.Tags()["scalars"] if name.startswith("train/")]
+    return {name: {event.step: event.value for event in events.Scalars(name)} for name in names}
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return {name: tensor.float() for name, tensor in load_module(Run(folder)).state_dict().items()}
+
+
+def assert_same(folder: Path, other: Path) -> None:
+    one, two = losses(folder), losses(other)
+    assert one.keys() == two.keys()
+    assert len(one["train/loss"]) == STEPS
+    for name, values in one.items():
+        assert two[name] == {step: pytest.approx(value, rel=1e-5) for step, value in values.items()}, name
+    ours, theirs = weights(folder), weights(other)
+    assert any(name.startswith("ema.") for name in ours)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        difference: Any = (tensor - theirs[name]).nan_to_num().abs().max()
+        assert difference < 1e-5, name
+
+
+@pytest.mark.parametrize("strategy", list(STRATEGIES))
+def test_several_processes_train_as_one(alone: Path, tiny_module: list[str], strategy: str) -> None:
+    run([*tiny_module, *phases(*PHASES), *STRATEGIES[strategy], "--name", strategy])
+    assert_same(alone, alone.parent / strategy)
+
+
+def test_two_processes_then_one_then_two_train_as_one_uninterrupted(alone: Path, tiny_module: list[str]) -> None:
+    """The first stop is before stage 3 was ever touched."""
+    settings = [*tiny_module, "--name", "elastic", "--trainer.strategy", "fsdp2", "--trainer.devices"]
+    run([*settings, "2", *phases(PHASES[0].replace("steps: 6", "steps: 4"))])
+    run([*settings, "1", *phases(PHASES[0], PHASES[1].replace("steps: 6", "steps: 3"))])
+    run([*settings, "2", *phases(*PHASES)])
+    assert_same(alone, alone.parent / "elastic")
+
+
+def test_shards_are_not_resumed_by_another_strategy(tiny_module: list[str], alone: Path) -> None:
+    command = [sys.executable, "-m", "nami_lightning.cli", "run", *tiny_module, "--name", "elastic"]
+    more = phases(*PHASES[:2], PHASES[2].replace("steps: 8", "steps: 9"))
+    done = subprocess.run([*command, *more], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "was written by FSDP2Strategy: resume with it as trainer.strategy" in done.stderr

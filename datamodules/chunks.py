@@ -1,0 +1,78 @@
+"""litdata's chunk files on this machine, an item at a time and in any order.
+
+litdata's own access by index reads a local chunk whole for every item that is not the next one, so a shuffled stream
+would spend more time there than on decoding. Here each chunk is mapped once and stays open.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from litdata.streaming.item_loader import PyTreeLoader
+from litdata.streaming.serializers import _get_serializers
+from litdata.utilities._pytree import treespec_loads
+
+
+class DamagedChunk(RuntimeError):
+    """A chunk file that is missing or does not hold what it should.
+
+    Args:
+        path: of the file.
+        problem: what is wrong with it.
+    """
+
+    def __init__(self, path: Path, problem: str) -> None:
+        super().__init__(path, problem)
+        self.path, self.problem = path, problem
+
+    def __str__(self) -> str:
+        return f"{self.path} is damaged: {self.problem}. To find all damage: lightning data verify"
+
+
+class ChunkFile:
+    """The items of one chunk, by number.
+
+    Args:
+        path: of the file.
+        entry: what the index of its folder says of it: ``chunk_size`` (items) and ``chunk_bytes``.
+        config: of the index: how items are packed.
+
+    Raises:
+        DamagedChunk: the file is missing, or is not what ``entry`` says.
+    """
+
+    def __init__(self, path: Path, entry: dict[str, Any], config: dict[str, Any]) -> None:
+        self.path = path
+        try:
+            self.items, self.bytes = int(entry["chunk_size"]), int(entry["chunk_bytes"])
+            config = config | {"data_spec": treespec_loads(config["data_spec"])}
+            self._loader = PyTreeLoader(batch_decode="item")
+            self._loader.setup(config, [entry], _get_serializers(None))
+        except (KeyError, TypeError, ValueError) as error:
+            raise DamagedChunk(path, f"its index does not say how it is to be read ({error!r})") from error
+        try:
+            size = path.stat().st_size
+            with path.open("rb") as file:
+                held = int.from_bytes(file.read(4), "little")
+        except OSError as error:
+            raise DamagedChunk(path, f"it can't be read: {error.strerror}") from error
+        if size != self.bytes:
+            raise DamagedChunk(path, f"it has {size:,} bytes, but its index says {self.bytes:,}")
+        if held != self.items:
+            raise DamagedChunk(path, f"it holds {held:,} items, but its index says {self.items:,}")
+        self._loader.set_mmap_allowed_chunks({0})
+
+    def __len__(self) -> int:
+        return self.items
+
+    def __getitem__(self, number: int) -> Any:
+        """Item ``number``.
+
+        Raises:
+            DamagedChunk: it can't be unpacked.
+        """
+        if not 0 <= number < self.items:
+            raise IndexError(number)
+        try:
+            return self._loader.load_item_from_chunk(number, 0, str(self.path), 0, self.bytes)
+        except Exception as error:
+            raise DamagedChunk(self.path, f"item {number} can't be unpacked ({error!r})") from error

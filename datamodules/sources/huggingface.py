@@ -1,0 +1,113 @@
+"""Datasets of Hugging Face's ``datasets`` that were saved to disk."""
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+from nami_lightning.datamodules.sources.base import Skipped, Source, SourceSample
+from nami_lightning.datamodules.sources.columns import COLUMNS, Columns
+from nami_lightning.datamodules.sources.tables import BATCH, Layout
+
+PART_SIZE = 1000
+
+
+class HuggingFaceDataset(Source):
+    """A dataset that ``save_to_disk`` wrote; its images are taken as the files that they are, not decoded.
+
+    An id is the row's key, or its number.
+
+    Args:
+        path: its folder.
+        split: of a dataset with several.
+        columns: which columns hold captions and scores.
+        image: column of the images; null: ``image``, or another usual name, or the only one.
+        key: column of unique names; null: ``key`` if there is one.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        split: str | None = None,
+        columns: Columns = COLUMNS,
+        image: str | None = None,
+        key: str | None = None,
+    ) -> None:
+        self.path, self.split, self.columns, self.image, self.key = path, split, columns, image, key
+
+    def settings(self) -> dict[str, Any]:
+        """All arguments."""
+        return {
+            "name": "HuggingFaceDataset",
+            "path": self.path,
+            "split": self.split,
+            "columns": asdict(self.columns),
+            "image": self.image,
+            "key": self.key,
+        }
+
+    def parts(self) -> list[str]:
+        """``FIRST-END-FINGERPRINT`` of every thousand rows.
+
+        Raises:
+            FileNotFoundError: no such folder, or no dataset in it.
+            ModuleNotFoundError: the extra ``data`` is not installed.
+            ValueError: a split or a column is not there, or has to be chosen.
+        """
+        dataset = self._load()
+        self._layout(dataset)
+        rows = len(dataset)
+        ends = [(first, min(first + PART_SIZE, rows)) for first in range(0, rows, PART_SIZE)]
+        return [f"{first:07d}-{end:07d}-{dataset._fingerprint}" for first, end in ends]
+
+    def read(self, part: str) -> Iterator[SourceSample | Skipped]:
+        """The samples of a slice of rows."""
+        import datasets
+
+        first, end = map(int, part.split("-")[:2])
+        dataset = self._load()
+        layout = self._layout(dataset)
+        dataset = dataset.with_format(None).select_columns(layout.wanted)
+        if isinstance(dataset.features[layout.image], datasets.Image):
+            dataset = dataset.cast_column(layout.image, datasets.Image(decode=False))
+        yield from layout.samples(rows_of(dataset, first, end), "", first)
+
+    def _load(self) -> Any:
+        try:
+            import datasets
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                f"reading a Hugging Face dataset needs datasets: pip install '.[data]' ({error})"
+            ) from error
+        dataset = datasets.load_from_disk(self.path)
+        if not isinstance(dataset, datasets.DatasetDict):
+            if self.split is not None:
+                raise ValueError(f"{self.path} has no splits; split {self.split!r} was asked for")
+            return dataset
+        splits = list(dataset)
+        split = splits[0] if self.split is None and len(splits) == 1 else self.split
+        if split not in splits:
+            asked = "choose one" if split is None else f"{split!r} is not among them"
+            raise ValueError(f"{self.path} has the splits {', '.join(splits)}: {asked}, --source.split NAME")
+        return dataset[split]
+
+    def _layout(self, dataset: Any) -> Layout:
+        import datasets
+
+        images = [
+            name
+            for name, feature in dataset.features.items()
+            if isinstance(feature, datasets.Image)
+            or getattr(feature, "dtype", None) in ("binary", "large_binary")
+            or (isinstance(feature, dict) and "bytes" in feature)
+        ]
+        try:
+            return Layout(dataset.column_names, images, self.columns, self.image, self.key)
+        except ValueError as error:
+            raise ValueError(f"{self.path} has {error}") from error
+
+
+def rows_of(dataset: Any, first: int, end: int) -> Iterator[dict[str, Any]]:
+    """Rows ``first`` to ``end``, a few in memory at a time."""
+    for start in range(first, end, BATCH):
+        batch = dataset[start : min(start + BATCH, end)]
+        yield from (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))

@@ -1,0 +1,191 @@
+"""How fast a data set is read, next to plain litdata and torchvision's ImageFolder, interleaved in one run."""
+
+import statistics
+import tempfile
+from argparse import Namespace
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from litdata import StreamingDataLoader, StreamingDataset
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import CenterCrop, Compose, InterpolationMode, PILToTensor, Resize
+
+from nami_lightning.curriculum import Curriculum, Phase
+from nami_lightning.datamodules.dataset import Bucket, PreparedDataset
+from nami_lightning.datamodules.images import read_image
+from nami_lightning.datamodules.shapes import Shape
+from nami_lightning.datamodules.shards import Record
+from nami_lightning.datamodules.stream import StageImages, StepDataset, StepLoader
+
+COARSER = 4
+"""The second stage that is measured takes images so many times smaller."""
+
+PREFETCH = 2
+"""Batches that each worker of each loader works ahead."""
+
+NAMES = ("ours", "litdata", "ImageFolder")
+Loader = Iterable[Any]
+
+
+def data(options: Namespace) -> None:
+    """Images a second of a data set's largest bucket, of its finest resolution, and of a stage four times coarser.
+
+    Args:
+        options: ``recipe``, a prepared data set or a recipe whose data set is prepared; ``images``, a folder of
+            the same images as torchvision's ImageFolder takes it, or None to export them; ``workers`` of each
+            loader; ``batch_size``; ``samples`` that each loader reads in a round; ``rounds``.
+
+    Raises:
+        ValueError: the data set has too few images for a batch.
+    """
+    dataset = _open(options.recipe, options.overrides)
+    bucket = _largest(dataset)
+    factors = [1] + [COARSER] * all(side % COARSER == 0 for side in (bucket.resolution, *bucket.shape))
+    batches = _batches(bucket, options)
+    print(f"{dataset.folder}, train/{bucket.name}, {len(bucket):,} images; {options.workers} worker(s) a loader")
+    with ExitStack() as stack:
+        count = (batches + _warm_up(options)) * options.batch_size
+        images = Path(options.images) if options.images else stack.enter_context(exported(bucket, count))
+        rows = [(factor, _compare(bucket, factor, images, batches, options)) for factor in factors]
+    headings = f"{'ours':>10}  {'litdata':>10}  {'ImageFolder':>11}  {'/litdata':>8}  {'/ImageFolder':>12}"
+    print(f"\n{'images of':>12}  {headings}")
+    for factor, rates in rows:
+        ours, plain, folder = (statistics.median(of_round[i] for of_round in rates) for i in range(3))
+        by_plain, by_folder = (statistics.median(of_round[0] / of_round[i] for of_round in rates) for i in (1, 2))
+        shape = str(_shape(bucket, factor))
+        print(f"{shape:>12}  {ours:>8.0f}/s  {plain:>8.0f}/s  {folder:>9.0f}/s  {by_plain:>8.2f}  {by_folder:>12.2f}")
+    print(f"Medians of {options.rounds} rounds; a loader reads {batches} batches of {options.batch_size} in each.")
+
+
+def _open(recipe_or_dir: str, overrides: list[str]) -> PreparedDataset:
+    if Path(recipe_or_dir).is_dir():
+        return PreparedDataset(Path(recipe_or_dir))
+    from nami_lightning.recipe import Recipe
+
+    module: Any = Recipe(recipe_or_dir, overrides).make_data()
+    return PreparedDataset(module.dataset_folder)
+
+
+def _largest(dataset: PreparedDataset) -> Bucket:
+    """The training bucket with most images, of the finest resolution that has any."""
+    buckets = dataset.buckets("train")
+    if not buckets:
+        raise ValueError(f"{dataset.folder} has no training images")
+    return max(buckets, key=lambda bucket: (bucket.resolution, len(bucket)))
+
+
+def _shape(bucket: Bucket, factor: int) -> Shape:
+    return Shape(bucket.shape.width // factor, bucket.shape.height // factor)
+
+
+def _warm_up(options: Namespace) -> int:
+    """Batches that don't count: some may have been ready before a clock was started."""
+    return 1 + PREFETCH * int(options.workers)
+
+
+def _batches(bucket: Bucket, options: Namespace) -> int:
+    """Batches that a loader reads in a round: as many as asked for, all from one epoch."""
+    in_epoch = len(bucket) // options.batch_size - options.workers - _warm_up(options)
+    if in_epoch < 1:
+        raise ValueError(
+            f"{bucket.shards.folder}, the largest bucket, holds {len(bucket)} images: too few for {options.workers} "
+            f"worker(s) with batches of {options.batch_size}; choose a smaller --batch_size or fewer --workers"
+        )
+    return max(1, min(int(options.samples) // int(options.batch_size), in_epoch))
+
+
+def _compare(bucket: Bucket, factor: int, images: Path, batches: int, options: Namespace) -> list[tuple[float, ...]]:
+    """The rates of the three loaders, round after round."""
+    shape = _shape(bucket, factor)
+    rounds = []
+    for number in range(options.rounds):
+        rates = tuple(
+            rate(make(bucket, factor, images, options.batch_size, options.workers), batches, options)
+            for make in (our_loader, litdata_loader, folder_loader)
+        )
+        rounds.append(rates)
+        text = ", ".join(f"{name} {one:.0f}/s" for name, one in zip(NAMES, rates, strict=True))
+        print(f"{shape}, round {number + 1}: {text}", flush=True)
+    return rounds
+
+
+def rate(loader: Loader, batches: int, options: Namespace) -> float:
+    """Images a second of a loader at work: its workers have started, and no batch was ready before it was timed."""
+    batches_read = iter(loader)
+    warm = sum(1 for _ in islice(batches_read, _warm_up(options)))
+    begin = perf_counter()
+    read = sum(1 for _ in islice(batches_read, batches))
+    seconds = perf_counter() - begin
+    if read < batches:
+        wanted = (batches + _warm_up(options)) * options.batch_size
+        raise ValueError(
+            f"--images: a loader found {warm + read} batches of {options.batch_size}; give {wanted} images"
+        )
+    return batches * int(options.batch_size) / seconds
+
+
+# --- the three loaders -------------------------------------------------------------------------
+
+
+def our_loader(bucket: Bucket, factor: int, images: Path, batch_size: int, workers: int) -> Loader:
+    """The stream of a training of one stage on this bucket."""
+    curriculum = Curriculum([Phase(10**9, [1], 1.0)], batch_size)
+    stage = StageImages([bucket], [bucket.resolution // factor], top_only=False)
+    steps = StepDataset(curriculum, stage, [batch_size], seed=0, shuffle_window=16)
+    return StepLoader(steps, 0, workers, PREFETCH, pin_memory=False)
+
+
+def litdata_loader(bucket: Bucket, factor: int, images: Path, batch_size: int, workers: int) -> Loader:
+    """litdata as one would use it, on the same shards, decoded by the same function."""
+    dataset = StreamingDataset(
+        str(bucket.shards.folder),
+        shuffle=True,
+        drop_last=True,
+        transform=partial(decode, shape=_shape(bucket, factor), factor=factor),
+    )
+    return StreamingDataLoader(
+        dataset, batch_size=batch_size, num_workers=workers, prefetch_factor=PREFETCH if workers else None
+    )
+
+
+def decode(item: Any, shape: Shape, factor: int) -> tuple[Tensor, str]:
+    """A stored item to what training needs of it."""
+    record = Record.from_item(item)
+    return read_image(record.image, shape, factor), record.caption(0.0)
+
+
+def folder_loader(bucket: Bucket, factor: int, images: Path, batch_size: int, workers: int) -> Loader:
+    """torchvision's loader of image files."""
+    shape = _shape(bucket, factor)
+    resize = Resize(min(shape), InterpolationMode.BILINEAR)
+    dataset = ImageFolder(str(images), Compose([resize, CenterCrop((shape.height, shape.width)), PILToTensor()]))
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        shuffle=True,
+        drop_last=True,
+        num_workers=workers,
+        prefetch_factor=PREFETCH if workers else None,
+    )
+
+
+@contextmanager
+def exported(bucket: Bucket, count: int) -> Iterator[Path]:
+    """A temporary ImageFolder of the bucket's images as they are stored, of at most ``count`` of them."""
+    with tempfile.TemporaryDirectory(prefix="nami-bench-") as path:
+        target = Path(path) / "images"
+        target.mkdir()
+        count = min(count, len(bucket))
+        for number in range(count):
+            index = number * len(bucket) // count
+            record = Record.from_item(bucket.shards.read([index])[0])
+            suffix = "png" if record.image[:4] == b"\x89PNG" else "webp" if record.image[:4] == b"RIFF" else "jpg"
+            (target / f"{number:06d}.{suffix}").write_bytes(record.image)
+        yield Path(path)

@@ -1,0 +1,170 @@
+"""What the commands of ``lightning data`` do; imported only when one runs."""
+
+import argparse
+import os
+import re
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentError, ArgumentParser
+
+from nami_lightning.datamodules.dataset import SKIPPED, PreparedDataset
+from nami_lightning.datamodules.multires import MultiResolutionDataModule
+from nami_lightning.datamodules.parts import Preparation, prepare_parts
+from nami_lightning.datamodules.prepare import is_complete, merge
+from nami_lightning.datamodules.sources import find_source
+from nami_lightning.datamodules.sources.base import Source
+from nami_lightning.errors import explain
+from nami_lightning.recipe import Recipe, keys
+
+PREPARE = """\
+Make a data set of a collection of images with captions. Run the same command again to go on after an interruption.
+On many machines: the same command with --shard I/N on each, then with --merge on one.
+`lightning data prepare RECIPE` does the same with the source and settings of a recipe's data: block."""
+
+
+SOURCE = (
+    "A folder of images, tars or Parquet files, a saved Hugging Face dataset; or the class of a source (ImageFolder, "
+    "OpenMoji, yours by its class path), whose arguments follow as --source.NAME."
+)
+WORKERS = "Processes."
+SHARD = "I/N: only the I-th of N shares of the work, I from 0."
+MERGE = "Only join what the shards have made."
+
+
+def prepare(options: Namespace) -> None:
+    """From a source, or from a recipe's, to a data set.
+
+    Raises:
+        ValueError: arguments that don't fit together.
+    """
+    arguments = list(options.overrides)
+    if arguments and not arguments[0].startswith("-"):
+        work, overrides = _work_parser().parse_known_args(arguments)
+        data = Recipe(work.recipe, overrides).make_data()
+        if not isinstance(data, MultiResolutionDataModule) or data.source is None:
+            raise ValueError(f"{work.recipe} has no data.init_args.source to prepare from")
+        source, output, preparation = data.source, data.dataset_folder, data.preparation
+    else:
+        work, source, preparation = _parse(arguments)
+        output = Path(work.output)
+    if is_complete(source, output, preparation):
+        print(f"{output} is complete.")
+    elif work.shard is not None:
+        prepare_parts(source, output, preparation, work.workers, parse_shard(work.shard))
+        print(f"Shard {work.shard} is done. When all are: the same command with --merge instead of --shard.")
+        return
+    else:
+        if not work.merge:
+            prepare_parts(source, output, preparation, work.workers)
+        merge(source, output, preparation)
+    print(summary(PreparedDataset(output)))
+
+
+def _work_parser() -> argparse.ArgumentParser:
+    """What ``lightning data prepare RECIPE`` takes besides recipe keys."""
+    parser = argparse.ArgumentParser(prog="lightning data prepare", description=PREPARE, allow_abbrev=False)
+    parser.add_argument("recipe", metavar="RECIPE")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help=WORKERS)
+    parser.add_argument("--shard", metavar="I/N", help=SHARD)
+    parser.add_argument("--merge", action="store_true", help=MERGE)
+    return parser
+
+
+def _prepare_parser() -> ArgumentParser:
+    """What ``lightning data prepare --source ...`` takes: every setting of a preparation."""
+    parser = ArgumentParser(prog="lightning data prepare", description=PREPARE, exit_on_error=False)
+    parser.add_argument("--source", type=Source, required=True, help=SOURCE)
+    parser.add_argument("--output", type=str, required=True, help="The data set's folder.")
+    parser.add_class_arguments(Preparation, as_group=False)
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help=WORKERS)
+    parser.add_argument("--shard", type=str, help=SHARD)
+    parser.add_argument("--merge", action="store_true", help=MERGE)
+    return parser
+
+
+def _parse(arguments: Sequence[str]) -> tuple[Any, Source, Preparation]:
+    parser = _prepare_parser()
+    try:
+        config = parser.parse_args(_expand(arguments))
+        objects = parser.instantiate(config)
+    except ArgumentError as error:
+        raise ValueError(f"lightning data prepare: {explain(error, keys(parser))}") from error
+    preparation = Preparation(**{field.name: objects[field.name] for field in fields(Preparation)})
+    if not preparation.resolutions:
+        raise ValueError("lightning data prepare: give --resolutions, 256 512 1024 say")
+    return config, objects.source, preparation
+
+
+def _expand(arguments: Sequence[str]) -> list[str]:
+    """``--resolutions 256 512`` as a list, and a path given as ``--source`` as the class that reads what lies there."""
+    expanded: list[str] = []
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        name, _, value = argument.partition("=")
+        if name == "--resolutions":
+            values = [value] if value else []
+            while rest and not rest[0].startswith("-"):
+                values.append(rest.pop(0))
+            listed = values[0] if values[:1] and values[0].startswith("[") else f"[{', '.join(values)}]"
+            expanded += ["--resolutions", listed]
+        elif name == "--source":
+            value = value or (rest.pop(0) if rest else "")
+            expanded += _source_arguments(value)
+        else:
+            expanded.append(argument)
+    return expanded
+
+
+def _source_arguments(value: str) -> list[str]:
+    if re.fullmatch(r"[A-Za-z_][\w.]*", value) and not Path(value).exists():
+        known = value if "." in value else f"nami_lightning.datamodules.sources.{value}"
+        return ["--source", known]
+    kind = type(find_source(value))
+    return ["--source", f"{kind.__module__}.{kind.__name__}", "--source.path", value]
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """``I/N`` as two numbers.
+
+    Raises:
+        ValueError: it is not that, or I is not one of 0..N-1.
+    """
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or int(match[1]) >= int(match[2]):
+        raise ValueError(f"--shard must be I/N with I from 0 to N-1, 0/4 say; got {text}")
+    return int(match[1]), int(match[2])
+
+
+def summary(dataset: PreparedDataset) -> str:
+    """What was made, and what was left out and why."""
+    about = dataset.description
+    kept = sum(sum(of_split.values()) for of_split in about["samples"].values())
+    rows = [("images read", about["read"]), ("kept", kept)]
+    rows += [(f"  {split} {name}", n) for split, buckets in about["samples"].items() for name, n in buckets.items()]
+    rows += [(f"removed: {reason}", n) for reason, n in about["removed"].items()]
+    rows += [(f"skipped: {reason}", n) for reason, n in about["skipped"].items()]
+    width = max(len(name) for name, _ in rows)
+    lines = [f"{name:{width}}  {n:>10,}" for name, n in rows]
+    if about["skipped"]:
+        lines.append(f"The skipped ones by name: {dataset.folder / SKIPPED}")
+    return "\n".join([f"{dataset.folder}", *lines])
+
+
+def show(options: Namespace) -> None:
+    """Print what a data set is, and draw a contact sheet."""
+    from nami_lightning.datamodules.show import show as show_dataset
+
+    show_dataset(Path(options.folder), Path(options.out), options.images)
+
+
+def verify(options: Namespace) -> None:
+    """Read a data set whole; exit status 1 if anything is damaged."""
+    from nami_lightning.datamodules.verify import report
+
+    sys.exit(report(Path(options.folder), options.workers))

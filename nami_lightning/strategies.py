@@ -1,0 +1,164 @@
+"""How a model is spread over devices and fitted into their memory; nothing here knows of flows or images.
+
+:func:`parallelize` does it in the one order that works:
+
+1. activation checkpointing wraps each (n-th) block: the backward pass recomputes it;
+2. ``torch.compile`` compiles each block, its recomputation included: one graph a kind of block and shape;
+3. FSDP2 (``fully_shard``) shards every block, every stage's head, then the rest at the root, over the mesh's ``shard``
+   dimension, and replicates over its ``replicate`` dimension (HSDP) if that is larger than one;
+4. its mixed precision computes in ``param_dtype`` and reduces gradients in ``reduce_dtype``; the weights that the
+   optimizer steps, and its moments, stay as they are (float32).
+
+What FSDP2 sends for P parameters over N shards, each rank, a step: an all-gather of (N-1)/N * P in ``param_dtype`` for
+every micro-batch's forward pass, again for its backward pass where parameters are resharded between, and one
+reduce-scatter of (N-1)/N * P in ``reduce_dtype`` a step, or a micro-batch (``reduce_gradients``). HSDP adds an
+all-reduce of P/N over the replicas. A micro-batch of stage k gathers only the blocks that run at stage k.
+"""
+
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+from torch.utils.checkpoint import checkpoint
+
+from nami_lightning.transformer import NamiTransformer2DModel
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTypeName = Literal["float32", "bfloat16", "float16"]
+
+
+class FSDP2Strategy(ModelParallelStrategy):
+    """FSDP2, or HSDP, over all processes; on CPU with gloo too. ``trainer.strategy: fsdp2`` is this with its defaults.
+
+    Args:
+        replicate: groups of processes that hold a copy each; 1 shards over all. One a node keeps gathers inside it.
+        param_dtype: of the computation and the gathers.
+        reduce_dtype: of the gradients' reduction.
+        reshard_after_forward: drop a block's gathered weights between forward and backward: less memory, one more
+            gather.
+        reduce_gradients: once a ``step`` keeps unsharded gradients until the last micro-batch: P numbers of memory for
+            fewer bytes; ``micro_batch`` reduces after each.
+        timeout_minutes: of a collective; then the process ends with a message.
+
+    Raises:
+        ValueError: ``replicate`` does not divide the number of processes.
+    """
+
+    def __init__(
+        self,
+        replicate: int = 1,
+        param_dtype: DTypeName = "float32",
+        reduce_dtype: DTypeName = "float32",
+        reshard_after_forward: bool = True,
+        reduce_gradients: Literal["step", "micro_batch"] = "step",
+        timeout_minutes: float = 30,
+    ) -> None:
+        super().__init__(timeout=timedelta(minutes=timeout_minutes))
+        self.replicate = replicate
+        self.policy = MixedPrecisionPolicy(
+            param_dtype=DTYPES[param_dtype], reduce_dtype=DTYPES[reduce_dtype], cast_forward_inputs=False
+        )
+        self.reshard_after_forward = reshard_after_forward
+        self.reduce_each_micro_batch = reduce_gradients == "micro_batch"
+
+    def setup_environment(self) -> None:
+        """Start the process group and lay out the mesh."""
+        self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
+        super().setup_environment()
+        if self.replicate < 1 or self.world_size % self.replicate:
+            raise ValueError(f"replicate {self.replicate} must divide the {self.world_size} processes")
+        sizes = (self.replicate, self.world_size // self.replicate)
+        self._device_mesh = init_device_mesh(self.root_device.type, sizes, mesh_dim_names=("replicate", "shard"))
+        assert self.lightning_module is not None
+        self.lightning_module._device_mesh = self._device_mesh
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """Every process has data of its own."""
+        return {"num_replicas": self.world_size, "rank": self.global_rank}
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The optimizer's state with that of weights no stage has touched yet, without which none can be resumed."""
+        fill_state(getattr(optimizer, "_optimizer", optimizer))
+        return super().optimizer_state(optimizer)
+
+    def shard(self, model: NamiTransformer2DModel) -> None:
+        """Shard a network's blocks, heads and root, in place."""
+        mesh = self.device_mesh if self.replicate > 1 else self.device_mesh["shard"]
+        settings: dict[str, Any] = {"mesh": mesh, "mp_policy": self.policy}
+        for part in [*model.transformer_blocks, *model.single_transformer_blocks, *model.heads]:
+            fully_shard(part, reshard_after_forward=self.reshard_after_forward, **settings)
+        # The root too: it is gathered again in every forward pass, but sampling between steps then needs no care.
+        fully_shard(model, reshard_after_forward=True, **settings)
+
+
+StrategyRegistry.register("fsdp2", FSDP2Strategy, "FSDP2 over all processes")
+
+
+def parallelize(
+    model: NamiTransformer2DModel, strategy: object, activation_checkpointing: int = 0, compile: bool = False
+) -> None:
+    """Prepare a network for training under a strategy, in place; see the top of this file for the order.
+
+    Args:
+        model: on the CPU, with its weights.
+        strategy: Lightning's; sharding is an :class:`FSDP2Strategy`'s, any other leaves the network whole.
+        activation_checkpointing: recompute every so many-th block; 1 is every block, 0 none.
+        compile: compile each block.
+    """
+    for blocks in (model.transformer_blocks, model.single_transformer_blocks):
+        for index, block in enumerate(blocks):
+            if activation_checkpointing and index % activation_checkpointing == 0:
+                checkpoint_block(block)
+            if compile:
+                block.compile(dynamic=False)
+    if isinstance(strategy, FSDP2Strategy):
+        strategy.shard(model)
+
+
+def fill_state(optimizer: Optimizer) -> None:
+    """Give every parameter the state that it would start with, zeros like those of one that was stepped."""
+    stepped = [(parameter, state) for parameter, state in optimizer.state.items() if state]
+    if not stepped:
+        return
+    example, state = stepped[0]
+    for parameter in (p for group in optimizer.param_groups for p in group["params"] if p not in optimizer.state):
+        optimizer.state[parameter] = {
+            name: torch.zeros_like(parameter if value.shape == example.shape else value)
+            for name, value in state.items()
+        }
+
+
+def checkpoint_block(block: nn.Module) -> None:
+    """Make a block's forward pass keep only its inputs, in place, so that the names of its weights stay."""
+    forward = block.forward
+
+    def recomputed(*arguments: Any, **keywords: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*arguments, **keywords)
+        return checkpoint(forward, *arguments, use_reentrant=False, **keywords)
+
+    block.forward = recomputed
+
+
+def reduce_gradients(model: nn.Module, strategy: object, last: bool) -> None:
+    """Say before a micro-batch's backward pass whether it is the one after which FSDP2 reduces gradients."""
+    if isinstance(strategy, FSDP2Strategy) and isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last or strategy.reduce_each_micro_batch)
+
+
+@torch.no_grad()
+def local_shards(model: nn.Module) -> list[torch.Tensor]:
+    """The parameters' numbers on this rank: their shards under FSDP2, all of them otherwise."""
+    return [p.to_local() if isinstance(p, DTensor) else p.data for p in model.parameters()]
+
+
+def whole(value: torch.Tensor) -> torch.Tensor:
+    """A tensor's numbers of all ranks."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
