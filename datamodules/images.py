@@ -48,6 +48,8 @@ def open_image(data: bytes) -> Image.Image:
             return to_rgb(ImageOps.exif_transpose(image))
     except BadImage:
         raise
+    except Image.DecompressionBombError as error:
+        raise BadImage(f"too large: {error}") from error
     except Exception as error:  # Pillow raises nearly anything on damaged files
         raise BadImage(f"not a readable image: {error}") from error
 
