@@ -42,7 +42,7 @@ def as_texts(folder: Path) -> Path:
     return folder
 
 
-def as_metadata(folder: Path, write: Callable[[Path], None]) -> Path:
+def as_metadata(folder: Path, write: Callable[[Path], object]) -> Path:
     for number in range(COUNT):
         (folder / f"{number}.png").write_bytes(picture(number))
     write(folder)
@@ -51,7 +51,7 @@ def as_metadata(folder: Path, write: Callable[[Path], None]) -> Path:
 
 def as_jsonl(folder: Path) -> Path:
     rows = [json.dumps({"file_name": f"{number}.png", "text": caption(number)}) for number in range(COUNT)]
-    return as_metadata(folder, lambda folder: (folder / "metadata.jsonl").write_text("\n".join(rows)) and None)
+    return as_metadata(folder, lambda folder: (folder / "metadata.jsonl").write_text("\n".join(rows)))
 
 
 def as_csv(folder: Path) -> Path:
@@ -106,7 +106,8 @@ def stored(folder: Path) -> set[tuple[str, str, bytes]]:
     for bucket in PreparedDataset(folder).buckets("train"):
         for item in bucket.shards.read(range(len(bucket))):
             record = Record.from_item(item)
-            found.add((bucket.name, *record.captions, record.image))
+            (text,) = record.captions
+            found.add((bucket.name, text, record.image))
     return found
 
 
