@@ -14,7 +14,7 @@ from typing import Any, Literal
 from nami_lightning.datamodules.shapes import Aspect, Shape, aspect_of
 from nami_lightning.datamodules.shards import Shards
 
-FORMAT = "nami-shards/2"
+FORMAT = "nami-shards/3"
 DESCRIPTION = "dataset.json"
 SKIPPED = "skipped.jsonl"
 Split = Literal["train", "heldout"]

@@ -8,10 +8,13 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from litdata import StreamingDataset
 from litdata.streaming import Cache
 
+from nami_lightning.datamodules.chunks import ChunkFile
+
 INDEX = "index.json"
+OPEN_CHUNKS = 64
+"""Chunks of a folder that are kept open; more than are shuffled together."""
 
 
 class Record(NamedTuple):
@@ -29,10 +32,10 @@ class Record(NamedTuple):
     captions: list[str]
     weights: list[float]
 
-    def to_item(self) -> dict[str, Any]:
-        """What litdata stores."""
-        texts = json.dumps([self.captions, self.weights], ensure_ascii=False)
-        return {"id": self.id, "image": self.image, "captions": texts}
+    def to_item(self) -> tuple[str, bytes, str]:
+        """What litdata stores. No dict: where pyarrow is installed, litdata would store those in Arrow's format, which
+        can't be read where it isn't, and is read 256 at a time."""
+        return self.id, self.image, json.dumps([self.captions, self.weights], ensure_ascii=False)
 
     def caption(self, chance: float) -> str:
         """The caption that ``chance``, in [0, 1), falls on."""
@@ -40,9 +43,10 @@ class Record(NamedTuple):
         return self.captions[bisect_right(ends, chance * ends[-1])]
 
     @classmethod
-    def from_item(cls, item: dict[str, Any]) -> "Record":
+    def from_item(cls, item: tuple[str, bytes, str]) -> "Record":
         """What litdata read."""
-        return cls(item["id"], item["image"], *json.loads(item["captions"]))
+        name, image, texts = item
+        return cls(name, image, *json.loads(texts))
 
 
 class ShardWriter:
@@ -59,7 +63,7 @@ class ShardWriter:
         self.cache = Cache(str(folder), chunk_bytes=chunk_bytes)
         self.count = 0
 
-    def write(self, item: dict[str, Any]) -> None:
+    def write(self, item: tuple[Any, ...]) -> None:
         """Append an item."""
         self.cache[self.count] = item
         self.count += 1
@@ -72,7 +76,7 @@ class ShardWriter:
 
 
 class Shards:
-    """Reads a folder of shards by index. Opened lazily, so that it can be sent to a worker process.
+    """Reads a folder of shards by index. Files are opened when they are read, so this can be sent to a worker process.
 
     Args:
         folder: of the shards; one without an index is empty.
@@ -83,33 +87,42 @@ class Shards:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.chunk_sizes = [chunk["chunk_size"] for chunk in read_index(folder)["chunks"]]
-        self._dataset: StreamingDataset | None = None
+        self._index = read_index(folder)
+        self.chunk_sizes = [chunk["chunk_size"] for chunk in self._index["chunks"]]
+        self._ends = list(accumulate(self.chunk_sizes))
+        self._open: dict[int, ChunkFile] = {}
 
     def __len__(self) -> int:
         return sum(self.chunk_sizes)
 
-    def read(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+    def read(self, indices: Sequence[int]) -> list[Any]:
         """The items at ``indices``, in that order; read in the order in which they lie on disk.
 
         Raises:
-            RuntimeError: a chunk is missing or damaged.
+            DamagedChunk: a chunk is missing or damaged.
         """
-        if self._dataset is None:
-            self._dataset = StreamingDataset(str(self.folder), shuffle=False)
-        try:
-            items = {index: _plain(self._dataset[index]) for index in sorted(set(indices))}
-        except Exception as error:
-            raise RuntimeError(
-                f"{self.folder}: reading samples {min(indices)}..{max(indices)} failed ({error!r}): "
-                "a chunk is missing or damaged; find it with: lightning data verify"
-            ) from error
+        items = {index: self._item(index) for index in sorted(set(indices))}
         return [items[index] for index in indices]
 
+    def _item(self, index: int) -> Any:
+        number = bisect_right(self._ends, index)
+        chunk = self._open.pop(number, None) or self._chunk(number)
+        self._open[number] = chunk  # the last used comes last
+        if len(self._open) > OPEN_CHUNKS:
+            self._open.pop(next(iter(self._open)))
+        return _plain(chunk[index - self._ends[number] + self.chunk_sizes[number]])
 
-def _plain(item: dict[str, Any]) -> dict[str, Any]:
+    def _chunk(self, number: int) -> ChunkFile:
+        entry = self._index["chunks"][number]
+        return ChunkFile(self.folder / entry["filename"], entry, self._index["config"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_open": {}}
+
+
+def _plain(item: tuple[Any, ...]) -> tuple[Any, ...]:
     """litdata gives views of a chunk's memory; bytes can be sent between processes and written again."""
-    return {key: bytes(value) if isinstance(value, memoryview) else value for key, value in item.items()}
+    return tuple(bytes(value) if isinstance(value, memoryview) else value for value in item)
 
 
 def read_index(folder: Path) -> dict[str, Any]:
