@@ -4,6 +4,7 @@ import json
 import shutil
 from bisect import bisect_right
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,8 +14,9 @@ from litdata.streaming import Cache
 from nami_lightning.datamodules.chunks import ChunkFile
 
 INDEX = "index.json"
-OPEN_CHUNKS = 64
-"""Chunks of a folder that are kept open; more than are shuffled together."""
+OPEN_CHUNKS = 512
+"""Chunks that a process keeps open, of all folders together: the windows that are shuffled, of every stage. Each is an
+open file, of which systems allow a process 1,024."""
 
 
 class Record(NamedTuple):
@@ -90,7 +92,6 @@ class Shards:
         self._index = read_index(folder)
         self.chunk_sizes = [chunk["chunk_size"] for chunk in self._index["chunks"]]
         self._ends = list(accumulate(self.chunk_sizes))
-        self._open: dict[int, ChunkFile] = {}
 
     def __len__(self) -> int:
         return sum(self.chunk_sizes)
@@ -106,18 +107,12 @@ class Shards:
 
     def _item(self, index: int) -> Any:
         number = bisect_right(self._ends, index)
-        chunk = self._open.pop(number, None) or self._chunk(number)
-        self._open[number] = chunk  # the last used comes last
-        if len(self._open) > OPEN_CHUNKS:
-            self._open.pop(next(iter(self._open)))
-        return _plain(chunk[index - self._ends[number] + self.chunk_sizes[number]])
+        return _plain(self._chunk(number)[index - self._ends[number] + self.chunk_sizes[number]])
 
+    @lru_cache(maxsize=OPEN_CHUNKS)  # noqa: B019  (one for all folders, which live as long as the process)
     def _chunk(self, number: int) -> ChunkFile:
         entry = self._index["chunks"][number]
         return ChunkFile(self.folder / entry["filename"], entry, self._index["config"])
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_open": {}}
 
 
 def _plain(item: tuple[Any, ...]) -> tuple[Any, ...]:

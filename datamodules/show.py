@@ -43,12 +43,21 @@ def show(folder: Path, out: Path | None, samples: int) -> None:
     if samples and folder.resolve() in (out.resolve(), *out.resolve().parents):
         raise ValueError(f"--out {out} lies in the data set, which is left as it is: choose another folder")
     dataset = PreparedDataset(folder)
-    buckets = [(split, bucket) for split in SPLITS for bucket in dataset.buckets(split)]
-    print("\n".join([*settings(dataset), "", *counts(dataset, buckets), "", *losses(dataset), "", *captions(buckets)]))
-    print("\n".join(["", *encodings(folder)]))
+    buckets = buckets_of(dataset)
+    print("\n".join([*settings(dataset), "", *outcome(dataset), "", *captions(buckets), "", *encodings(folder)]))
     if samples:
         save_image(contact_sheet(buckets, samples), out / CONTACT_SHEET)
         print(f"\nSome of its images: {out / CONTACT_SHEET}")
+
+
+def buckets_of(dataset: PreparedDataset) -> list[tuple[Split, Bucket]]:
+    """All buckets that hold anything, split by split."""
+    return [(split, bucket) for split in SPLITS for bucket in dataset.buckets(split)]
+
+
+def outcome(dataset: PreparedDataset) -> list[str]:
+    """What a preparation made, and what it left out and why."""
+    return [*counts(dataset, buckets_of(dataset)), "", *losses(dataset)]
 
 
 def settings(dataset: PreparedDataset) -> list[str]:

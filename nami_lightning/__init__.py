@@ -3,8 +3,7 @@
 Names are imported on first use, so that ``import nami_lightning`` and ``nami --help`` stay quick.
 """
 
-from importlib import import_module
-from typing import Any
+from nami_lightning.lazy import lazy
 
 __version__ = "0.1.0"
 
@@ -18,14 +17,4 @@ _HOMES = {
     "PixelCodec": "encoders",
 }
 
-__all__ = sorted(_HOMES)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return [*globals(), *__all__]
+__all__, __getattr__, __dir__ = lazy(__name__, _HOMES)

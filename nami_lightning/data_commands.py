@@ -12,12 +12,15 @@ from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-from nami_lightning.datamodules.dataset import SKIPPED, PreparedDataset
+from nami_lightning.datamodules.dataset import PreparedDataset
 from nami_lightning.datamodules.multires import MultiResolutionDataModule
 from nami_lightning.datamodules.parts import Preparation, prepare_parts
 from nami_lightning.datamodules.prepare import is_complete, merge
+from nami_lightning.datamodules.show import outcome
+from nami_lightning.datamodules.show import show as show_dataset
 from nami_lightning.datamodules.sources import find_source
 from nami_lightning.datamodules.sources.base import Source
+from nami_lightning.datamodules.verify import report
 from nami_lightning.errors import explain
 from nami_lightning.recipe import Recipe, keys
 
@@ -62,7 +65,7 @@ def prepare(options: Namespace) -> None:
         if not work.merge:
             prepare_parts(source, output, preparation, work.workers)
         merge(source, output, preparation)
-    print(summary(PreparedDataset(output)))
+    print("\n".join(outcome(PreparedDataset(output))))
 
 
 def _work_parser() -> argparse.ArgumentParser:
@@ -141,30 +144,11 @@ def parse_shard(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def summary(dataset: PreparedDataset) -> str:
-    """What was made, and what was left out and why."""
-    about = dataset.description
-    kept = sum(sum(of_split.values()) for of_split in about["samples"].values())
-    rows = [("images read", about["read"]), ("kept", kept)]
-    rows += [(f"  {split} {name}", n) for split, buckets in about["samples"].items() for name, n in buckets.items()]
-    rows += [(f"removed: {reason}", n) for reason, n in about["removed"].items()]
-    rows += [(f"skipped: {reason}", n) for reason, n in about["skipped"].items()]
-    width = max(len(name) for name, _ in rows)
-    lines = [f"{name:{width}}  {n:>10,}" for name, n in rows]
-    if about["skipped"]:
-        lines.append(f"The skipped ones by name: {dataset.folder / SKIPPED}")
-    return "\n".join([f"{dataset.folder}", *lines])
-
-
 def show(options: Namespace) -> None:
     """Print what a data set is, and draw a contact sheet."""
-    from nami_lightning.datamodules.show import show as show_dataset
-
     show_dataset(Path(options.folder), Path(options.out), options.images)
 
 
 def verify(options: Namespace) -> None:
     """Read a data set whole; exit status 1 if anything is damaged."""
-    from nami_lightning.datamodules.verify import report
-
     sys.exit(report(Path(options.folder), options.workers))

@@ -1,0 +1,21 @@
+"""Names of a package that are imported on first use, so that importing the package stays quick."""
+
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import Any
+
+
+def lazy(package: str, homes: Mapping[str, str]) -> tuple[list[str], Callable[[str], Any], Callable[[], list[str]]]:
+    """A package's ``__all__``, ``__getattr__`` and ``__dir__``.
+
+    Args:
+        package: its ``__name__``.
+        homes: name to the module below ``package`` that it lives in.
+    """
+
+    def get(name: str) -> Any:
+        if name not in homes:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return getattr(import_module(f"{package}.{homes[name]}"), name)
+
+    return sorted(homes), get, lambda: [*vars(import_module(package)), *homes]
