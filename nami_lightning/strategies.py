@@ -42,12 +42,13 @@ class FSDP2Strategy(ModelParallelStrategy):
         reduce_dtype: of the gradients' reduction.
         reshard_after_forward: drop a block's gathered weights between forward and backward: less memory, one more
             gather.
-        reduce_gradients: once a ``step`` keeps unsharded gradients until the last micro-batch: P numbers of memory for
-            fewer bytes; ``micro_batch`` reduces after each.
+        reduce_gradients: after each ``micro_batch``, or once a ``step``, which keeps unsharded gradients until its last
+            micro-batch: P numbers of memory for fewer bytes.
         timeout_minutes: of a collective; then the process ends with a message.
 
     Raises:
-        ValueError: ``replicate`` does not divide the number of processes.
+        ValueError: ``replicate`` does not divide the number of processes, or gradients of another number type than
+            the reduction's are to be kept: FSDP2 can't mix those that it kept with those of a stage's new blocks.
     """
 
     def __init__(
@@ -56,10 +57,15 @@ class FSDP2Strategy(ModelParallelStrategy):
         param_dtype: DTypeName = "float32",
         reduce_dtype: DTypeName = "float32",
         reshard_after_forward: bool = True,
-        reduce_gradients: Literal["step", "micro_batch"] = "step",
+        reduce_gradients: Literal["step", "micro_batch"] = "micro_batch",
         timeout_minutes: float = 30,
     ) -> None:
         super().__init__(timeout=timedelta(minutes=timeout_minutes))
+        if reduce_gradients == "step" and param_dtype != reduce_dtype:
+            raise ValueError(
+                f"reduce_gradients: step needs one number type, but param_dtype is {param_dtype} and reduce_dtype "
+                f"{reduce_dtype}: make them equal, or reduce after each micro_batch"
+            )
         self.replicate = replicate
         self.policy = MixedPrecisionPolicy(
             param_dtype=DTYPES[param_dtype], reduce_dtype=DTYPES[reduce_dtype], cast_forward_inputs=False

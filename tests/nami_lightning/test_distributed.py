@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 from nami_lightning.commands import load_module
 from nami_lightning.runs import Run
+from nami_lightning.strategies import FSDP2Strategy
 
 PHASES = (
     "{steps: 6, ratio: [2, 4, 0], learning_rate: 0.002, warmup_steps: 2}",  # stage 3 is not touched yet
@@ -24,7 +26,7 @@ STRATEGIES: dict[str, list[str]] = {
     "fsdp2": ["--trainer.devices", "2", "--trainer.strategy", "fsdp2", "--model.activation_checkpointing", "2"],
     "hsdp": [
         *("--trainer.devices", "4", "--trainer.strategy.class_path", "nami_lightning.strategies.FSDP2Strategy"),
-        *("--trainer.strategy.init_args.replicate", "2", "--trainer.strategy.init_args.reduce_gradients=micro_batch"),
+        *("--trainer.strategy.init_args.replicate", "2", "--trainer.strategy.init_args.reduce_gradients", "step"),
     ],
 }
 
@@ -79,6 +81,21 @@ def assert_same(folder: Path, other: Path) -> None:
 def test_several_processes_train_as_one(alone: Path, tiny_module: list[str], strategy: str) -> None:
     run([*tiny_module, *phases(*PHASES), *STRATEGIES[strategy], "--name", strategy])
     assert_same(alone, alone.parent / strategy)
+
+
+def test_bfloat16_computes_nearly_the_same_and_keeps_float32_weights(alone: Path, tiny_module: list[str]) -> None:
+    strategy = ["--trainer.strategy.class_path", "nami_lightning.strategies.FSDP2Strategy"]
+    strategy += ["--trainer.strategy.init_args.param_dtype", "bfloat16", "--trainer.devices", "2"]
+    run([*tiny_module, *phases(*PHASES), *strategy, "--name", "bfloat16"])
+    exact, rounded = (losses(alone.parent / name)["train/loss"] for name in ("alone", "bfloat16"))
+    assert rounded == {step: pytest.approx(loss, rel=0.02) for step, loss in exact.items()}
+    assert rounded != exact
+    assert all(w.dtype == torch.float32 for w in load_module(Run(alone.parent / "bfloat16")).transformer.parameters())
+
+
+def test_kept_gradients_of_another_number_type_are_refused() -> None:
+    with pytest.raises(ValueError, match="reduce_gradients: step needs one number type"):
+        FSDP2Strategy(param_dtype="bfloat16", reduce_gradients="step")
 
 
 def test_two_processes_then_one_then_two_train_as_one_uninterrupted(alone: Path, tiny_module: list[str]) -> None:
