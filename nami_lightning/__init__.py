@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "BridgeFlow": "bridge",
     "Curriculum": "curriculum",
+    "MuonAdamW": "optimizers",
     "NamiModule": "module",
     "NamiPipeline": "pipeline",
     "NamiTransformer2DModel": "transformer",

@@ -163,7 +163,7 @@ class NamiModule(L.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """One optimizer over the network; the bridges are frozen."""
-        return self.make_optimizer(self.transformer.parameters())
+        return self.make_optimizer(self.transformer.named_parameters())
 
     # --- training ----------------------------------------------------------------------------
 

@@ -129,16 +129,17 @@ def parallelize(
 
 
 def fill_state(optimizer: Optimizer) -> None:
-    """Give every parameter the state that it would start with, zeros like those of one that was stepped."""
-    stepped = [(parameter, state) for parameter, state in optimizer.state.items() if state]
-    if not stepped:
-        return
-    example, state = stepped[0]
-    for parameter in (p for group in optimizer.param_groups for p in group["params"] if p not in optimizer.state):
-        optimizer.state[parameter] = {
-            name: torch.zeros_like(parameter if value.shape == example.shape else value)
-            for name, value in state.items()
-        }
+    """Give every parameter the state that it would start with: zeros, as many as a stepped one of its group has."""
+    for group in optimizer.param_groups:
+        stepped = [parameter for parameter in group["params"] if optimizer.state.get(parameter)]
+        if not stepped:
+            continue
+        example = stepped[0]
+        for parameter in (p for p in group["params"] if p not in optimizer.state):
+            optimizer.state[parameter] = {
+                name: torch.zeros_like(parameter if value.shape == example.shape else value)
+                for name, value in optimizer.state[example].items()
+            }
 
 
 def checkpoint_block(block: nn.Module) -> None:

@@ -93,6 +93,16 @@ def test_bfloat16_computes_nearly_the_same_and_keeps_float32_weights(alone: Path
     assert all(w.dtype == torch.float32 for w in load_module(Run(alone.parent / "bfloat16")).transformer.parameters())
 
 
+def test_muon_trains_on_shards_as_on_one_process(tiny_module: list[str], alone: Path) -> None:
+    settings = [*tiny_module, *phases(*PHASES), "--model.optimizer", "nami_lightning.MuonAdamW"]
+    run([*settings, "--name", "muon"])
+    run([*settings, "--name", "muon_shards", *STRATEGIES["fsdp2"]])
+    one, two = (losses(alone.parent / name)["train/loss"] for name in ("muon", "muon_shards"))
+    # Muon computes in bfloat16, whose sums over shards round differently.
+    assert two == {step: pytest.approx(loss, rel=0.02) for step, loss in one.items()}
+    assert one != losses(alone)["train/loss"]
+
+
 def test_kept_gradients_of_another_number_type_are_refused() -> None:
     with pytest.raises(ValueError, match="reduce_gradients: step needs one number type"):
         FSDP2Strategy(param_dtype="bfloat16", reduce_gradients="step")

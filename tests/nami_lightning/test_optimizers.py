@@ -1,0 +1,86 @@
+"""MuonAdamW: against torch's own Muon and AdamW, each stepped alone."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from nami_lightning import MuonAdamW, NamiTransformer2DModel
+from nami_lightning.optimizers import is_hidden_matrix
+
+
+def tiny_transformer() -> NamiTransformer2DModel:
+    torch.manual_seed(0)
+    return NamiTransformer2DModel(
+        in_channels=3,
+        patch_size=4,
+        num_layers=[1, 0],
+        num_single_layers=[0, 1],
+        num_attention_heads=2,
+        attention_head_dim=16,
+        axes_dims_rope=[4, 6, 6],
+        joint_attention_dim=8,
+        pooled_projection_dim=8,
+    )
+
+
+def fill_gradients(model: nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+
+
+def test_steps_as_torchs_muon_and_adamw_do() -> None:
+    ours = tiny_transformer()
+    theirs = copy.deepcopy(ours)
+    one = MuonAdamW(ours.named_parameters(), lr=0.01, weight_decay=0.1)
+    named = list(theirs.named_parameters())
+    pair = [
+        torch.optim.Muon(
+            [p for n, p in named if is_hidden_matrix(n, p)], lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"
+        ),
+        torch.optim.AdamW(
+            [p for n, p in named if not is_hidden_matrix(n, p)], lr=0.01, weight_decay=0.1, betas=(0.9, 0.95)
+        ),
+    ]
+    for step in range(3):
+        for model, optimizers in ((ours, [one]), (theirs, pair)):
+            fill_gradients(model, step)
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:  # as the curriculum does
+                    group["lr"] = 0.01 / (step + 1)
+                optimizer.step()
+    for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, msg=name)
+
+
+def test_goes_on_from_its_state_dict() -> None:
+    whole = tiny_transformer()
+    one = MuonAdamW(whole.named_parameters())
+    fill_gradients(whole, 0)
+    one.step()
+    resumed = copy.deepcopy(whole)
+    other = MuonAdamW(resumed.named_parameters())
+    other.load_state_dict(copy.deepcopy(one.state_dict()))
+    for model, optimizer in ((whole, one), (resumed, other)):
+        fill_gradients(model, 1)
+        optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = 0.5
+        optimizer.step()
+    for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_takes_the_blocks_matrices_alone() -> None:
+    model = tiny_transformer()
+    taken = {name for name, parameter in model.named_parameters() if is_hidden_matrix(name, parameter)}
+    assert "transformer_blocks.0.attn.to_q.weight" in taken
+    assert all(parameter.ndim == 2 for name, parameter in model.named_parameters() if name in taken)
+    assert not any(word in name for name in taken for word in ("norm", "head", "embed"))
+
+
+def test_refuses_parameters_without_names_or_blocks() -> None:
+    with pytest.raises(ValueError, match="named_parameters"):
+        MuonAdamW(tiny_transformer().parameters())
+    with pytest.raises(ValueError, match="use AdamW"):
+        MuonAdamW(nn.Linear(2, 2).named_parameters())
