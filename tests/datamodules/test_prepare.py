@@ -99,6 +99,7 @@ def test_shards_of_many_machines_join_to_what_one_would_have_made(tmp_path: Path
     assert contents(out) == contents(alone)
 
 
+KILLS = int(os.environ.get("NAMI_KILLS", "3"))
 SCRIPT = """
 import sys
 from pathlib import Path
@@ -111,11 +112,10 @@ prepare(Squares(pause=0.01), Path(sys.argv[1]), PREPARATION, workers=2)
 """
 
 
-@pytest.mark.parametrize("kills", [3])
-def test_kill_9_at_random_points_neither_loses_nor_doubles_a_sample(tmp_path: Path, kills: int) -> None:
+def test_kill_9_at_random_points_neither_loses_nor_doubles_a_sample(tmp_path: Path) -> None:
     alone = prepare(Squares(), tmp_path / "alone", PREPARATION, workers=1)
     out = tmp_path / "out"
-    for number in range(kills):
+    for number in range(KILLS):
         with subprocess.Popen(
             [sys.executable, "-c", SCRIPT, str(out)],
             stdin=subprocess.PIPE,

@@ -83,6 +83,11 @@ def test_killed_at_random_points_ends_with_the_same_bits(recording: list[str], t
     assert [path.name for path in other.checkpoints] == ["step=0000056.ckpt", "step=0000060.ckpt"]
     assert ids_by_step(other.folder) == ids_by_step(one.folder)
     assert sorted(ids_by_step(one.folder)) == list(range(60))
+    steps = [batch for _, batch in sorted(ids_by_step(other.folder).items())]
+    stream = [name for batch in steps for stage, *names in batch if stage == 0 for name in names]
+    epoch = len(set(stream))
+    assert len(stream) > 2 * epoch  # of stage 1, which has but one bucket
+    assert len(set(stream[:epoch])) == len(set(stream[epoch : 2 * epoch])) == epoch
     _, expected = one.load_newest() or pytest.fail("no checkpoint")
     _, found = other.load_newest() or pytest.fail("no checkpoint")
     assert found["nami"] == expected["nami"]
