@@ -46,6 +46,10 @@ def start(arguments: list[str]) -> Any:
     return process
 
 
+def lines_of(file: Path) -> int:
+    return file.read_text().count("\n") if file.exists() else 0
+
+
 def ids_by_step(run: Path) -> dict[int, Any]:
     """The last line of each step: a step after the last checkpoint is done again."""
     lines = map(json.loads, (run / "ids.jsonl").read_text().splitlines())
@@ -63,21 +67,22 @@ def recording(tiny: list[str], tmp_path: Path) -> list[str]:
 
 def test_killed_at_random_points_ends_with_the_same_bits(recording: list[str], tmp_path: Path) -> None:
     whole = start([*recording, "--name", "whole"])
-    begin = time.monotonic()
     whole.join()
-    duration = time.monotonic() - begin
     assert whole.exitcode == 0
 
-    chance, kills = random.Random(0), 0
-    while True:
+    chance, killed = random.Random(0), tmp_path / "runs" / "killed" / "ids.jsonl"
+    for _ in range(KILLS):
         process = start([*recording, "--name", "killed"])
-        process.join(chance.uniform(0.3, 1.0) * duration if kills < KILLS else None)
-        if process.exitcode == 0:
-            break
+        steps = lines_of(killed) + chance.randint(1, 10)  # fewer than are left, so that none of the runs ends by itself
+        while lines_of(killed) < steps and process.is_alive():
+            time.sleep(0.002)
+        time.sleep(chance.uniform(0, 0.1))  # a step, or writing a checkpoint
+        assert process.is_alive()
         os.kill(process.pid, signal.SIGKILL)
         process.join()
-        kills += 1
-    assert kills > 0
+    last = start([*recording, "--name", "killed"])
+    last.join()
+    assert last.exitcode == 0
 
     one, other = Run(tmp_path / "runs" / "whole"), Run(tmp_path / "runs" / "killed")
     assert [path.name for path in other.checkpoints] == ["step=0000056.ckpt", "step=0000060.ckpt"]
