@@ -125,7 +125,7 @@ def check_room(steps: RemoteStepDataset, heldout: Sequence[str]) -> None:
     needed, limit = bytes_needed(steps, heldout), steps.cache.settings.limit
     if needed > limit:
         raise ValueError(
-            f"data.cache.max_size is {steps.cache.settings.max_size}, but the windows of chunks that are read at a time "
-            f"need {needed:,} bytes ({needed / 1e9:.3g} GB): make it at least that, or make data.shuffle_window, data.num_workers or "
-            "data.prefetch_factor smaller"
+            f"data.cache.max_size is {steps.cache.settings.max_size}, but the windows of chunks that are read at a "
+            f"time need {needed:,} bytes ({needed / 1e9:.3g} GB): make it at least that, or make data.shuffle_window, "
+            "data.num_workers or data.prefetch_factor smaller"
         )

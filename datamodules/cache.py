@@ -1,8 +1,8 @@
 """Chunks of a remote data set on this machine: a folder with a limit, shared by all its processes and runs.
 
-Each process writes down, in a lease, which chunks it reads now or will read next; they stay. When there is no room for
-a chunk that is to come, the others go, the oldest first. A lease ends with its process, however that ends. Each chunk is
-fetched by one process at a time, under a name of its own until it is whole.
+Each process writes down, in a lease, which chunks it reads now or will read next; they stay. When there is no room
+for a chunk that is to come, the others go, the oldest first. A lease ends with its process, however that ends. Each
+chunk is fetched by one process at a time, under a name of its own until it is whole.
 
 CACHE/locks/                       cache.lock guards leases, room and removal; 00.lock .. ff.lock the fetching
 CACHE/locks/HOST-PID-N.lease       what one process holds: file names; locked by it for as long as it lives

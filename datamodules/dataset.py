@@ -111,7 +111,7 @@ class PreparedDataset:
             shards = self._shards(f"{split}/{name}")
             if len(shards) != samples:
                 raise ValueError(
-                    f"{self.location}/{split}/{name} holds {len(shards)} samples, but its {DESCRIPTION} says {samples}: "
+                    f"{self.location}/{split}/{name} holds {len(shards)} samples, but {DESCRIPTION} says {samples}: "
                     "it was changed after its preparation; prepare it again"
                 )
             found.append(Bucket(shards, *parse_bucket_name(name)))
@@ -134,7 +134,7 @@ def _parse(content: bytes, path: str) -> dict[str, Any]:
         found = description.get("format")
     except (ValueError, AttributeError) as error:
         raise ValueError(
-            f"{path} is damaged: it is not a description in JSON ({error}); copy it again, or prepare the data set again"
+            f"{path} is damaged: it is no description in JSON ({error}); copy it again, or prepare the data set again"
         ) from error
     if found != FORMAT:
         raise ValueError(f"{path} has format {found!r}; this version reads {FORMAT!r}: prepare it again")

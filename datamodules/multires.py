@@ -137,7 +137,7 @@ class MultiResolutionDataModule(L.LightningDataModule):
         Raises:
             ValueError: see :class:`StepDataset`; or the cache is too small.
         """
-        settings = {
+        settings: dict[str, Any] = {
             "curriculum": self.curriculum,
             "images": self.images("train"),
             "max_micro_batch": self.max_micro_batch,

@@ -1,8 +1,8 @@
 """Files of a data set that lies remotely, at any URL that fsspec reads: s3://, hf://, gs://, https://, ...
 
-fsspec, since it is one way to all stores, the one that Lightning writes remote checkpoints by, and finds credentials and
-endpoints where each store's own tools do (AWS_ENDPOINT_URL, HF_TOKEN, ...). litdata's downloaders know fewer stores; each
-retries by rules of its own, the one of S3 for hours, and the one of the Hub keeps a second copy of every file.
+fsspec, since it is one way to all stores, the one that Lightning writes remote checkpoints by, and finds credentials
+and endpoints where each store's own tools do (AWS_ENDPOINT_URL, HF_TOKEN, ...). litdata's downloaders know fewer
+stores; each retries by rules of its own, S3's a thousand times, and the Hub's keeps a second copy of every file.
 """
 
 import errno

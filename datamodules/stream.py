@@ -108,21 +108,14 @@ class StageImages:
             DamagedChunk: a file or a sample of it can't be read.
             DataError: none of the samples that may stand in can be read.
         """
-
-        def load(places: Sequence[Place], windows: Sequence[tuple[float, float]]) -> list[tuple[Record, Tensor]]:
-            return [
-                (record, self._decode(record, place, stage, aspect, window))
-                for record, place, window in zip(self.read(places), places, windows, strict=True)
-            ]
-
         damaged: list[str] = []
         try:
-            samples = load(places, windows)
+            samples = self._samples(stage, aspect, places, windows)
         except DamagedChunk:
             if others is None:
                 raise
             samples = [
-                self._first_readable(place, others, lambda at, window=window: load([at], [window])[0], damaged)
+                self._first_readable(stage, aspect, chain([place], others(place)), window, damaged)
                 for place, window in zip(places, windows, strict=True)
             ]
         return MicroBatch(
@@ -135,27 +128,36 @@ class StageImages:
             damaged=damaged,
         )
 
-    def _decode(self, record: Record, place: Place, stage: int, aspect: Aspect, window: tuple[float, float]) -> Tensor:
-        bucket, side = self.buckets[place.bucket], self.sides[stage]
-        try:
-            return read_image(record.image, aspect.shape(side), bucket.resolution // side, window)
-        except Exception as error:  # Pillow raises nearly anything on damaged files
-            file = bucket.shards.chunk_file(bucket.shards.chunk_of(place.record))
-            raise DamagedSample(file, f"the image of sample {record.id!r} can't be decoded ({error})") from error
+    def _samples(
+        self, stage: int, aspect: Aspect, places: Sequence[Place], windows: Sequence[tuple[float, float]]
+    ) -> list[tuple[Record, Tensor]]:
+        """Records with their images."""
+        side = self.sides[stage]
+        samples = []
+        for record, place, window in zip(self.read(places), places, windows, strict=True):
+            bucket = self.buckets[place.bucket]
+            try:
+                image = read_image(record.image, aspect.shape(side), bucket.resolution // side, window)
+            except Exception as error:  # Pillow raises nearly anything on damaged files
+                file = bucket.shards.chunk_file(bucket.shards.chunk_of(place.record))
+                raise DamagedSample(file, f"the image of sample {record.id!r} can't be decoded ({error})") from error
+            samples.append((record, image))
+        return samples
 
     def _first_readable(
-        self, place: Place, others: Others, load: Callable[[Place], tuple[Record, Tensor]], damaged: list[str]
+        self, stage: int, aspect: Aspect, places: Iterator[Place], window: tuple[float, float], damaged: list[str]
     ) -> tuple[Record, Tensor]:
-        """The sample at ``place`` or the first that may stand in for it; the former's damage is added to ``damaged``."""
-        for at in chain([place], others(place)):
+        """The sample at the first of ``places`` or, if it is damaged, at the next; its damage is added to the list."""
+        problem = ""
+        for place in places:
             try:
-                return load(at)
+                sample = self._samples(stage, aspect, [place], [window])[0]
             except DamagedChunk as error:
-                if at is place:
-                    damaged.append(str(error))
-        raise DataError(
-            f"{self.buckets[place.bucket].shards.folder}: no sample can be read that could stand in for a damaged one"
-        )
+                problem = problem or str(error)
+            else:
+                damaged += [problem] * bool(problem)
+                return sample
+        raise DataError(f"{problem} Nor can any sample of its bucket be read that could stand in for it")
 
 
 def split_evenly(samples: int, ranks: int, limit: int, stage: int) -> tuple[int, int]:
