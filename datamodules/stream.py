@@ -157,7 +157,7 @@ class StageImages:
             else:
                 damaged += [problem] * bool(problem)
                 return sample
-        raise DataError(f"{problem} Nor can any sample of its bucket be read that could stand in for it")
+        raise DataError(f"{problem}. Nor can any sample of its bucket be read that could stand in for it")
 
 
 def split_evenly(samples: int, ranks: int, limit: int, stage: int) -> tuple[int, int]:
@@ -326,7 +326,7 @@ class StepLoader:
             self.damaged += 1
             if what not in self._named:
                 self._named.add(what)
-                log.warning("%s Another sample stands in.", what)
+                log.warning("%s. Another sample stands in", what)
 
 
 class _WithErrors(Dataset[list[MicroBatch] | DataError]):
