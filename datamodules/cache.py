@@ -22,6 +22,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from time import monotonic, sleep
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -34,8 +35,11 @@ log = logging.getLogger(__name__)
 OPEN_CHUNKS = 512
 """Chunks of the cache that a process keeps open; each is an open file, of which systems allow a process 1,024."""
 
-PATIENCE = 0.2
-"""Seconds until the thread that fetches ahead looks again at chunks that other processes are fetching."""
+PAUSE = 0.2
+"""Seconds until a process looks again at what others are about to do."""
+
+PATIENCE = 60.0
+"""Seconds for which a chunk that is needed now waits for room, which other processes may be about to give up."""
 
 READING = "reading"
 """The purpose of a chunk that is read but not held for another one."""
@@ -218,7 +222,7 @@ class ChunkCache:
             with reader.more:
                 reader.wanted.append(file)
                 if busy >= len(reader.wanted):
-                    reader.more.wait(PATIENCE)
+                    reader.more.wait(PAUSE)
 
     def _fetch(self, file: str, wait: bool) -> bool:
         """Have a chunk here; False if another process is fetching it and ``wait`` isn't set."""
@@ -237,7 +241,14 @@ class ChunkCache:
     def _fetch_alone(self, file: str, path: Path, size: int, wait: bool) -> None:
         partial = path.with_name(f"{path.name}.{size}.{self._reader.name}.partial")
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._make_room(size, partial)
+        deadline = monotonic() + PATIENCE * wait
+        while (taken := self._claim(size, partial)) > self.settings.limit:
+            if monotonic() > deadline:
+                raise DataError(
+                    f"the cache {self.root} is full: {taken:,} bytes are needed at a time, of its "
+                    f"{self.settings.limit:,}: give this run a cache.folder of its own, or a larger cache.max_size"
+                )
+            sleep(PAUSE)
         try:
             self.remote.download(file, partial, size, self.sums.get(file, ""), None if wait else ())
             with self._bookkeeping():
@@ -245,11 +256,11 @@ class ChunkCache:
         finally:
             partial.unlink(missing_ok=True)
 
-    def _make_room(self, size: int, partial: Path) -> None:
+    def _claim(self, size: int, partial: Path) -> int:
         """Remove chunks that nobody holds until ``size`` bytes are free, and claim them by making ``partial``.
 
-        Raises:
-            DataError: too much is held.
+        Returns:
+            The bytes that are then taken; above the limit if too much is held, and nothing is claimed.
         """
         with self._bookkeeping():
             held, alive = self._leases()
@@ -269,12 +280,9 @@ class ChunkCache:
                 if str(path.relative_to(self.root)) not in held:
                     path.unlink()
                     used -= of_chunk
-            if used + size > self.settings.limit:
-                raise DataError(
-                    f"the cache {self.root} is full: {len(alive)} processes are reading {used:,} bytes of its "
-                    f"{self.settings.limit:,}: give this run a cache.folder of its own, or a larger cache.max_size"
-                )
-            partial.touch()
+            if used + size <= self.settings.limit:
+                partial.touch()
+            return used + size
 
     def _leases(self) -> tuple[set[str], set[str]]:
         """Files, below the root, that living processes hold, and the processes' names; the leases of others end."""

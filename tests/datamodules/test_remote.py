@@ -1,13 +1,7 @@
 """Data sets in a store that speaks S3, behind a cache smaller than they are, against the same on a local disk."""
 
-import json
-import logging
 import os
-import shutil
-import subprocess
-import sys
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from multiprocessing import Value
 from pathlib import Path
 from typing import Any
@@ -20,8 +14,8 @@ from squares import Squares
 
 from nami_lightning.curriculum import Curriculum, Phase
 from nami_lightning.datamodules import remote as remote_module
-from nami_lightning.datamodules.ahead import RemoteStepDataset, bytes_needed
-from nami_lightning.datamodules.cache import CacheSettings, ChunkCache
+from nami_lightning.datamodules.ahead import TRAINING, bytes_needed
+from nami_lightning.datamodules.cache import CacheSettings
 from nami_lightning.datamodules.chunks import DamagedChunk
 from nami_lightning.datamodules.dataset import PreparedDataset
 from nami_lightning.datamodules.multires import MultiResolutionDataModule
@@ -92,6 +86,11 @@ def make_data(folder: str | Path, cache: Path | None = None, size: object = "1MB
     return MultiResolutionDataModule(str(folder), RESOLUTIONS, CURRICULUM, **arguments)  # type: ignore[arg-type]
 
 
+def needed_by(data: Any) -> int:
+    """The smallest cache that it takes."""
+    return bytes_needed(data.steps(), data.heldout(2).chunks())
+
+
 def ids(*ranks: StepDataset, step: int) -> list[list[str]]:
     """Of each stage's samples in a global batch."""
     batches = zip(*(steps[step] for steps in ranks), strict=True)
@@ -105,32 +104,217 @@ def kept(cache: Path) -> int:
 
 def bytes_read(steps: StepDataset, count: int) -> float:
     """Bytes of the epochs, or parts of them, that all cursors go through in the first ``count`` steps."""
-    buckets = steps.images.buckets
-    of_stages = [
-        steps.images.read([place])[0] and (stage, place.bucket)
-        for step in range(count)
-        for stage in range(2)
-        for place in steps.lot(stage, step)[1]
-    ]
-    return sum(
-        times / len(buckets[bucket]) * sum(buckets[bucket].shards.chunk_bytes)
-        for (_, bucket), times in Counter(of_stages).items()
-    )
+    places = [place for step in range(count) for stage in range(2) for place in steps.lot(stage, step)[1]]
+    buckets = [steps.images.buckets[place.bucket] for place in places]
+    return sum(sum(bucket.shards.chunk_bytes) / len(bucket) for bucket in buckets)
 
 
 def test_one_two_and_one_ranks_read_from_a_small_cache_what_one_reads_from_a_disk(
     folder: Path, url: str, tmp_path: Path, fetched: Any
 ) -> None:
     local = make_data(folder).steps()
-    needed = bytes_needed(make_data(url, tmp_path).steps(), [])
+    needed = needed_by(make_data(url, tmp_path))
     everything = sum(sum(bucket.shards.chunk_bytes) for bucket in local.images.buckets)
-    limit = needed + 3000
-    assert limit < everything / 2
-    alone = make_data(url, tmp_path / "cache", limit).steps()
-    two = [make_data(url, tmp_path / "cache", limit).steps(rank, 2) for rank in range(2)]
-    for step in range(STEPS):
-        ranks = two if 130 <= step < 260 else [alone]
-        assert ids(*ranks, step=step) == ids(local, step=step)
-        assert kept(tmp_path / "cache") <= limit
+    assert needed < everything / 3
+    for first, last, ranks in ((0, 130, 1), (130, 260, 2), (260, STEPS, 1)):
+        caches = [make_data(url, tmp_path / "cache", needed) for _ in range(ranks)]
+        parts = [data.steps(rank, ranks) for rank, data in enumerate(caches)]
+        for step in range(first, last):
+            assert ids(*parts, step=step) == ids(local, step=step)
+            assert kept(tmp_path / "cache") <= needed
+        for data in caches:  # as a process does at its end
+            data.dataset.cache.hold(TRAINING, [])
     assert bytes_read(local, STEPS) > 4 * everything
     assert fetched.value <= 1.1 * bytes_read(local, STEPS)
+
+
+def test_workers_of_two_ranks_fetch_a_cursors_epoch_once(folder: Path, url: str, tmp_path: Path, fetched: Any) -> None:
+    """One stage, so that what is fetched is the data, epoch after epoch."""
+    curriculum = Curriculum([Phase(150, [0, 2], 1e-3)], unit=2)
+    local, needed = (make_data(where, tmp_path, num_workers=2, prefetch_factor=1) for where in (folder, url))
+    local.curriculum = needed.curriculum = curriculum
+    everything = sum(local.steps().images.buckets[1].shards.chunk_bytes)
+    limit = needed_by(needed)
+    assert limit < 0.8 * everything
+    loaders = []
+    for rank in range(2):
+        data = make_data(url, tmp_path / "cache", limit, num_workers=2, prefetch_factor=1)
+        data.curriculum = curriculum
+        loaders.append(iter(StepLoader(data.steps(rank, 2), 0, 2, 1, pin_memory=False)))
+    steps = local.steps()
+    for step, parts in enumerate(zip(*loaders, strict=True)):
+        assert [name for part in parts for micro in part for name in micro.ids] == ids(steps, step=step)[0] + ids(
+            steps, step=step
+        )[1]
+    assert step == 149
+    assert fetched.value <= 1.1 * bytes_read(steps, 150)
+
+
+def test_a_chunk_that_is_held_stays_until_its_process_dies(url: str, tmp_path: Path) -> None:
+    dataset = PreparedDataset(url, CacheSettings(str(tmp_path), "1GB"))
+    bucket = next(bucket for bucket in dataset.buckets("train") if bucket.resolution == 32)
+    names = [bucket.shards.chunk_name(number) for number in range(40)]
+    room = f"{2 * max(bucket.shards.chunk_bytes)}B"
+
+    def read(numbers: list[int]) -> None:
+        shards = PreparedDataset(url, CacheSettings(str(tmp_path), room)).buckets("train")[1].shards
+        shards.read([sum(shards.chunk_sizes[:number]) for number in numbers])
+
+    ready, done = os.pipe(), os.pipe()
+    if (child := os.fork()) == 0:
+        assert dataset.cache is not None
+        dataset.cache.hold("test", names[:1])
+        bucket.shards.read([0])
+        os.write(ready[1], b".")
+        os.read(done[0], 1)
+        os._exit(1)
+    os.read(ready[0], 1)
+    kept = dataset.folder / names[0]
+    read(list(range(1, 40)))
+    assert kept.exists()
+    os.kill(child, 9)
+    os.waitpid(child, 0)
+    read(list(range(1, 40)))
+    assert not kept.exists()
+    assert len(list(tmp_path.rglob("*.bin"))) <= 3
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_a_cache_that_is_too_small_is_refused_with_what_it_needs(url: str, tmp_path: Path) -> None:
+    needed = needed_by(make_data(url, tmp_path))
+    assert make_data(url, tmp_path, needed).steps()
+    with pytest.raises(ValueError, match=rf"data.cache.max_size is {needed - 1}, but .* need {needed:,} bytes"):
+        make_data(url, tmp_path, needed - 1).steps()
+
+
+@pytest.mark.parametrize(("text", "size"), [("50GB", 50 * 10**9), ("1.5 GiB", 3 * 2**29), ("7", 7), ("2kB", 2000)])
+def test_sizes(text: str, size: int) -> None:
+    assert CacheSettings(max_size=text).limit == size
+
+
+@pytest.mark.parametrize("text", ["", "many", "-1GB", "1XB", "0"])
+def test_sizes_that_are_none_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"cache\.max_size"):
+        CacheSettings(max_size=text)
+
+
+# --- what goes wrong on the way ------------------------------------------------------------------
+
+
+class Flaky(MemoryFileSystem):
+    """A store whose connection breaks ``failures`` times, or whose files come broken."""
+
+    protocol = "flaky"
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return str(super()._strip_protocol(path.removeprefix("flaky:/")))
+
+    failures = 0
+    broken = 0
+    tries = 0
+
+    def get_file(self, rpath: str, lpath: str, *others: Any, **options: Any) -> None:
+        Flaky.tries += 1
+        super().get_file(rpath, lpath, *others, **options)
+        if Flaky.failures:
+            Flaky.failures -= 1
+            Path(lpath).write_bytes(b"half")
+            raise ConnectionResetError("the line is dead")
+        if Flaky.broken:
+            Flaky.broken -= 1
+            content = bytearray(Path(lpath).read_bytes())
+            content[-1] ^= 1
+            Path(lpath).write_bytes(content)
+
+
+@pytest.fixture
+def flaky(folder: Path, impatient: None) -> Iterator[str]:
+    """The data set in such a store."""
+    fsspec.register_implementation("flaky", Flaky, clobber=True)
+    store = fsspec.filesystem("flaky")
+    store.put(str(folder), "/squares", recursive=True)
+    Flaky.failures = Flaky.broken = Flaky.tries = 0
+    yield "flaky://squares"
+    store.rm("/squares", recursive=True)
+    Flaky.failures = Flaky.broken = 0
+
+
+@pytest.mark.parametrize("fault", ["failures", "broken"])
+def test_a_transfer_that_fails_is_tried_again(
+    folder: Path, flaky: str, tmp_path: Path, fault: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    shards = PreparedDataset(flaky, CacheSettings(str(tmp_path))).buckets("train")[0].shards
+    setattr(Flaky, fault, 2)
+    assert shards.read([0]) == PreparedDataset(folder).buckets("train")[0].shards.read([0])
+    assert Flaky.tries == 3
+    assert sum("trying again" in record.message for record in caplog.records) == 2
+
+
+def test_a_store_that_cannot_be_reached_is_an_error_that_names_the_file(flaky: str, tmp_path: Path) -> None:
+    shards = PreparedDataset(flaky, CacheSettings(str(tmp_path))).buckets("train")[0].shards
+    Flaky.failures = 100
+    with pytest.raises(
+        FetchFailed, match=r"flaky://squares/train/16/\S+.bin can't be fetched: .*line is dead.* 3 tries"
+    ):
+        shards.read([0])
+    assert not list(tmp_path.rglob("*.partial"))
+    Flaky.failures = 0
+    assert shards.read([0])
+
+
+def test_a_damaged_or_missing_remote_chunk_names_its_url(flaky: str, tmp_path: Path) -> None:
+    shards = PreparedDataset(flaky, CacheSettings(str(tmp_path))).buckets("train")[0].shards
+    Flaky.broken = 100
+    with pytest.raises(DamagedChunk, match=r"flaky://\S+.bin is damaged: its checksum"):
+        shards.read([0])
+    store = fsspec.filesystem("flaky")
+    store.rm(f"/squares/{shards.chunk_name(1)}")
+    tries = Flaky.tries
+    with pytest.raises(DamagedChunk, match=r"flaky://\S+.bin is damaged: it is missing"):
+        shards.read([shards.chunk_sizes[0]])
+    assert Flaky.tries == tries + 1
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("s3://bucket/nothing", "s3://bucket/nothing holds no finished data set"),
+        ("s3://nobucket/nothing", "s3://nobucket/nothing holds no finished data set"),
+        ("foo://bucket/nothing", "foo://bucket/nothing/dataset.json can't be fetched: Protocol not known: foo"),
+    ],
+)
+def test_urls_without_a_data_set_are_refused(store: Any, tmp_path: Path, where: str, message: str) -> None:
+    with pytest.raises((FileNotFoundError, FetchFailed), match=message):
+        make_data(where, tmp_path).steps()
+
+
+def test_a_source_is_not_prepared_into_a_store() -> None:
+    with pytest.raises(ValueError, match="is remote, and data sets are made on a disk"):
+        make_data("s3://bucket/data", source=Squares())
+
+
+def test_a_data_set_that_was_made_anew_is_another_one(folder: Path, store: Any, tmp_path: Path) -> None:
+    """Its old chunks, which have the same names, are not taken for the new ones."""
+    names = []
+    for first in (0, 1000):
+        settings = Preparation([16], heldout_percent=0, format="png")
+        made = prepare(Shifted(first), tmp_path / str(first), settings, workers=1)
+        store.put(f"{made}/", "bucket/sets/again/", recursive=True)
+        shards = PreparedDataset("s3://bucket/sets/again", CacheSettings(str(tmp_path))).buckets("train")[0].shards
+        names.append([record.id for record in shards.read_records(range(len(shards)))])
+    assert names == [[str(first + number) for number in range(10)] for first in (0, 1000)]
+
+
+class Shifted(Squares):
+    """Ten squares with other names."""
+
+    def __init__(self, first: int) -> None:
+        super().__init__(10, [(20, 20)])
+        self.first = first
+
+    def settings(self) -> dict[str, Any]:
+        return super().settings() | {"first": self.first}
+
+    def sample(self, number: int) -> Any:
+        return super().sample(self.first + number)
