@@ -108,6 +108,8 @@ class PreparedDataset:
         """
         found = []
         for name, samples in self.description["samples"][split].items():
+            if not samples:
+                continue
             shards = self._shards(f"{split}/{name}")
             if len(shards) != samples:
                 raise ValueError(

@@ -5,7 +5,7 @@ import shutil
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -140,8 +140,13 @@ class Shards:
 
     def chunk_name(self, number: int) -> str:
         """The name by which the cache knows a remote chunk."""
+        return self._chunk_names[number]
+
+    @cached_property
+    def _chunk_names(self) -> list[str]:
         assert self.cache is not None
-        return self.chunk_file(number).relative_to(self.cache.folder).as_posix()
+        folder = self.folder.relative_to(self.cache.folder).as_posix()
+        return [f"{folder}/{chunk['filename']}" for chunk in self._index["chunks"]]
 
     @contextmanager
     def _chunk(self, number: int) -> Iterator[ChunkFile]:

@@ -7,6 +7,7 @@ from time import perf_counter
 from typing import Literal, NamedTuple
 
 import torch
+from PIL import UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -140,7 +141,8 @@ class StageImages:
                 image = read_image(record.image, aspect.shape(side), bucket.resolution // side, window)
             except Exception as error:  # Pillow raises nearly anything on damaged files
                 file = bucket.shards.chunk_file(bucket.shards.chunk_of(place.record))
-                raise DamagedSample(file, f"the image of sample {record.id!r} can't be decoded ({error})") from error
+                reason = "it is no image" if isinstance(error, UnidentifiedImageError) else str(error)
+                raise DamagedSample(file, f"the image of sample {record.id!r} can't be decoded: {reason}") from error
             samples.append((record, image))
         return samples
 

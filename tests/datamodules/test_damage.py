@@ -106,10 +106,6 @@ def test_others_stand_in_for_damaged_samples_wherever_they_are_read(
     stream = [record.id for record in train(whole).shards.read_records(order(0, 5 * order.size))]
     for step in range(STEPS):
         expected, got = ids(undamaged, step), ids(alone, step)
-        for wanted, name, (_, places) in zip(
-            expected, got, [alone.lot(stage, step) for stage in (0, 1) for _ in range(4)]
-        ):
-            assert name == wanted or wanted in names
         assert got == [
             name if name not in names else next(other for other in stream[place.position :] if other not in names)
             for stage in (0, 1)
