@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nami_lightning.datamodules.chunks import ChunkFile, DamagedChunk
+from nami_lightning.datamodules.chunks import ChunkFile, DamagedChunk, checksum
 from nami_lightning.datamodules.images import BadImage, open_image
-from nami_lightning.datamodules.parts import checksum
 from nami_lightning.datamodules.shapes import Shape
 from nami_lightning.datamodules.shards import Record
 

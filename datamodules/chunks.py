@@ -4,6 +4,7 @@ litdata's own access by index reads a local chunk whole for every item that is n
 would spend more time there than on decoding. Here each chunk is mapped once and stays open.
 """
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +13,34 @@ from litdata.streaming.serializers import _get_serializers
 from litdata.utilities._pytree import treespec_loads
 
 
-class DamagedChunk(RuntimeError):
+class DataError(RuntimeError):
+    """Data that can't be read."""
+
+
+class DamagedChunk(DataError):
     """A chunk file that is missing or does not hold what it should.
 
     Args:
-        path: of the file.
+        path: of the file, or its URL.
         problem: what is wrong with it.
     """
 
-    def __init__(self, path: Path, problem: str) -> None:
+    def __init__(self, path: Path | str, problem: str) -> None:
         super().__init__(path, problem)
         self.path, self.problem = path, problem
 
     def __str__(self) -> str:
         return f"{self.path} is damaged: {self.problem}. To find all damage: lightning data verify"
+
+
+class DamagedSample(DamagedChunk):
+    """One sample of a chunk that can't be used; others can."""
+
+
+def checksum(file: Path) -> str:
+    """BLAKE2b (128 bits) of a file's content."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 class ChunkFile:
@@ -68,11 +83,11 @@ class ChunkFile:
         """Item ``number``.
 
         Raises:
-            DamagedChunk: it can't be unpacked.
+            DamagedSample: it can't be unpacked.
         """
         if not 0 <= number < self.items:
             raise IndexError(number)
         try:
             return self._loader.load_item_from_chunk(number, 0, str(self.path), 0, self.bytes)
         except Exception as error:
-            raise DamagedChunk(self.path, f"item {number} can't be unpacked ({error!r})") from error
+            raise DamagedSample(self.path, f"item {number} can't be unpacked ({error!r})") from error

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from nami_lightning.datamodules.cache import CacheSettings, ChunkCache
+from nami_lightning.datamodules.remote import Remote, is_remote
 from nami_lightning.datamodules.shapes import Aspect, Shape, aspect_of
-from nami_lightning.datamodules.shards import Shards
+from nami_lightning.datamodules.shards import INDEX, Shards
 
 FORMAT = "nami-shards/3"
 DESCRIPTION = "dataset.json"
@@ -64,30 +66,34 @@ class PreparedDataset:
     """A data set that :func:`~nami_lightning.datamodules.prepare.prepare` made.
 
     Args:
-        folder: where it lies.
+        folder: where it lies, or the URL of a remote one.
+        cache: where chunks of a remote one are kept.
 
     Attributes:
+        folder: where it lies; of a remote one, where what is fetched of it lies.
+        cache: of a remote one.
         description: what ``dataset.json`` says: ``settings``, ``samples`` of each split and bucket, ``removed`` and
             ``skipped`` by reason, ``checksums`` (BLAKE2b) of every chunk.
 
     Raises:
         FileNotFoundError: no folder, or one whose preparation did not finish.
-        ValueError: another format.
+        FetchFailed: a remote one can't be reached.
+        ValueError: another format, or a description that can't be read.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        path = folder / DESCRIPTION
-        if not path.exists():
-            state = "holds no finished data set" if folder.exists() else "does not exist"
+    def __init__(self, folder: str | Path, cache: CacheSettings = CacheSettings()) -> None:
+        remote = Remote(str(folder)) if is_remote(folder) else None
+        self.location = remote.url if remote else str(folder)
+        try:
+            content = remote.read(DESCRIPTION) if remote else (Path(folder) / DESCRIPTION).read_bytes()
+        except (FileNotFoundError, NotADirectoryError) as error:
+            state = "holds no finished data set" if remote or Path(folder).exists() else "does not exist"
             raise FileNotFoundError(
-                f"data.folder {folder} {state} (no {DESCRIPTION}): prepare it first, or set data.source"
-            )
-        self.description: dict[str, Any] = json.loads(path.read_text())
-        if self.description.get("format") != FORMAT:
-            raise ValueError(
-                f"{path} has format {self.description.get('format')!r}; this version reads {FORMAT!r}: prepare it again"
-            )
+                f"data.folder {self.location} {state} (no {DESCRIPTION}): prepare it first, or set data.source"
+            ) from error
+        self.description = _parse(content, f"{self.location}/{DESCRIPTION}")
+        self.cache = ChunkCache(remote, cache, content) if remote else None
+        self.folder = self.cache.folder if self.cache else Path(folder)
 
     @property
     def resolutions(self) -> list[int]:
@@ -102,11 +108,36 @@ class PreparedDataset:
         """
         found = []
         for name, samples in self.description["samples"][split].items():
-            shards = Shards(self.folder / split / name)
+            if not samples:
+                continue
+            shards = self._shards(f"{split}/{name}")
             if len(shards) != samples:
                 raise ValueError(
-                    f"{shards.folder} holds {len(shards)} samples, but {self.folder / DESCRIPTION} says {samples}: "
+                    f"{self.location}/{split}/{name} holds {len(shards)} samples, but {DESCRIPTION} says {samples}: "
                     "it was changed after its preparation; prepare it again"
                 )
             found.append(Bucket(shards, *parse_bucket_name(name)))
         return sorted(found, key=lambda bucket: (bucket.resolution, bucket.aspect.ratio))
+
+    def _shards(self, bucket: str) -> Shards:
+        if self.cache is None:
+            return Shards(self.folder / bucket)
+        self.cache.metadata(f"{bucket}/{INDEX}")
+        shards = Shards(self.folder / bucket, self.cache)
+        for number, size in enumerate(shards.chunk_bytes):
+            self.cache.sizes[shards.chunk_name(number)] = size
+        return shards
+
+
+def _parse(content: bytes, path: str) -> dict[str, Any]:
+    """A description, of this version's format."""
+    try:
+        description: dict[str, Any] = json.loads(content)
+        found = description.get("format")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is damaged: it is no description in JSON ({error}); copy it again, or prepare the data set again"
+        ) from error
+    if found != FORMAT:
+        raise ValueError(f"{path} has format {found!r}; this version reads {FORMAT!r}: prepare it again")
+    return description

@@ -9,17 +9,24 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import lightning as L
+import torch
 from torch.utils.data import DataLoader
 
 from nami_lightning.batch import MicroBatch
+from nami_lightning.checks import check_shapes
 from nami_lightning.curriculum import Curriculum
-from nami_lightning.datamodules.dataset import PreparedDataset, Split
+from nami_lightning.datamodules.ahead import HELDOUT, RemoteStepDataset, check_room, spread_of
+from nami_lightning.datamodules.cache import CacheSettings
+from nami_lightning.datamodules.dataset import SPLITS, PreparedDataset, Split
 from nami_lightning.datamodules.parts import Preparation, fingerprint, settings_of
 from nami_lightning.datamodules.prepare import prepare
+from nami_lightning.datamodules.remote import is_remote
+from nami_lightning.datamodules.shapes import Aspect
 from nami_lightning.datamodules.sources.base import Source
-from nami_lightning.datamodules.stream import HeldoutDataset, StageImages, StepDataset, StepLoader
+from nami_lightning.datamodules.stream import Damaged, HeldoutDataset, StageImages, StepDataset, StepLoader
 from nami_lightning.module import NamiModule
 
 
@@ -27,7 +34,8 @@ class MultiResolutionDataModule(L.LightningDataModule):
     """Streams image-caption shards bucketed by resolution, mixed as the curriculum says.
 
     Args:
-        folder: a prepared data set, or, with ``source``, where data sets are made, one folder a set of settings.
+        folder: a prepared data set, or, with ``source``, where data sets are made, one folder a set of settings. A URL
+            (s3://, hf://, gs://, ...) is read from there, by way of ``cache``.
         resolutions: side in px of each stage's images, coarsest first.
         curriculum: step to samples of each stage.
         max_micro_batch: samples of each stage that go through the model at once, at most; one number a stage.
@@ -39,6 +47,9 @@ class MultiResolutionDataModule(L.LightningDataModule):
         prefetch_factor: steps that each of them works ahead.
         shuffle_window: chunks whose samples are shuffled together.
         validation_samples: held-out samples of each stage in a validation.
+        cache: where chunks of a remote data set are kept, and how many.
+        damaged: whether a damaged sample is an error; or to skip it, so that the next readable one of its bucket's
+            order stands in for it, on every rank alike.
 
     Raises:
         ValueError: settings that don't fit together.
@@ -58,6 +69,8 @@ class MultiResolutionDataModule(L.LightningDataModule):
         prefetch_factor: int = 4,
         shuffle_window: int = 64,
         validation_samples: int = 64,
+        cache: CacheSettings = CacheSettings(),
+        damaged: Damaged = "error",
     ) -> None:
         super().__init__()
         for name, values in (("resolutions", resolutions), ("data.max_micro_batch", max_micro_batch)):
@@ -69,7 +82,13 @@ class MultiResolutionDataModule(L.LightningDataModule):
                 raise ValueError(f"{name} {values} must be positive")
         if not preparation.resolutions:
             preparation = replace(preparation, resolutions=resolutions)
-        self.folder, self.source, self.preparation = Path(folder), source, preparation
+        if source is not None and is_remote(folder):
+            raise ValueError(
+                f"data.folder {folder} is remote, and data sets are made on a disk: prepare data.source into a local "
+                "folder, copy that there, and leave data.source out"
+            )
+        self.folder, self.source, self.preparation = folder, source, preparation
+        self.cache, self.damaged = cache, damaged
         self.resolutions, self.curriculum, self.max_micro_batch = resolutions, curriculum, max_micro_batch
         self.top_only = latent_pyramid == "pool"
         self.seed, self.shuffle_window = seed, shuffle_window
@@ -79,18 +98,32 @@ class MultiResolutionDataModule(L.LightningDataModule):
     def prepare_data(self) -> None:
         """Make the data set if a source is given and its settings' data set isn't there."""
         if self.source is not None:
+            self._check_aspects(self.preparation.aspects)
             prepare(self.source, self.dataset_folder, self.preparation, self.num_workers)
+
+    def setup(self, stage: str) -> None:
+        """Refuse a data set whose images the model can't take."""
+        self._check_aspects([bucket.aspect for split in SPLITS for bucket in self.dataset.buckets(split)])
+
+    def _check_aspects(self, aspects: Sequence[Aspect]) -> None:
+        module = self.trainer.lightning_module if self.trainer else None
+        if isinstance(module, NamiModule):
+            coarsest = self.resolutions[0]
+            shapes = sorted({(aspect.width * coarsest, aspect.height * coarsest) for aspect in aspects})
+            check_shapes(shapes, coarsest, module.transformer_config, module.autoencoder_config)
 
     @cached_property
     def dataset_folder(self) -> Path:
-        """The folder of the prepared data set."""
+        """The folder of the prepared data set, if it is local."""
         if self.source is None:
-            return self.folder
-        return self.folder / fingerprint(settings_of(self.source, self.preparation))
+            return Path(self.folder)
+        return Path(self.folder) / fingerprint(settings_of(self.source, self.preparation))
 
     @cached_property
     def dataset(self) -> PreparedDataset:
         """The prepared data set; made if it isn't there and a source is given."""
+        if is_remote(self.folder):
+            return PreparedDataset(self.folder, self.cache)
         self.prepare_data()
         return PreparedDataset(self.dataset_folder)
 
@@ -99,15 +132,34 @@ class MultiResolutionDataModule(L.LightningDataModule):
         return StageImages(self.dataset.buckets(split), self.resolutions, self.top_only)
 
     def steps(self, rank: int = 0, ranks: int = 1) -> StepDataset:
-        """Step number to one rank's micro-batches; what training reads, without a trainer."""
-        images = self.images("train")
-        return StepDataset(self.curriculum, images, self.max_micro_batch, self.seed, self.shuffle_window, rank, ranks)
+        """Step number to one rank's micro-batches; what training reads, without a trainer.
+
+        Raises:
+            ValueError: see :class:`StepDataset`; or the cache is too small.
+        """
+        settings: dict[str, Any] = {
+            "curriculum": self.curriculum,
+            "images": self.images("train"),
+            "max_micro_batch": self.max_micro_batch,
+            "seed": self.seed,
+            "shuffle_window": self.shuffle_window,
+            "rank": rank,
+            "ranks": ranks,
+            "damaged": self.damaged,
+        }
+        cache = self.dataset.cache
+        if cache is None:
+            return StepDataset(**settings)
+        steps = RemoteStepDataset(cache, spread_of(self.num_workers, self.prefetch_factor), **settings)
+        check_room(steps, self.heldout(self.validation_samples).chunks())
+        return steps
 
     def heldout(
         self, samples: int, rank: int = 0, ranks: int = 1, micro_batch: Sequence[int] | None = None
     ) -> HeldoutDataset:
         """The first ``samples`` held-out images of each stage, ``micro_batch`` (or ``max_micro_batch``) at once."""
-        return HeldoutDataset(self.images("heldout"), samples, micro_batch or self.max_micro_batch, rank, ranks)
+        micro_batch = micro_batch or self.max_micro_batch
+        return HeldoutDataset(self.images("heldout"), samples, micro_batch, rank, ranks, self.damaged)
 
     def train_dataloader(self) -> StepLoader:
         """From the step that the model has reached."""
@@ -124,4 +176,20 @@ class MultiResolutionDataModule(L.LightningDataModule):
         trainer = self.trainer
         assert trainer is not None
         heldout = self.heldout(self.validation_samples, trainer.global_rank, trainer.world_size)
+        if self.dataset.cache is not None:
+            self.dataset.cache.hold(HELDOUT, heldout.chunks())
         return DataLoader(heldout, batch_size=None)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """With ``damaged: skip``, log how many samples others stood in for since the run was started or resumed."""
+        trainer = self.trainer
+        assert trainer is not None
+        if self.damaged == "skip" and trainer.training and isinstance(trainer.train_dataloader, StepLoader):
+            module = trainer.lightning_module
+            assert isinstance(module, NamiModule)
+            if (module.step + 1) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+                count = torch.tensor(float(trainer.train_dataloader.damaged), device=module.device)
+                count = trainer.strategy.reduce(count, reduce_op="sum")
+                for logger in trainer.loggers:
+                    logger.log_metrics({"data/damaged": float(count)}, step=module.step)
+        return batch

@@ -5,7 +5,7 @@ stage are, :func:`reads` how many come from which bucket and where in the bucket
 samples stand there. All are closed forms of the number of the step, so a resume needs no other state.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -70,12 +70,18 @@ class Lots:
         """The kind of lot ``number``, and how many samples of that kind the lots before it took."""
         counts, after = apportion(number, self.sizes), apportion(number + 1, self.sizes)
         kind = next(k for k, (i, j) in enumerate(zip(counts, after, strict=True)) if j > i)
-        start = before = 0
+        return kind, self.before(number)[kind]
+
+    def before(self, number: int) -> list[int]:
+        """How many samples of each kind the lots before lot ``number`` took."""
+        taken = [0] * len(self.sizes)
+        start, counts = 0, taken
         for lots, samples in self.runs:
-            end = min(number, start + lots)
-            before += samples * (apportion(end, self.sizes)[kind] - apportion(start, self.sizes)[kind])
-            start = end
-        return kind, before
+            start = min(number, start + lots)
+            after = apportion(start, self.sizes)
+            taken = [n + samples * (j - i) for n, i, j in zip(taken, counts, after, strict=True)]
+            counts = after
+        return taken
 
 
 class BucketOrder:
@@ -99,15 +105,42 @@ class BucketOrder:
         """Indices in the bucket of the ``count`` samples from position ``first`` of its endless stream."""
         indices: list[int] = []
         while len(indices) < count:
-            epoch, offset = divmod(first + len(indices), self.size)
-            _, starts = self._window_starts(epoch)
-            number = int(np.searchsorted(starts, offset, side="right")) - 1
+            position = first + len(indices)
+            epoch, number = self._window_of(position)
             members = self._window_members(epoch, number)
-            begin = offset - int(starts[number])
+            begin = position % self.size - int(self._window_starts(epoch)[1][number])
             indices += members[begin : begin + count - len(indices)].tolist()
         return indices
 
-    @lru_cache(maxsize=64)  # noqa: B019  (few orders exist, and they live as long as the process)
+    def windows(self, first: int, last: int) -> Iterator[list[int]]:
+        """The chunks of each window in which positions ``first`` to ``last`` of the stream lie, one after the other.
+
+        The windows may be of several epochs; if all of one is among them, the whole bucket comes as one.
+        """
+        if last - first >= self.size:
+            yield list(range(len(self.chunk_sizes)))
+            return
+        epoch, number = self._window_of(first)
+        while True:
+            chunks, starts = self._window_starts(epoch)
+            yield chunks[number * self.window : (number + 1) * self.window].tolist()
+            if (epoch, number) == self._window_of(last):
+                return
+            epoch, number = (epoch, number + 1) if number + 1 < len(starts) else (epoch + 1, 0)
+
+    def window_end(self, position: int) -> int:
+        """The first position after the window in which ``position`` lies."""
+        epoch, number = self._window_of(position)
+        _, starts = self._window_starts(epoch)
+        end = int(starts[number + 1]) if number + 1 < len(starts) else self.size
+        return epoch * self.size + end
+
+    def _window_of(self, position: int) -> tuple[int, int]:
+        """The epoch of a position of the stream, and the number of its window there."""
+        epoch, offset = divmod(position, self.size)
+        return epoch, int(np.searchsorted(self._window_starts(epoch)[1], offset, side="right")) - 1
+
+    @lru_cache(maxsize=256)  # noqa: B019  (few orders exist, and they live as long as the process)
     def _window_starts(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The chunks of ``epoch`` in order, and the position at which each window of them begins."""
         chunks = self._rng(epoch, "chunks").permutation(len(self.chunk_sizes))

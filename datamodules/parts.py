@@ -23,6 +23,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from nami_lightning.chance import seed_of
+from nami_lightning.datamodules.chunks import checksum
 from nami_lightning.datamodules.dataset import FORMAT, SPLITS, bucket_name, parse_bucket_name
 from nami_lightning.datamodules.filters import Filters
 from nami_lightning.datamodules.images import BadImage, ImageFormat, cover, crop, encode_image, open_image
@@ -290,12 +291,6 @@ def is_heldout(group: str, percent: float) -> bool:
 def checksums(folder: Path) -> dict[str, str]:
     """BLAKE2b of every chunk of a folder of shards, by file name."""
     return {chunk["filename"]: checksum(folder / chunk["filename"]) for chunk in read_index(folder)["chunks"]}
-
-
-def checksum(file: Path) -> str:
-    """BLAKE2b (128 bits) of a file's content."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def publish(partial: Path, folder: Path, last: str) -> None:

@@ -3,20 +3,19 @@
 import json
 import shutil
 from bisect import bisect_right
-from collections.abc import Sequence
-from functools import lru_cache
-from itertools import accumulate
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property, lru_cache
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from litdata.streaming import Cache
 
-from nami_lightning.datamodules.chunks import ChunkFile
+from nami_lightning.datamodules.cache import OPEN_CHUNKS, ChunkCache
+from nami_lightning.datamodules.chunks import ChunkFile, DamagedChunk, DamagedSample
 
 INDEX = "index.json"
-OPEN_CHUNKS = 512
-"""Chunks that a process keeps open, of all folders together: the windows that are shuffled, of every stage. Each is an
-open file, of which systems allow a process 1,024."""
 
 
 class Record(NamedTuple):
@@ -82,16 +81,19 @@ class Shards:
 
     Args:
         folder: of the shards; one without an index is empty.
+        cache: through which their chunks come, if they lie remotely: ``folder`` is one below the cache's.
 
     Raises:
         ValueError: an index that can't be read.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, cache: ChunkCache | None = None) -> None:
+        self.folder, self.cache = folder, cache
         self._index = read_index(folder)
         self.chunk_sizes = [chunk["chunk_size"] for chunk in self._index["chunks"]]
+        self.chunk_bytes = [int(chunk.get("chunk_bytes", 0)) for chunk in self._index["chunks"]]
         self._ends = list(accumulate(self.chunk_sizes))
+        self._damaged: dict[int, DamagedChunk] = {}
 
     def __len__(self) -> int:
         return sum(self.chunk_sizes)
@@ -101,18 +103,70 @@ class Shards:
 
         Raises:
             DamagedChunk: a chunk is missing or damaged.
+            FetchFailed: a remote chunk can't be fetched.
         """
-        items = {index: self._item(index) for index in sorted(set(indices))}
+        items = {}
+        for number, of_chunk in groupby(sorted(set(indices)), self.chunk_of):
+            start = self._ends[number] - self.chunk_sizes[number]
+            with self._chunk(number) as chunk:
+                for index in of_chunk:
+                    items[index] = _plain(chunk[index - start])
         return [items[index] for index in indices]
 
-    def _item(self, index: int) -> Any:
-        number = bisect_right(self._ends, index)
-        return _plain(self._chunk(number)[index - self._ends[number] + self.chunk_sizes[number]])
+    def read_records(self, indices: Sequence[int]) -> list[Record]:
+        """As :meth:`read`, where the items are samples.
+
+        Raises:
+            DamagedSample: an item is not one.
+        """
+        return [self._record(item, index) for item, index in zip(self.read(indices), indices, strict=True)]
+
+    def _record(self, item: Any, index: int) -> Record:
+        try:
+            return Record.from_item(item)
+        except Exception as error:
+            number = self.chunk_of(index)
+            place = index - self._ends[number] + self.chunk_sizes[number]
+            raise DamagedSample(self.chunk_file(number), f"item {place} is not a sample ({error!r})") from error
+
+    def chunk_of(self, index: int) -> int:
+        """The number of the chunk in which an item lies."""
+        return bisect_right(self._ends, index)
+
+    def chunk_file(self, number: int) -> Path:
+        """The path of a chunk; of a remote one, when it is here."""
+        path: Path = self.folder / self._index["chunks"][number]["filename"]
+        return path
+
+    def chunk_name(self, number: int) -> str:
+        """The name by which the cache knows a remote chunk."""
+        return self._chunk_names[number]
+
+    @cached_property
+    def _chunk_names(self) -> list[str]:
+        assert self.cache is not None
+        folder = self.folder.relative_to(self.cache.folder).as_posix()
+        return [f"{folder}/{chunk['filename']}" for chunk in self._index["chunks"]]
+
+    @contextmanager
+    def _chunk(self, number: int) -> Iterator[ChunkFile]:
+        if number in self._damaged:  # and known to be: not fetched and tried again for every sample
+            raise self._damaged[number]
+        try:
+            if self.cache is None:
+                yield self._open(number)
+            else:
+                entry, config = self._index["chunks"][number], self._index["config"]
+                with self.cache.chunk(self.chunk_name(number), entry, config) as chunk:
+                    yield chunk
+        except DamagedChunk as error:
+            if not isinstance(error, DamagedSample):
+                self._damaged[number] = error
+            raise
 
     @lru_cache(maxsize=OPEN_CHUNKS)  # noqa: B019  (one for all folders, which live as long as the process)
-    def _chunk(self, number: int) -> ChunkFile:
-        entry = self._index["chunks"][number]
-        return ChunkFile(self.folder / entry["filename"], entry, self._index["config"])
+    def _open(self, number: int) -> ChunkFile:
+        return ChunkFile(self.chunk_file(number), self._index["chunks"][number], self._index["config"])
 
 
 def _plain(item: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from nami_lightning.datamodules.dataset import SKIPPED, SPLITS, Bucket, PreparedDataset, Split
 from nami_lightning.datamodules.images import open_image
 from nami_lightning.datamodules.order import apportion
+from nami_lightning.datamodules.remote import is_remote
 from nami_lightning.datamodules.shapes import Aspect
 from nami_lightning.datamodules.shards import Record
 from nami_lightning.datamodules.verify import ENCODINGS
@@ -24,14 +25,15 @@ COLUMNS = 8
 MEASURED = 2000
 """Records whose captions are measured."""
 
+ONLY_LOCAL = "It is remote: for captions and pictures, copy it to a disk, and show the copy."
 QUANTILES = {"least": 0.0, "5%": 0.05, "median": 0.5, "95%": 0.95, "most": 1.0}
 
 
-def show(folder: Path, out: Path | None, samples: int) -> None:
-    """Print what a data set is, and draw a contact sheet.
+def show(folder: str | Path, out: Path | None, samples: int) -> None:
+    """Print what a data set is, and draw a contact sheet; of a remote one, only what needs none of its chunks.
 
     Args:
-        folder: of a prepared data set.
+        folder: of a prepared data set, or its URL.
         out: where ``contact_sheet.png`` goes; None: here.
         samples: images on it, spread over the buckets; 0: none is drawn.
 
@@ -40,6 +42,11 @@ def show(folder: Path, out: Path | None, samples: int) -> None:
         ValueError: it is of another format, or ``out`` lies in it.
     """
     out = out or Path()
+    if is_remote(folder):
+        dataset = PreparedDataset(folder)
+        print("\n".join([*settings(dataset), "", *outcome(dataset), "", ONLY_LOCAL]))
+        return
+    folder = Path(folder)
     if samples and folder.resolve() in (out.resolve(), *out.resolve().parents):
         raise ValueError(f"--out {out} lies in the data set, which is left as it is: choose another folder")
     dataset = PreparedDataset(folder)
@@ -68,8 +75,9 @@ def settings(dataset: PreparedDataset) -> list[str]:
     filters = {name: value for name, value in chosen.pop("filters").items() if value not in (None, False)}
     rows = [("format", about["format"]), ("source", _pairs(source))]
     rows += [(name.replace("_", " "), _text(value)) for name, value in chosen.items()]
-    rows += [("filters", _pairs(filters)), ("on disk", _on_disk(dataset.folder))]
-    return [str(dataset.folder), *_table([[f"  {name}", value] for name, value in rows], "<<")]
+    rows += [("filters", _pairs(filters))]
+    rows += [("on disk", _on_disk(dataset.folder))] if dataset.cache is None else [("chunks", _in_store(dataset))]
+    return [dataset.location, *_table([[f"  {name}", value] for name, value in rows], "<<")]
 
 
 def counts(dataset: PreparedDataset, buckets: Sequence[tuple[Split, Bucket]]) -> list[str]:
@@ -97,7 +105,7 @@ def losses(dataset: PreparedDataset) -> list[str]:
     rows += [[f"skipped: {reason}", f"{number:,}"] for reason, number in _falling(about["skipped"])]
     rows += [["kept", f"{sum(sum(of_split.values()) for of_split in about['samples'].values()):,}"]]
     lines = ["from the source", *(f"  {line}" for line in _table(rows, "<>"))]
-    return lines + [f"  The skipped ones by name: {dataset.folder / SKIPPED}"] * bool(about["skipped"])
+    return lines + [f"  The skipped ones by name: {dataset.location}/{SKIPPED}"] * bool(about["skipped"])
 
 
 def captions(buckets: Sequence[tuple[Split, Bucket]]) -> list[str]:
@@ -176,3 +184,8 @@ def _falling(counts: dict[str, int]) -> list[tuple[str, int]]:
 def _on_disk(folder: Path) -> str:
     sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
     return f"{tqdm.format_sizeof(sum(sizes), 'B', 1024)} in {len(sizes):,} files"
+
+
+def _in_store(dataset: PreparedDataset) -> str:
+    sizes = [size for _, bucket in buckets_of(dataset) for size in bucket.shards.chunk_bytes]
+    return f"{tqdm.format_sizeof(sum(sizes), 'B', 1024)} in {len(sizes):,} chunks"

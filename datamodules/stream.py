@@ -1,15 +1,20 @@
 """Steps of a training as micro-batches of images: which samples, at which resolution, for which rank."""
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from time import perf_counter
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
+from PIL import UnidentifiedImageError
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from nami_lightning.batch import MicroBatch
 from nami_lightning.chance import uniform_of
 from nami_lightning.curriculum import Curriculum
+from nami_lightning.datamodules.chunks import DamagedChunk, DamagedSample, DataError
 from nami_lightning.datamodules.dataset import Bucket
 from nami_lightning.datamodules.images import read_image
 from nami_lightning.datamodules.order import BucketOrder, Lots, apportion, reads
@@ -17,13 +22,20 @@ from nami_lightning.datamodules.shapes import Aspect
 from nami_lightning.datamodules.shards import Record
 
 MIDDLE = (0.5, 0.5)
+Damaged = Literal["error", "skip"]
+log = logging.getLogger(__name__)
 
 
 class Place(NamedTuple):
-    """Where a sample lies: the number of its bucket, and its index there."""
+    """Where a sample lies: the number of its bucket, its index there, and its position in the order of reading."""
 
     bucket: int
     record: int
+    position: int
+
+
+Others = Callable[[Place], Iterator[Place]]
+"""A sample's place to those of the samples that may stand in for it, the best first."""
 
 
 class StageImages:
@@ -66,8 +78,8 @@ class StageImages:
         records: dict[Place, Record] = {}
         for number in {place.bucket for place in places}:
             of_bucket = [place for place in places if place.bucket == number]
-            items = self.buckets[number].shards.read([place.record for place in of_bucket])
-            records |= {place: Record.from_item(item) for place, item in zip(of_bucket, items, strict=True)}
+            of_places = self.buckets[number].shards.read_records([place.record for place in of_bucket])
+            records |= dict(zip(of_bucket, of_places, strict=True))
         return [records[place] for place in places]
 
     def micro_batch(
@@ -79,6 +91,7 @@ class StageImages:
         rows: list[int],
         captions: Sequence[float],
         windows: Sequence[tuple[float, float]],
+        others: Others | None = None,
     ) -> MicroBatch:
         """Read and decode samples of one stage and aspect.
 
@@ -90,21 +103,63 @@ class StageImages:
             rows: their places in the global batch.
             captions: for each, a number in [0, 1) that chooses among its captions.
             windows: for each, where to crop it if there is a choice.
+            others: stand in for damaged samples; None: damage is an error.
+
+        Raises:
+            DamagedChunk: a file or a sample of it can't be read.
+            DataError: none of the samples that may stand in can be read.
         """
-        records = self.read(places)
-        shape = aspect.shape(self.sides[stage])
-        images = [
-            read_image(record.image, shape, self.buckets[place.bucket].resolution // self.sides[stage], window)
-            for record, place, window in zip(records, places, windows, strict=True)
-        ]
+        damaged: list[str] = []
+        try:
+            samples = self._samples(stage, aspect, places, windows)
+        except DamagedChunk:
+            if others is None:
+                raise
+            samples = [
+                self._first_readable(stage, aspect, chain([place], others(place)), window, damaged)
+                for place, window in zip(places, windows, strict=True)
+            ]
         return MicroBatch(
             step=step,
             stage=stage,
-            images=torch.stack(images),
-            captions=[record.caption(chance) for record, chance in zip(records, captions, strict=True)],
-            ids=[record.id for record in records],
+            images=torch.stack([image for _, image in samples]),
+            captions=[record.caption(chance) for (record, _), chance in zip(samples, captions, strict=True)],
+            ids=[record.id for record, _ in samples],
             places=rows,
+            damaged=damaged,
         )
+
+    def _samples(
+        self, stage: int, aspect: Aspect, places: Sequence[Place], windows: Sequence[tuple[float, float]]
+    ) -> list[tuple[Record, Tensor]]:
+        """Records with their images."""
+        side = self.sides[stage]
+        samples = []
+        for record, place, window in zip(self.read(places), places, windows, strict=True):
+            bucket = self.buckets[place.bucket]
+            try:
+                image = read_image(record.image, aspect.shape(side), bucket.resolution // side, window)
+            except Exception as error:  # Pillow raises nearly anything on damaged files
+                file = bucket.shards.chunk_file(bucket.shards.chunk_of(place.record))
+                reason = "it is no image" if isinstance(error, UnidentifiedImageError) else str(error)
+                raise DamagedSample(file, f"the image of sample {record.id!r} can't be decoded: {reason}") from error
+            samples.append((record, image))
+        return samples
+
+    def _first_readable(
+        self, stage: int, aspect: Aspect, places: Iterator[Place], window: tuple[float, float], damaged: list[str]
+    ) -> tuple[Record, Tensor]:
+        """The sample at the first of ``places`` or, if it is damaged, at the next; its damage is added to the list."""
+        problem = ""
+        for place in places:
+            try:
+                sample = self._samples(stage, aspect, [place], [window])[0]
+            except DamagedChunk as error:
+                problem = problem or str(error)
+            else:
+                damaged += [problem] * bool(problem)
+                return sample
+        raise DataError(f"{problem}. Nor can any sample of its bucket be read that could stand in for it")
 
 
 def split_evenly(samples: int, ranks: int, limit: int, stage: int) -> tuple[int, int]:
@@ -134,6 +189,7 @@ class StepDataset(Dataset[list[MicroBatch]]):
         shuffle_window: chunks shuffled together.
         rank: this process.
         ranks: all processes.
+        damaged: whether a damaged sample is an error, or the next readable one of its stream stands in for it.
 
     Raises:
         ValueError: an uneven split, or a stage without images, of any phase.
@@ -148,10 +204,11 @@ class StepDataset(Dataset[list[MicroBatch]]):
         shuffle_window: int,
         rank: int = 0,
         ranks: int = 1,
+        damaged: Damaged = "error",
     ) -> None:
         self.curriculum, self.images = curriculum, images
         self.max_micro_batch, self.seed = max_micro_batch, seed
-        self.rank, self.ranks = rank, ranks
+        self.rank, self.ranks, self.damaged = rank, ranks, damaged
         self.orders = [
             BucketOrder(seed, bucket.name, bucket.shards.chunk_sizes, shuffle_window) for bucket in images.buckets
         ]
@@ -198,16 +255,20 @@ class StepDataset(Dataset[list[MicroBatch]]):
         return self._micro_batch(number, stage, aspect, places, list(range(lot * size, (lot + 1) * size)))
 
     def _lot(self, stage: int, number: int, count: int, runs: Sequence[tuple[int, int]]) -> tuple[Aspect, list[Place]]:
-        aspects = list(self.images.aspects[stage])
-        sizes = [self.images.sizes(stage, aspect) for aspect in aspects]
-        kind, before = Lots([sum(of_aspect) for of_aspect in sizes], runs)(number)
-        numbers = self.images.aspects[stage][aspects[kind]]
+        lots, sizes = self.lots(stage, runs)
+        kind, before = lots(number)
+        aspect, numbers = list(self.images.aspects[stage].items())[kind]
         places = [
-            Place(numbers[read.bucket], index)
+            Place(numbers[read.bucket], index, position)
             for read in reads(sizes[kind], before, count)
-            for index in self.orders[numbers[read.bucket]](read.first, read.count)
+            for position, index in enumerate(self.orders[numbers[read.bucket]](read.first, read.count), read.first)
         ]
-        return aspects[kind], places
+        return aspect, places
+
+    def lots(self, stage: int, runs: Sequence[tuple[int, int]]) -> tuple[Lots, list[list[int]]]:
+        """Which aspect each lot of ``stage`` is of, and the samples of each aspect's buckets."""
+        sizes = [self.images.sizes(stage, aspect) for aspect in self.images.aspects[stage]]
+        return Lots([sum(of_aspect) for of_aspect in sizes], runs), sizes
 
     def _micro_batch(
         self, step: int, stage: int, aspect: Aspect, places: Sequence[Place], rows: list[int]
@@ -216,7 +277,14 @@ class StepDataset(Dataset[list[MicroBatch]]):
             return [uniform_of(self.seed, step, row, purpose) for row in rows]
 
         windows = list(zip(chance("left"), chance("top"), strict=True))
-        return self.images.micro_batch(step, stage, aspect, places, rows, chance("caption"), windows)
+        others = self._others if self.damaged == "skip" else None
+        return self.images.micro_batch(step, stage, aspect, places, rows, chance("caption"), windows, others)
+
+    def _others(self, place: Place) -> Iterator[Place]:
+        """The samples that follow in the bucket's stream, to the end of the next epoch at most: no matter who asks."""
+        order = self.orders[place.bucket]
+        for position in range(place.position + 1, place.position + 2 * order.size):
+            yield Place(place.bucket, order(position, 1)[0], position)
 
 
 class StepLoader:
@@ -224,14 +292,17 @@ class StepLoader:
 
     Not a DataLoader itself, so that Lightning leaves its order alone; ``len`` is the number of all steps of the
     training, the ones before ``first`` included, which is what Lightning's progress counts against.
-    ``seconds_waited`` adds up the time for which a batch was asked for and not yet there.
+    ``seconds_waited`` adds up the time for which a batch was asked for and not yet there, ``damaged`` the samples that
+    others stood in for; each of those is named in the log once.
     """
 
     def __init__(self, dataset: StepDataset, first: int, workers: int, prefetch: int, pin_memory: bool) -> None:
         self.dataset = dataset
         self.seconds_waited = 0.0
+        self.damaged = 0
+        self._named: set[str] = set()
         self.loader = DataLoader(
-            dataset,
+            _WithErrors(dataset),
             batch_size=None,
             sampler=range(first, len(dataset)),
             num_workers=workers,
@@ -246,8 +317,31 @@ class StepLoader:
         begin = perf_counter()
         for batch in self.loader:
             self.seconds_waited += perf_counter() - begin
+            if isinstance(batch, DataError):
+                raise batch
+            self._count(batch)
             yield batch
             begin = perf_counter()
+
+    def _count(self, batch: list[MicroBatch]) -> None:
+        for what in chain.from_iterable(micro.damaged for micro in batch):
+            self.damaged += 1
+            if what not in self._named:
+                self._named.add(what)
+                log.warning("%s. Another sample stands in", what)
+
+
+class _WithErrors(Dataset[list[MicroBatch] | DataError]):
+    """Data that can't be read as a result: raised in a worker, an error would lose its class and gain a traceback."""
+
+    def __init__(self, dataset: StepDataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, step: int) -> list[MicroBatch] | DataError:
+        try:
+            return self.dataset[step]
+        except DataError as error:
+            return error
 
 
 class HeldoutDataset(Dataset[MicroBatch]):
@@ -260,12 +354,19 @@ class HeldoutDataset(Dataset[MicroBatch]):
         max_micro_batch: largest micro-batch of each stage.
         rank: this process takes every ``ranks``-th sample.
         ranks: all processes.
+        damaged: as of :class:`StepDataset`.
     """
 
     def __init__(
-        self, images: StageImages, samples: int, max_micro_batch: Sequence[int], rank: int, ranks: int
+        self,
+        images: StageImages,
+        samples: int,
+        max_micro_batch: Sequence[int],
+        rank: int,
+        ranks: int,
+        damaged: Damaged = "error",
     ) -> None:
-        self.images = images
+        self.images, self.damaged = images, damaged
         self.parts: list[tuple[int, Aspect, list[Place], list[int]]] = []
         for stage, limit in enumerate(max_micro_batch):
             first = 0
@@ -288,7 +389,7 @@ class HeldoutDataset(Dataset[MicroBatch]):
             if count:
                 numbers = self.images.aspects[stage][aspect]
                 taken = zip(numbers, apportion(count, of_aspect), strict=True)
-                yield aspect, [Place(number, index) for number, some in taken for index in range(some)]
+                yield aspect, [Place(number, index, index) for number, some in taken for index in range(some)]
 
     def __len__(self) -> int:
         return len(self.parts)
@@ -297,4 +398,18 @@ class HeldoutDataset(Dataset[MicroBatch]):
         if not 0 <= index < len(self.parts):
             raise IndexError(index)
         stage, aspect, places, rows = self.parts[index]
-        return self.images.micro_batch(0, stage, aspect, places, rows, [0.0] * len(rows), [MIDDLE] * len(rows))
+        captions, windows = [0.0] * len(rows), [MIDDLE] * len(rows)
+        others = self._others if self.damaged == "skip" else None
+        return self.images.micro_batch(0, stage, aspect, places, rows, captions, windows, others)
+
+    def _others(self, place: Place) -> Iterator[Place]:
+        """The samples that follow in the bucket, and from its beginning."""
+        size = len(self.images.buckets[place.bucket])
+        for position in range(place.position + 1, place.position + size):
+            yield Place(place.bucket, position % size, position)
+
+    def chunks(self) -> list[str]:
+        """The names of all remote chunks that are read."""
+        places = {place for _, _, of_part, _ in self.parts for place in of_part}
+        shards = [(self.images.buckets[place.bucket].shards, place.record) for place in sorted(places)]
+        return list(dict.fromkeys(of_place.chunk_name(of_place.chunk_of(index)) for of_place, index in shards))

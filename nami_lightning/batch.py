@@ -1,6 +1,6 @@
 """What the data hands to the model: one step is a list of micro-batches, each of one stage."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ class MicroBatch:
         captions: n prompts.
         ids: n names, for messages and tests.
         places: n positions in the global batch, which fix each sample's chance.
+        damaged: what was wrong with the samples that others stand in for, one message each.
     """
 
     step: int
@@ -25,6 +26,7 @@ class MicroBatch:
     captions: list[str]
     ids: list[str]
     places: list[int]
+    damaged: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.ids)

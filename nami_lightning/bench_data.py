@@ -70,7 +70,10 @@ def _open(recipe_or_dir: str, overrides: list[str]) -> PreparedDataset:
     from nami_lightning.recipe import Recipe
 
     module: Any = Recipe(recipe_or_dir, overrides).make_data()
-    return PreparedDataset(module.dataset_folder)
+    dataset: PreparedDataset = module.dataset
+    if dataset.cache is not None:
+        raise ValueError(f"{dataset.location} is remote: give a copy of it on a disk, whose reading can be compared")
+    return dataset
 
 
 def _largest(dataset: PreparedDataset) -> Bucket:

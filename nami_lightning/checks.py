@@ -1,5 +1,7 @@
 """Checks across the parts of a recipe: that all describe the same stages, before anything is read or built."""
 
+from collections.abc import Sequence
+from fractions import Fraction
 from itertools import pairwise
 from typing import Any
 
@@ -41,4 +43,27 @@ def check_stages(
         raise ValueError(
             f"resolutions {odd} are not multiples of {multiple} px, the patch size {transformer['patch_size']} times "
             f"the autoencoder's factor {vae.factor}"
+        )
+
+
+def check_shapes(
+    shapes: Sequence[tuple[Fraction, Fraction]], resolution: int, transformer: dict[str, Any], vae: AutoencoderConfig
+) -> None:
+    """Refuse images that the network can't cut into patches.
+
+    Args:
+        shapes: width and height in px of all kinds of images at ``resolution``; at the others they are doubled.
+        resolution: of the coarsest stage.
+        transformer: its config.
+        vae: whose factor divides their sides first.
+
+    Raises:
+        ValueError: naming the recipe key.
+    """
+    multiple = transformer["patch_size"] * vae.factor
+    if odd := [f"{width}x{height}" for width, height in shapes if width % multiple or height % multiple]:
+        raise ValueError(
+            f"data.preparation.aspect_step must be a multiple of {multiple} px, the patch size "
+            f"{transformer['patch_size']} times the autoencoder's factor {vae.factor}: at {resolution} px, stage 1's, "
+            f"the data set has images of {', '.join(odd)} px. Prepare it with another aspect_step"
         )

@@ -132,7 +132,7 @@ def add_data_commands(parser: argparse.ArgumentParser) -> None:
     show = commands.add_parser(
         "show", help="counts, captions, a contact sheet", description="Print what a data set is."
     )
-    show.add_argument("folder", metavar="DIR", help="a prepared data set")
+    show.add_argument("folder", metavar="DIR", help="a prepared data set, or its URL (s3://bucket/path)")
     show.add_argument("--out", metavar="DIR", default=".", help="where contact_sheet.png goes (default: here)")
     show.add_argument("--images", type=int, default=48, help="images on it (default 48)")
 

@@ -16,6 +16,7 @@ from nami_lightning.datamodules.dataset import PreparedDataset
 from nami_lightning.datamodules.multires import MultiResolutionDataModule
 from nami_lightning.datamodules.parts import Preparation, prepare_parts
 from nami_lightning.datamodules.prepare import is_complete, merge
+from nami_lightning.datamodules.remote import is_remote
 from nami_lightning.datamodules.show import outcome
 from nami_lightning.datamodules.show import show as show_dataset
 from nami_lightning.datamodules.sources import find_source
@@ -146,9 +147,18 @@ def parse_shard(text: str) -> tuple[int, int]:
 
 def show(options: Namespace) -> None:
     """Print what a data set is, and draw a contact sheet."""
-    show_dataset(Path(options.folder), Path(options.out), options.images)
+    show_dataset(options.folder, Path(options.out), options.images)
 
 
 def verify(options: Namespace) -> None:
-    """Read a data set whole; exit status 1 if anything is damaged."""
+    """Read a data set whole; exit status 1 if anything is damaged.
+
+    Raises:
+        ValueError: it is remote.
+    """
+    if is_remote(options.folder):
+        raise ValueError(
+            f"{options.folder} is remote: copy it to a disk, and verify the copy. Training checks each chunk that it "
+            "fetches against its checksum"
+        )
     sys.exit(report(Path(options.folder), options.workers))

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from squares import Squares
 
+from nami_lightning.cli import main
 from nami_lightning.curriculum import Curriculum, Phase
 from nami_lightning.datamodules.dataset import Bucket, PreparedDataset
 from nami_lightning.datamodules.images import read_image
@@ -23,6 +24,7 @@ from nami_lightning.datamodules.shapes import Shape
 from nami_lightning.datamodules.shards import Record
 from nami_lightning.datamodules.stream import StepLoader
 
+TINY = Path(__file__).parents[1] / "tiny.yaml"
 RESOLUTIONS = [8, 16, 32]
 CURRICULUM = Curriculum([Phase(6, [4, 2, 1], 1e-3), Phase(6, [1, 2, 0], 1e-3), Phase(4, [0, 1, 4], 1e-4)], unit=4)
 PREPARATION = Preparation(RESOLUTIONS, heldout_percent=20, aspect_step=2, format="png")
@@ -252,3 +254,78 @@ def test_an_image_that_is_too_small_is_refused() -> None:
     Image.new("RGB", (10, 10)).save(image, "PNG")
     with pytest.raises(ValueError, match="10x10"):
         read_image(image.getvalue(), Shape(8, 8), 2)
+
+
+# --- collections of odd sizes --------------------------------------------------------------------
+
+
+def one_stage(folder: Path, samples: int, steps: int = 8) -> MultiResolutionDataModule:
+    """``samples`` of 16 px in a step."""
+    curriculum = Curriculum([Phase(steps, [1], 1e-3)], unit=samples)
+    return MultiResolutionDataModule(str(folder), [16], curriculum, [samples], num_workers=0)
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six squares in one chunk."""
+    settings = Preparation([16], heldout_percent=0, format="png")
+    return prepare(Squares(6, [(20, 20)]), tmp_path_factory.mktemp("few") / "data", settings, workers=1)
+
+
+def test_a_bucket_smaller_than_a_batch_is_gone_through_several_times(few: Path) -> None:
+    counts: Counter[str] = Counter()
+    for batch in (one_stage(few, 16).steps()[step] for step in range(3)):
+        counts.update(batch[0].ids)
+        assert len(batch[0]) == 16
+        assert max(counts.values()) - min(counts.values()) <= 1
+    assert counts == {str(number): 8 for number in range(6)}
+
+
+def test_a_world_larger_than_the_chunks_reads_the_same(few: Path) -> None:
+    alone = one_stage(few, 8).steps()
+    world = [one_stage(few, 8).steps(rank, 8) for rank in range(8)]
+    for step in range(8):
+        assert [name for steps in world for name in steps[step][0].ids] == alone[step][0].ids
+
+
+def test_an_empty_bucket_changes_nothing(folder: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(folder, tmp_path / "data"))
+    description = json.loads((other / "dataset.json").read_text())
+    for of_split in description["samples"].values():
+        of_split |= {"8/8x8": 0, "32/80x16": 0}
+    (other / "dataset.json").write_text(json.dumps(description))
+    steps, expected = make_data(other).steps(), make_data(folder).steps()
+    assert [micro.ids for step in range(16) for micro in steps[step]] == [
+        micro.ids for step in range(16) for micro in expected[step]
+    ]
+
+
+def test_a_stage_that_is_never_trained_needs_no_images(few: Path) -> None:
+    curriculum = Curriculum([Phase(4, [2, 0], 1e-3)], unit=2)
+    data = MultiResolutionDataModule(str(few), [16, 32], curriculum, [4, 4], num_workers=0)
+    assert [micro.stage for step in range(4) for micro in data.steps()[step]] == [0] * 4
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", "\x00" * 100])
+def test_a_description_that_is_not_json_is_refused(folder: Path, tmp_path: Path, content: str) -> None:
+    (tmp_path / "dataset.json").write_text(content)
+    with pytest.raises(ValueError, match=r"dataset.json is damaged: it is no description in JSON"):
+        make_data(tmp_path).steps()
+
+
+@pytest.mark.parametrize("ready", [False, True])
+def test_shapes_that_are_no_whole_patches_are_refused(
+    folder: Path, tmp_path: Path, ready: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a data set that is there, and of one that is still to be made."""
+    arguments = ["run", str(TINY), "--output_dir", str(tmp_path)]
+    if ready:
+        arguments += ["--data.init_args.source", "null", "--data.init_args.folder", str(folder)]
+    else:
+        arguments += ["--data.init_args.folder", str(tmp_path / "made")]
+        arguments += ["--data.init_args.preparation", "{resolutions: [8, 16, 32], aspect_step: 2}"]
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert "aspect_step must be a multiple of 4 px, the patch size 4 times the autoencoder's factor 1" in error
+    assert "at 8 px, stage 1's, the data set has images of 6x10, 10x6 px" in error
+    assert not (tmp_path / "made").exists()
