@@ -4,9 +4,11 @@ FOLDER/dataset.json                format, settings, counts, checksums: written 
 FOLDER/skipped.jsonl               the samples that could not be used, with their reasons
 FOLDER/train/256/256x256/          one bucket: shards of images of one shape
 FOLDER/heldout/256/256x256/        the same for the held-out split
+FOLDER/encodings/NAME/             the same data set as latents and text states: again all of the above
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,8 +17,10 @@ from nami_lightning.datamodules.shapes import Aspect, Shape, aspect_of
 from nami_lightning.datamodules.shards import Shards
 
 FORMAT = "nami-shards/3"
+ENCODED_FORMAT = "nami-encodings/1"
 DESCRIPTION = "dataset.json"
 SKIPPED = "skipped.jsonl"
+ENCODINGS = "encodings"
 Split = Literal["train", "heldout"]
 SPLITS: tuple[Split, ...] = ("train", "heldout")
 
@@ -29,11 +33,14 @@ class Bucket:
         shards: the records.
         resolution: of its stage; the shape's area is about its square.
         shape: of the images; with random crops they are larger than it on one side.
+        chunk_sizes: samples that are shuffled as one; their order is made of these. Those of the shards, but for
+            encodings, which keep the order of the images that they were made of.
     """
 
     shards: Shards
     resolution: int
     shape: Shape
+    chunk_sizes: Sequence[int]
 
     def __len__(self) -> int:
         return len(self.shards)
@@ -68,7 +75,8 @@ class PreparedDataset:
 
     Attributes:
         description: what ``dataset.json`` says: ``settings``, ``samples`` of each split and bucket, ``removed`` and
-            ``skipped`` by reason, ``checksums`` (BLAKE2b) of every chunk.
+            ``skipped`` by reason, ``checksums`` (BLAKE2b) of every chunk; ``encodings``, if it holds those instead of
+            images: see :mod:`nami_lightning.datamodules.encode`.
 
     Raises:
         FileNotFoundError: no folder, or one whose preparation did not finish.
@@ -84,10 +92,15 @@ class PreparedDataset:
                 f"data.folder {folder} {state} (no {DESCRIPTION}): prepare it first, or set data.source"
             )
         self.description: dict[str, Any] = json.loads(path.read_text())
-        if self.description.get("format") != FORMAT:
+        if self.description.get("format") not in (FORMAT, ENCODED_FORMAT):
             raise ValueError(
                 f"{path} has format {self.description.get('format')!r}; this version reads {FORMAT!r}: prepare it again"
             )
+
+    @property
+    def encodings(self) -> dict[str, Any] | None:
+        """What the description says of the encodings, if the data set holds those instead of images."""
+        return self.description.get("encodings")
 
     @property
     def resolutions(self) -> list[int]:
@@ -108,5 +121,6 @@ class PreparedDataset:
                     f"{shards.folder} holds {len(shards)} samples, but {self.folder / DESCRIPTION} says {samples}: "
                     "it was changed after its preparation; prepare it again"
                 )
-            found.append(Bucket(shards, *parse_bucket_name(name)))
+            chunks = shards.chunk_sizes if self.encodings is None else self.encodings["chunks"][f"{split}/{name}"]
+            found.append(Bucket(shards, *parse_bucket_name(name), chunks))
         return sorted(found, key=lambda bucket: (bucket.resolution, bucket.aspect.ratio))

@@ -41,14 +41,19 @@ class Record(NamedTuple):
 
     def caption(self, chance: float) -> str:
         """The caption that ``chance``, in [0, 1), falls on."""
-        ends = list(accumulate(self.weights or [1.0] * len(self.captions)))
-        return self.captions[bisect_right(ends, chance * ends[-1])]
+        return self.captions[chosen(self.weights or [1.0] * len(self.captions), chance)]
 
     @classmethod
     def from_item(cls, item: tuple[str, bytes, str]) -> "Record":
         """What litdata read."""
         name, image, texts = item
         return cls(name, image, *json.loads(texts))
+
+
+def chosen(weights: Sequence[float], chance: float) -> int:
+    """Which of several things with ``weights`` the number ``chance``, in [0, 1), falls on."""
+    ends = list(accumulate(weights))
+    return bisect_right(ends, chance * ends[-1])
 
 
 class ShardWriter:
@@ -102,12 +107,16 @@ class Shards:
         Raises:
             DamagedChunk: a chunk is missing or damaged.
         """
+        return list(map(_plain, self.views(indices)))
+
+    def views(self, indices: Sequence[int]) -> list[Any]:
+        """As :meth:`read`, but bytes are views of the chunk's file: what isn't looked at isn't read."""
         items = {index: self._item(index) for index in sorted(set(indices))}
         return [items[index] for index in indices]
 
     def _item(self, index: int) -> Any:
         number = bisect_right(self._ends, index)
-        return _plain(self._chunk(number)[index - self._ends[number] + self.chunk_sizes[number]])
+        return self._chunk(number)[index - self._ends[number] + self.chunk_sizes[number]]
 
     @lru_cache(maxsize=OPEN_CHUNKS)  # noqa: B019  (one for all folders, which live as long as the process)
     def _chunk(self, number: int) -> ChunkFile:

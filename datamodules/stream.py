@@ -2,9 +2,10 @@
 
 from collections.abc import Iterator, Sequence
 from time import perf_counter
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from nami_lightning.batch import MicroBatch
@@ -13,10 +14,13 @@ from nami_lightning.curriculum import Curriculum
 from nami_lightning.datamodules.dataset import Bucket
 from nami_lightning.datamodules.images import read_image
 from nami_lightning.datamodules.order import BucketOrder, Lots, apportion, reads
-from nami_lightning.datamodules.shapes import Aspect
+from nami_lightning.datamodules.shapes import Aspect, Shape
 from nami_lightning.datamodules.shards import Record
 
-MIDDLE = (0.5, 0.5)
+Window: TypeAlias = tuple[float, float]
+"""Where a crop lies: from left and from top, both in [0, 1)."""
+
+MIDDLE: Window = (0.5, 0.5)
 
 
 class Place(NamedTuple):
@@ -61,14 +65,24 @@ class StageImages:
         """Samples of each bucket that ``stage`` may draw of ``aspect``."""
         return [len(self.buckets[number]) for number in self.aspects[stage][aspect]]
 
-    def read(self, places: Sequence[Place]) -> list[Record]:
-        """Records in the order asked for; one read a bucket."""
-        records: dict[Place, Record] = {}
+    def items(self, places: Sequence[Place]) -> list[Any]:
+        """What is stored, in the order asked for; one read a bucket. Bytes are views of the files."""
+        items: dict[Place, Any] = {}
         for number in {place.bucket for place in places}:
             of_bucket = [place for place in places if place.bucket == number]
-            items = self.buckets[number].shards.read([place.record for place in of_bucket])
-            records |= {place: Record.from_item(item) for place, item in zip(of_bucket, items, strict=True)}
-        return [records[place] for place in places]
+            read = self.buckets[number].shards.views([place.record for place in of_bucket])
+            items |= dict(zip(of_bucket, read, strict=True))
+        return [items[place] for place in places]
+
+    def decode(
+        self, files: Sequence[bytes], shape: Shape, places: Sequence[Place], windows: Sequence[Window]
+    ) -> Tensor:
+        """The image files of samples at ``places`` to uint8 ``(n, 3, H, W)`` of ``shape``."""
+        images = [
+            read_image(file, shape, self.buckets[place.bucket].shape.width // shape.width, window)
+            for file, place, window in zip(files, places, windows, strict=True)
+        ]
+        return torch.stack(images)
 
     def micro_batch(
         self,
@@ -78,7 +92,7 @@ class StageImages:
         places: Sequence[Place],
         rows: list[int],
         captions: Sequence[float],
-        windows: Sequence[tuple[float, float]],
+        windows: Sequence[Window],
     ) -> MicroBatch:
         """Read and decode samples of one stage and aspect.
 
@@ -91,16 +105,12 @@ class StageImages:
             captions: for each, a number in [0, 1) that chooses among its captions.
             windows: for each, where to crop it if there is a choice.
         """
-        records = self.read(places)
-        shape = aspect.shape(self.sides[stage])
-        images = [
-            read_image(record.image, shape, self.buckets[place.bucket].resolution // self.sides[stage], window)
-            for record, place, window in zip(records, places, windows, strict=True)
-        ]
+        records = [Record.from_item(item) for item in self.items(places)]
+        images = self.decode([record.image for record in records], aspect.shape(self.sides[stage]), places, windows)
         return MicroBatch(
             step=step,
             stage=stage,
-            images=torch.stack(images),
+            images=images,
             captions=[record.caption(chance) for record, chance in zip(records, captions, strict=True)],
             ids=[record.id for record in records],
             places=rows,
@@ -152,9 +162,7 @@ class StepDataset(Dataset[list[MicroBatch]]):
         self.curriculum, self.images = curriculum, images
         self.max_micro_batch, self.seed = max_micro_batch, seed
         self.rank, self.ranks = rank, ranks
-        self.orders = [
-            BucketOrder(seed, bucket.name, bucket.shards.chunk_sizes, shuffle_window) for bucket in images.buckets
-        ]
+        self.orders = [BucketOrder(seed, bucket.name, bucket.chunk_sizes, shuffle_window) for bucket in images.buckets]
         for stage in range(curriculum.num_stages):
             if not images.aspects[stage] and any(phase.ratio[stage] for phase in curriculum.phases):
                 held = ", ".join(f"{bucket.name} {len(bucket)}" for bucket in images.buckets)

@@ -1,9 +1,42 @@
 """What the data hands to the model: one step is a list of micro-batches, each of one stage."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from nami_lightning.encoders import Posterior, TextStates
+
+
+class Encodings(NamedTuple):
+    """What the frozen encoders made of n samples, computed beforehand; in place of pixels and captions.
+
+    Attributes:
+        latents: of the micro-batch's stage (of the finest one for a pooled latent pyramid).
+        coarse_latents: of the stage before; None at the first stage, and for a pooled latent pyramid.
+        text: of the captions, padded to the length that the text encoder gives.
+        empty_prompt: one row, likewise padded.
+    """
+
+    latents: Posterior
+    coarse_latents: Posterior | None
+    text: TextStates
+    empty_prompt: TextStates
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Encodings":
+        """The same with every tensor changed."""
+
+        def posterior(of: Posterior) -> Posterior:
+            return Posterior(change(of.mean), None if of.std is None else change(of.std))
+
+        return Encodings(
+            posterior(self.latents),
+            None if self.coarse_latents is None else posterior(self.coarse_latents),
+            TextStates(*map(change, self.text)),
+            TextStates(*map(change, self.empty_prompt)),
+        )
 
 
 @dataclass(frozen=True)
@@ -13,10 +46,12 @@ class MicroBatch:
     Attributes:
         step: number of the global batch, from 0.
         stage: 0..K-1.
-        images: uint8 ``(n, 3, H, W)`` at the stage's resolution (at the finest one for a pooled latent pyramid).
+        images: uint8 ``(n, 3, H, W)`` at the stage's resolution (at the finest one for a pooled latent pyramid);
+            no pixels, ``(n, 3, 0, 0)``, where encodings take their place.
         captions: n prompts.
         ids: n names, for messages and tests.
         places: n positions in the global batch, which fix each sample's chance.
+        encodings: what the frozen encoders make of images and captions, if it was computed beforehand.
     """
 
     step: int
@@ -25,17 +60,22 @@ class MicroBatch:
     captions: list[str]
     ids: list[str]
     places: list[int]
+    encodings: Encodings | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "MicroBatch":
-        """The same with its images on ``device``."""
-        return replace(self, images=self.images.to(device, non_blocking=non_blocking))
+        """The same with its tensors on ``device``."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "MicroBatch":
-        """The same with its images in page-locked memory, for the DataLoader."""
-        return replace(self, images=self.images.pin_memory())
+        """The same with its tensors in page-locked memory, for the DataLoader."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "MicroBatch":
+        encodings = None if self.encodings is None else self.encodings.map(change)
+        return replace(self, images=change(self.images), encodings=encodings)
 
 
 def pixels(images: Tensor) -> Tensor:

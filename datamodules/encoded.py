@@ -1,0 +1,184 @@
+"""Encodings in shards: latents and text states of samples as they are stored, and as training reads them.
+
+A record holds, in bfloat16, the latents of each stage that may draw the sample (of the finest one alone for a pooled
+latent pyramid), once for every stored crop, and the token states of each caption without their padding. An autoencoder's
+latents are stored as mean and standard deviation, so that training goes on drawing them as without encodings.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nami_lightning.batch import Encodings, MicroBatch
+from nami_lightning.datamodules.dataset import Bucket
+from nami_lightning.datamodules.shapes import Aspect, Shape
+from nami_lightning.datamodules.shards import chosen
+from nami_lightning.datamodules.stream import MIDDLE, Place, StageImages, Window
+from nami_lightning.encoders import Posterior, TextStates
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The sizes that the bytes of encodings don't tell.
+
+    Args:
+        resolutions: of the stages.
+        latent_pyramid: ``encode``: latents of every stage; ``pool``: of the finest.
+        factor: px a latent.
+        channels: of the latents.
+        drawn: whether latents have a standard deviation besides their mean.
+        tokens: rows of a text state with its padding.
+        width: of a token's state.
+        pooled_width: of the pooled state.
+    """
+
+    resolutions: list[int]
+    latent_pyramid: str
+    factor: int
+    channels: int
+    drawn: bool
+    tokens: int
+    width: int
+    pooled_width: int
+
+    def sides(self, resolution: int) -> list[int]:
+        """Resolutions of the latents that a sample of a bucket of ``resolution`` has, coarsest first."""
+        stages = self.resolutions[-1:] if self.latent_pyramid == "pool" else self.resolutions
+        return [side for side in stages if side <= resolution]
+
+    def latents_shape(self, shape: Shape) -> tuple[int, ...]:
+        """Of one crop's latents, for images of ``shape``: mean (and standard deviation), channels, height, width."""
+        return 1 + self.drawn, self.channels, shape.height // self.factor, shape.width // self.factor
+
+    def pack_text(self, states: TextStates) -> bytes:
+        """One caption's states (see :meth:`TextStates.row`) without the zeros at their end, which padding brings."""
+        held = states.sequence.any(1).nonzero()
+        tokens = int(held.max()) + 1 if len(held) else 0
+        return as_bytes(torch.cat([states.sequence[:tokens].flatten(), states.pooled]))
+
+    def unpack_text(self, data: bytes | memoryview) -> TextStates:
+        """What :meth:`pack_text` packed, padded."""
+        states, pooled = from_bytes(data).tensor_split([-self.pooled_width])
+        sequence = states.view(-1, self.width)
+        return TextStates(F.pad(sequence, (0, 0, 0, self.tokens - len(sequence))), pooled)
+
+
+def as_bytes(values: Tensor) -> bytes:
+    """A tensor's values in bfloat16."""
+    return values.to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def from_bytes(data: bytes | memoryview) -> Tensor:
+    """What :func:`as_bytes` made, flat."""
+    return torch.frombuffer(bytearray(data), dtype=torch.bfloat16)
+
+
+class EncodedRecord(NamedTuple):
+    """One stored sample.
+
+    Attributes:
+        id: its name.
+        captions: at least one.
+        weights: of the captions; empty: all alike.
+        text: each caption's states, packed.
+        image: the image file of a held-out sample, for what compares pictures; else empty.
+        latents: coarsest stage first; each of all crops.
+    """
+
+    id: str
+    captions: list[str]
+    weights: list[float]
+    text: list[bytes | memoryview]
+    image: bytes | memoryview
+    latents: list[bytes | memoryview]
+
+    def to_item(self) -> tuple[Any, ...]:
+        """What litdata stores."""
+        about = json.dumps([self.captions, self.weights, [len(text) for text in self.text]], ensure_ascii=False)
+        return self.id, about, b"".join(self.text), self.image, *self.latents
+
+    @classmethod
+    def from_item(cls, item: tuple[Any, ...]) -> "EncodedRecord":
+        """What litdata read."""
+        name, about, joined, image, *latents = item
+        captions, weights, sizes = json.loads(about)
+        text, first = [], 0
+        for size in sizes:
+            text.append(joined[first : first + size])
+            first += size
+        return cls(name, captions, weights, text, image, latents)
+
+
+class StageEncodings(StageImages):
+    """The buckets of one split as the stages see them: :class:`StageImages` of encodings.
+
+    Args:
+        buckets: all of the split.
+        layout: of their records.
+        empty_prompt: the packed states of the empty prompt.
+    """
+
+    def __init__(self, buckets: Sequence[Bucket], layout: Layout, empty_prompt: bytes) -> None:
+        super().__init__(buckets, layout.resolutions, layout.latent_pyramid == "pool")
+        self.layout, self.empty_prompt = layout, empty_prompt
+
+    def micro_batch(
+        self,
+        step: int,
+        stage: int,
+        aspect: Aspect,
+        places: Sequence[Place],
+        rows: list[int],
+        captions: Sequence[float],
+        windows: Sequence[Window],
+    ) -> MicroBatch:
+        """Read samples of one stage and aspect; of their stored crops, ``windows`` choose."""
+        layout, side = self.layout, self.sides[stage]
+        records = [EncodedRecord.from_item(item) for item in self.items(places)]
+        which = [
+            chosen(record.weights or [1.0] * len(record.captions), chance)
+            for record, chance in zip(records, captions, strict=True)
+        ]
+        text = [layout.unpack_text(record.text[i]) for record, i in zip(records, which, strict=True)]
+        empty = layout.unpack_text(self.empty_prompt)
+
+        def latents(of_side: int) -> Posterior:
+            levels = [layout.sides(self.buckets[place.bucket].resolution).index(of_side) for place in places]
+            stored = [record.latents[level] for record, level in zip(records, levels, strict=True)]
+            shape = layout.latents_shape(aspect.shape(of_side))
+            crops = [a_crop(data, shape, left) for data, (left, _) in zip(stored, windows, strict=True)]
+            return Posterior(*torch.stack(crops, 1))
+
+        coarse = stage > 0 and layout.latent_pyramid == "encode"
+        return MicroBatch(
+            step=step,
+            stage=stage,
+            images=self._images(records, aspect.shape(side), places),
+            captions=[record.captions[i] for record, i in zip(records, which, strict=True)],
+            ids=[record.id for record in records],
+            places=rows,
+            encodings=Encodings(
+                latents(side),
+                latents(self.sides[stage - 1]) if coarse else None,
+                TextStates(torch.stack([of.sequence for of in text]), torch.stack([of.pooled for of in text])),
+                TextStates(empty.sequence[None], empty.pooled[None]),
+            ),
+        )
+
+    def _images(self, records: Sequence[EncodedRecord], shape: Shape, places: Sequence[Place]) -> Tensor:
+        """Of held-out samples; no pixels for those of the training split."""
+        if not all(len(record.image) for record in records):
+            return torch.empty(len(records), 3, 0, 0, dtype=torch.uint8)
+        return self.decode([record.image for record in records], shape, places, [MIDDLE] * len(records))
+
+
+def a_crop(data: bytes | memoryview, shape: Sequence[int], chance: float) -> Tensor:
+    """The one of the crops in ``data``, each of ``shape``, that ``chance``, in [0, 1), falls on."""
+    size = 2 * torch.Size(shape).numel()
+    number = int(chance * (len(data) // size))
+    return from_bytes(data[number * size : (number + 1) * size]).view(*shape)
