@@ -1,8 +1,9 @@
 """Encodings in shards: latents and text states of samples as they are stored, and as training reads them.
 
 A record holds, in bfloat16, the latents of each stage that may draw the sample (of the finest one alone for a pooled
-latent pyramid), once for every stored crop, and the token states of each caption without their padding. An autoencoder's
-latents are stored as mean and standard deviation, so that training goes on drawing them as without encodings.
+latent pyramid), once for every stored crop, and the token states of each caption without their padding. Of an
+autoencoder's latents, mean and standard deviation are stored: training draws them as it does without encodings. The
+latents of the stage before, which the bridges need, are that stage's own.
 """
 
 import json
@@ -15,11 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nami_lightning.batch import Encodings, MicroBatch
-from nami_lightning.datamodules.dataset import Bucket
+from nami_lightning.datamodules.dataset import Bucket, PreparedDataset
+from nami_lightning.datamodules.images import MIDDLE, Position
 from nami_lightning.datamodules.shapes import Aspect, Shape
 from nami_lightning.datamodules.shards import chosen
-from nami_lightning.datamodules.stream import MIDDLE, Place, StageImages, Window
+from nami_lightning.datamodules.stream import Place, StageImages
 from nami_lightning.encoders import Posterior, TextStates
+from nami_lightning.identity import check_identity
+from nami_lightning.module import NamiModule
 
 
 @dataclass(frozen=True)
@@ -135,7 +139,7 @@ class StageEncodings(StageImages):
         places: Sequence[Place],
         rows: list[int],
         captions: Sequence[float],
-        windows: Sequence[Window],
+        windows: Sequence[Position],
     ) -> MicroBatch:
         """Read samples of one stage and aspect; of their stored crops, ``windows`` choose."""
         layout, side = self.layout, self.sides[stage]
@@ -182,3 +186,45 @@ def a_crop(data: bytes | memoryview, shape: Sequence[int], chance: float) -> Ten
     size = 2 * torch.Size(shape).numel()
     number = int(chance * (len(data) // size))
     return from_bytes(data[number * size : (number + 1) * size]).view(*shape)
+
+
+def layout_of(dataset: PreparedDataset, resolutions: Sequence[int], latent_pyramid: str) -> Layout:
+    """How the records of a data set of encodings are laid out.
+
+    Raises:
+        ValueError: they were made for other stages.
+    """
+    assert dataset.encodings is not None
+    layout = Layout(**dataset.encodings["layout"])
+    for key, made, wanted in (
+        ("resolutions", layout.resolutions, list(resolutions)),
+        ("model.latent_pyramid", layout.latent_pyramid, latent_pyramid),
+    ):
+        if made != wanted:
+            raise ValueError(
+                f"{key} is {wanted} in the recipe, but the encodings in {dataset.folder} were made for {made}: encode "
+                "the data set again (lightning data encode)"
+            )
+    return layout
+
+
+def check_encodings(dataset: PreparedDataset, module: NamiModule) -> None:
+    """Refuse encodings that a model can't be trained on.
+
+    Raises:
+        ValueError: other encoders made them, or the transformer takes others' widths.
+    """
+    assert dataset.encodings is not None
+    check_identity(dataset.encodings["encoders"], module.text_encoder_config, module.autoencoder_config, dataset.folder)
+    layout = Layout(**dataset.encodings["layout"])
+    widths = {
+        "joint_attention_dim": layout.width,
+        "pooled_projection_dim": layout.pooled_width,
+        "in_channels": layout.channels,
+    }
+    for key, held in widths.items():
+        if module.transformer_config[key] != held:
+            raise ValueError(
+                f"model.transformer's {key} is {module.transformer_config[key]}, but the encodings in {dataset.folder} "
+                f"are {held} wide"
+            )

@@ -8,7 +8,8 @@ in half the time.
 
 import io
 import warnings
-from typing import Literal
+from collections.abc import Sequence
+from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -17,6 +18,10 @@ from torch import Tensor
 
 from nami_lightning.datamodules.shapes import Shape
 
+Position: TypeAlias = tuple[float, float]
+"""Of a window in a larger image: from left and from top, both in [0, 1)."""
+
+MIDDLE: Position = (0.5, 0.5)
 ImageFormat = Literal["jpeg", "png", "webp"]
 
 MAX_PIXELS = 2**28
@@ -73,7 +78,7 @@ def cover(image: Image.Image, shape: Shape) -> Image.Image:
     return image if size == image.size else image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
 
 
-def crop(image: Image.Image, shape: Shape, position: tuple[float, float] = (0.5, 0.5)) -> Image.Image:
+def crop(image: Image.Image, shape: Shape, position: Position = MIDDLE) -> Image.Image:
     """A window of ``shape``; ``position`` in [0, 1) says where, from left and top to right and bottom."""
     left = int(position[0] * (image.width - shape.width + 1))
     top = int(position[1] * (image.height - shape.height + 1))
@@ -87,7 +92,7 @@ def encode_image(image: Image.Image, format: ImageFormat, quality: int) -> bytes
     return output.getvalue()
 
 
-def read_image(data: bytes, shape: Shape, factor: int, position: tuple[float, float] = (0.5, 0.5)) -> Tensor:
+def read_image(data: bytes, shape: Shape, factor: int, position: Position = MIDDLE) -> Tensor:
     """A stored image to uint8 ``(3, height, width)``.
 
     Args:
@@ -112,3 +117,23 @@ def read_image(data: bytes, shape: Shape, factor: int, position: tuple[float, fl
         image = crop(image, shape, position)
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     return pixels.view(image.height, image.width, 3).permute(2, 0, 1)
+
+
+def aligned_positions(data: bytes, shape: Shape, factors: Sequence[int], position: Position) -> list[Position]:
+    """Positions for :func:`read_image` at which windows of several resolutions show exactly the same.
+
+    Args:
+        data: a record's image.
+        shape: of the window at the coarsest resolution.
+        factors: how many times finer the stored image is than each resolution, coarsest first.
+        position: of the window at the coarsest resolution.
+    """
+    size = Image.open(io.BytesIO(data)).size
+
+    def along(axis: int) -> list[float]:
+        at = int(position[axis] * (size[axis] // factors[0] - shape[axis] + 1))
+        finer = [factors[0] // factor for factor in factors]
+        lengths = [-(-size[axis] // factor) for factor in factors]  # as reduce() rounds
+        return [(at * n + 0.5) / (length - shape[axis] * n + 1) for n, length in zip(finer, lengths, strict=True)]
+
+    return list(zip(along(0), along(1), strict=True))

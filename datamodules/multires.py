@@ -5,6 +5,7 @@ slices of the same global batches, in order, so a run goes on with the very same
 interruption and on any number of ranks; the only position is the number of the step.
 """
 
+from base64 import b64decode
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -15,7 +16,8 @@ from torch.utils.data import DataLoader
 
 from nami_lightning.batch import MicroBatch
 from nami_lightning.curriculum import Curriculum
-from nami_lightning.datamodules.dataset import PreparedDataset, Split
+from nami_lightning.datamodules.dataset import DESCRIPTION, PreparedDataset, Split
+from nami_lightning.datamodules.encoded import StageEncodings, check_encodings, layout_of
 from nami_lightning.datamodules.parts import Preparation, fingerprint, settings_of
 from nami_lightning.datamodules.prepare import prepare
 from nami_lightning.datamodules.sources.base import Source
@@ -27,7 +29,8 @@ class MultiResolutionDataModule(L.LightningDataModule):
     """Streams image-caption shards bucketed by resolution, mixed as the curriculum says.
 
     Args:
-        folder: a prepared data set, or, with ``source``, where data sets are made, one folder a set of settings.
+        folder: a prepared data set, of images or of encodings (``lightning data encode``), which need no autoencoder
+            and no text encoder in training; or, with ``source``, where data sets are made, one folder a set of settings.
         resolutions: side in px of each stage's images, coarsest first.
         curriculum: step to samples of each stage.
         max_micro_batch: samples of each stage that go through the model at once, at most; one number a stage.
@@ -71,7 +74,7 @@ class MultiResolutionDataModule(L.LightningDataModule):
             preparation = replace(preparation, resolutions=resolutions)
         self.folder, self.source, self.preparation = Path(folder), source, preparation
         self.resolutions, self.curriculum, self.max_micro_batch = resolutions, curriculum, max_micro_batch
-        self.top_only = latent_pyramid == "pool"
+        self.latent_pyramid = latent_pyramid
         self.seed, self.shuffle_window = seed, shuffle_window
         self.num_workers, self.prefetch_factor = num_workers, prefetch_factor
         self.validation_samples = validation_samples
@@ -84,7 +87,7 @@ class MultiResolutionDataModule(L.LightningDataModule):
     @cached_property
     def dataset_folder(self) -> Path:
         """The folder of the prepared data set."""
-        if self.source is None:
+        if self.source is None or (self.folder / DESCRIPTION).exists():
             return self.folder
         return self.folder / fingerprint(settings_of(self.source, self.preparation))
 
@@ -94,9 +97,19 @@ class MultiResolutionDataModule(L.LightningDataModule):
         self.prepare_data()
         return PreparedDataset(self.dataset_folder)
 
+    def setup(self, stage: str) -> None:
+        """Refuse encodings of other encoders than the model's."""
+        module = None if self.trainer is None else self.trainer.lightning_module
+        if self.dataset.encodings is not None and isinstance(module, NamiModule):
+            check_encodings(self.dataset, module)
+
     def images(self, split: Split) -> StageImages:
         """A split as the stages see it."""
-        return StageImages(self.dataset.buckets(split), self.resolutions, self.top_only)
+        buckets, encodings = self.dataset.buckets(split), self.dataset.encodings
+        if encodings is None:
+            return StageImages(buckets, self.resolutions, self.latent_pyramid == "pool")
+        layout = layout_of(self.dataset, self.resolutions, self.latent_pyramid)
+        return StageEncodings(buckets, layout, b64decode(encodings["empty_prompt"]))
 
     def steps(self, rank: int = 0, ranks: int = 1) -> StepDataset:
         """Step number to one rank's micro-batches; what training reads, without a trainer."""

@@ -8,12 +8,11 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from nami_lightning.datamodules.dataset import SKIPPED, SPLITS, Bucket, PreparedDataset, Split
+from nami_lightning.datamodules.dataset import ENCODINGS, SKIPPED, SPLITS, Bucket, PreparedDataset, Split
 from nami_lightning.datamodules.images import open_image
 from nami_lightning.datamodules.order import apportion
 from nami_lightning.datamodules.shapes import Aspect
 from nami_lightning.datamodules.shards import Record
-from nami_lightning.datamodules.verify import ENCODINGS
 from nami_lightning.grid import caption_grid, save_image
 
 CONTACT_SHEET = "contact_sheet.png"

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from time import perf_counter
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,15 +12,10 @@ from nami_lightning.batch import MicroBatch
 from nami_lightning.chance import uniform_of
 from nami_lightning.curriculum import Curriculum
 from nami_lightning.datamodules.dataset import Bucket
-from nami_lightning.datamodules.images import read_image
+from nami_lightning.datamodules.images import MIDDLE, Position, read_image
 from nami_lightning.datamodules.order import BucketOrder, Lots, apportion, reads
 from nami_lightning.datamodules.shapes import Aspect, Shape
 from nami_lightning.datamodules.shards import Record
-
-Window: TypeAlias = tuple[float, float]
-"""Where a crop lies: from left and from top, both in [0, 1)."""
-
-MIDDLE: Window = (0.5, 0.5)
 
 
 class Place(NamedTuple):
@@ -75,7 +70,7 @@ class StageImages:
         return [items[place] for place in places]
 
     def decode(
-        self, files: Sequence[bytes], shape: Shape, places: Sequence[Place], windows: Sequence[Window]
+        self, files: Sequence[bytes], shape: Shape, places: Sequence[Place], windows: Sequence[Position]
     ) -> Tensor:
         """The image files of samples at ``places`` to uint8 ``(n, 3, H, W)`` of ``shape``."""
         images = [
@@ -92,7 +87,7 @@ class StageImages:
         places: Sequence[Place],
         rows: list[int],
         captions: Sequence[float],
-        windows: Sequence[Window],
+        windows: Sequence[Position],
     ) -> MicroBatch:
         """Read and decode samples of one stage and aspect.
 

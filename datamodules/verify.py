@@ -12,11 +12,9 @@ from tqdm.auto import tqdm
 
 from nami_lightning.datamodules.chunk_checks import Checked, Chunk, Damage, check_chunk, size_of
 from nami_lightning.datamodules.chunks import ChunkFile
-from nami_lightning.datamodules.dataset import DESCRIPTION, SPLITS, PreparedDataset, parse_bucket_name
+from nami_lightning.datamodules.dataset import DESCRIPTION, ENCODINGS, SPLITS, PreparedDataset, parse_bucket_name
 from nami_lightning.datamodules.shapes import Shape
 from nami_lightning.datamodules.shards import INDEX, Record, read_index
-
-ENCODINGS = "encodings"
 
 LISTED = 20
 """Faults of one file that are printed."""

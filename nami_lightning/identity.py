@@ -1,7 +1,7 @@
 """Which frozen encoders made a data set's encodings, and whether they are those of a recipe.
 
-An encoder is known by its revision: the commit of a Hugging Face repository, or a hash of a folder's files. Only where an
-encoder is not on this machine, as training on encodings needs none, its name must do.
+An encoder is known by its revision: the commit of a Hugging Face repository, or a hash of a folder's files. Where it is
+not on this machine, since training on encodings needs none, its name must do.
 """
 
 import hashlib
