@@ -65,12 +65,12 @@ ITEMS = "items"
 
 
 class Part(NamedTuple):
-    """A chunk of images: ``count`` samples of a bucket from number ``first`` on."""
+    """A chunk of images: ``samples`` of a bucket from number ``first`` on."""
 
     split: Split
     bucket: Bucket
     first: int
-    count: int
+    samples: int
 
     @property
     def home(self) -> str:
@@ -176,7 +176,7 @@ def encode_parts(encoding: Encoding, batch_size: int, workers: int, shard: tuple
         print(f"{len(mine) - len(missing)} of {len(mine)} parts are done already.")
     batches = RawBatches(encoding, missing, batch_size)
     loader = DataLoader(batches, batch_size=None, num_workers=workers)
-    with tqdm(desc="encoding", total=sum(encoding.parts[number].count for number in missing), unit="image") as bar:
+    with tqdm(desc="encoding", total=sum(encoding.parts[number].samples for number in missing), unit="image") as bar:
         for number, of_part in groupby(loader, key=lambda raw: raw.part):
             target = folder / part_name(number)
             partial = target.with_name(f".{target.name}.{this_process()}.partial")
@@ -252,9 +252,9 @@ class RawBatches(Dataset[RawBatch]):
     def __init__(self, encoding: Encoding, parts: list[int], batch_size: int) -> None:
         self.parts, self.crops, self.sides = encoding.parts, encoding.crops, encoding.sides
         self.batches = [
-            (number, first, min(batch_size, self.parts[number].count - first))
+            (number, first, min(batch_size, self.parts[number].samples - first))
             for number in parts
-            for first in range(0, self.parts[number].count, batch_size)
+            for first in range(0, self.parts[number].samples, batch_size)
         ]
 
     def __len__(self) -> int:
@@ -353,7 +353,7 @@ def _join(encoding: Encoding, parts: list[Path], target: Path, about: dict[str, 
         of_bucket = list(numbers)
         folders, names = [parts[number] / ITEMS for number in of_bucket], [parts[number].name for number in of_bucket]
         counts[home] = join(folders, names, target / home)
-        chunks[home] = [encoding.parts[number].count for number in of_bucket]
+        chunks[home] = [encoding.parts[number].samples for number in of_bucket]
         for number in of_bucket:
             of_part = json.loads((parts[number] / REPORT).read_text())["checksums"]
             sums |= {f"{home}/{parts[number].name}-{file}": value for file, value in of_part.items()}

@@ -55,9 +55,10 @@ class Layout:
         stages = self.resolutions[-1:] if self.latent_pyramid == "pool" else self.resolutions
         return [side for side in stages if side <= resolution]
 
-    def latents_shape(self, shape: Shape) -> tuple[int, ...]:
-        """Of one crop's latents, for images of ``shape``: mean (and standard deviation), channels, height, width."""
-        return 1 + self.drawn, self.channels, shape.height // self.factor, shape.width // self.factor
+    def crops(self, data: bytes | memoryview, shape: Shape) -> Tensor:
+        """Stored latents of images of ``shape``: ``(crops, 1 or 2, C, H/f, W/f)``, mean (and standard deviation)."""
+        size = shape.height // self.factor, shape.width // self.factor
+        return from_bytes(data).view(-1, 1 + self.drawn, self.channels, *size)
 
     def pack_text(self, states: TextStates) -> bytes:
         """One caption's states (see :meth:`TextStates.row`) without the zeros at their end, which padding brings."""
@@ -153,10 +154,12 @@ class StageEncodings(StageImages):
 
         def latents(of_side: int) -> Posterior:
             levels = [layout.sides(self.buckets[place.bucket].resolution).index(of_side) for place in places]
-            stored = [record.latents[level] for record, level in zip(records, levels, strict=True)]
-            shape = layout.latents_shape(aspect.shape(of_side))
-            crops = [a_crop(data, shape, left) for data, (left, _) in zip(stored, windows, strict=True)]
-            return Posterior(*torch.stack(crops, 1))
+            stored = [
+                layout.crops(record.latents[level], aspect.shape(of_side))
+                for record, level in zip(records, levels, strict=True)
+            ]
+            drawn = [crops[int(left * len(crops))] for crops, (left, _) in zip(stored, windows, strict=True)]
+            return Posterior(*torch.stack(drawn, 1))
 
         coarse = stage > 0 and layout.latent_pyramid == "encode"
         return MicroBatch(
@@ -179,13 +182,6 @@ class StageEncodings(StageImages):
         if not all(len(record.image) for record in records):
             return torch.empty(len(records), 3, 0, 0, dtype=torch.uint8)
         return self.decode([record.image for record in records], shape, places, [MIDDLE] * len(records))
-
-
-def a_crop(data: bytes | memoryview, shape: Sequence[int], chance: float) -> Tensor:
-    """The one of the crops in ``data``, each of ``shape``, that ``chance``, in [0, 1), falls on."""
-    size = 2 * torch.Size(shape).numel()
-    number = int(chance * (len(data) // size))
-    return from_bytes(data[number * size : (number + 1) * size]).view(*shape)
 
 
 def layout_of(dataset: PreparedDataset, resolutions: Sequence[int], latent_pyramid: str) -> Layout:

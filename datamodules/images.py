@@ -92,7 +92,7 @@ def encode_image(image: Image.Image, format: ImageFormat, quality: int) -> bytes
     return output.getvalue()
 
 
-def read_image(data: bytes, shape: Shape, factor: int, position: Position = MIDDLE) -> Tensor:
+def read_image(data: bytes | memoryview, shape: Shape, factor: int, position: Position = MIDDLE) -> Tensor:
     """A stored image to uint8 ``(3, height, width)``.
 
     Args:

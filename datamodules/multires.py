@@ -29,8 +29,9 @@ class MultiResolutionDataModule(L.LightningDataModule):
     """Streams image-caption shards bucketed by resolution, mixed as the curriculum says.
 
     Args:
-        folder: a prepared data set, of images or of encodings (``lightning data encode``), which need no autoencoder
-            and no text encoder in training; or, with ``source``, where data sets are made, one folder a set of settings.
+        folder: a prepared data set, of images or of encodings (``lightning data encode``), on which training needs no
+            autoencoder and no text encoder; or, with ``source``, where data sets are made, one folder a set of
+            settings.
         resolutions: side in px of each stage's images, coarsest first.
         curriculum: step to samples of each stage.
         max_micro_batch: samples of each stage that go through the model at once, at most; one number a stage.

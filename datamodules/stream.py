@@ -70,7 +70,7 @@ class StageImages:
         return [items[place] for place in places]
 
     def decode(
-        self, files: Sequence[bytes], shape: Shape, places: Sequence[Place], windows: Sequence[Position]
+        self, files: Sequence[bytes | memoryview], shape: Shape, places: Sequence[Place], windows: Sequence[Position]
     ) -> Tensor:
         """The image files of samples at ``places`` to uint8 ``(n, 3, H, W)`` of ``shape``."""
         images = [

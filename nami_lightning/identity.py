@@ -21,10 +21,10 @@ Identity = dict[str, dict[str, Any] | None]
 
 def identify(text: TextEncoderConfig, vae: AutoencoderConfig) -> Identity:
     """Recipe key to the name, the revision (None: not on this machine) and the settings of each encoder."""
-    shared = {"max_length": text.max_length, "dtype": text.dtype}
+    shared: dict[str, Any] = {"max_length": text.max_length, "dtype": text.dtype}
     pooled = None if text.pooled is None else _about(text.pooled) | shared
     if vae.name == PIXELS:
-        of_vae = {"scaling_factor": vae.scaling_factor, "shift_factor": vae.shift_factor}
+        of_vae: dict[str, Any] = {"scaling_factor": vae.scaling_factor, "shift_factor": vae.shift_factor}
     else:
         of_vae = {"factor": vae.factor, "dtype": vae.dtype}
     return {
