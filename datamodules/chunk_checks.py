@@ -119,10 +119,13 @@ def problem_of_captions(record: Record | EncodedRecord) -> str:
 
 def problem_of(record: Record, shape: Shape) -> str:
     """What is wrong with a sample; empty if nothing is."""
-    if problem := problem_of_captions(record):
-        return problem
+    return problem_of_captions(record) or problem_of_image(record.image, shape)
+
+
+def problem_of_image(data: bytes | memoryview, shape: Shape) -> str:
+    """What is wrong with a sample's image; empty if nothing is."""
     try:
-        image = open_image(record.image)
+        image = open_image(data)
     except BadImage as error:
         return str(error)
     if image.width < shape.width or image.height < shape.height:
@@ -139,12 +142,14 @@ def problem_of_encodings(record: EncodedRecord, chunk: Chunk) -> str:
         return f"it has {len(record.text)} text states for {len(record.captions)} captions"
     layout = chunk.layout
     resolution, shape = parse_bucket_name("/".join(Path(chunk.file).parts[1:3]))
-    shapes = [aspect_of(shape, resolution).shape(side) for side in layout.sides(resolution)]
-    if len(record.latents) != len(shapes):
-        return f"it has latents of {len(record.latents)} resolutions, not of {len(shapes)}"
+    aspect, levels = aspect_of(shape, resolution), layout.levels(resolution)
+    if (layout.pixels or record.image) and (problem := problem_of_image(record.image, shape)):
+        return problem
+    if len(record.latents) != len(levels):
+        return f"it has {len(record.latents)} kinds of latents, not {len(levels)}"
     try:
         values = [layout.unpack_text(text).sequence for text in record.text]
-        values += [layout.crops(data, shape) for data, shape in zip(record.latents, shapes, strict=True)]
+        values += [layout.unpack_latents(*of, aspect) for of in zip(record.latents, levels, strict=True)]
     except RuntimeError as error:
         return f"its encodings have the wrong size ({error})"
     return "" if all(bool(of.isfinite().all()) and of.numel() for of in values) else "its encodings are not finite"

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from nami_lightning import flow
 from nami_lightning.batch import pixels
 from nami_lightning.chance import uniform_of
 from nami_lightning.datamodules.dataset import (
@@ -36,8 +37,8 @@ from nami_lightning.datamodules.dataset import (
     PreparedDataset,
     Split,
 )
-from nami_lightning.datamodules.encoded import EncodedRecord, Layout, as_bytes
-from nami_lightning.datamodules.images import MIDDLE, Position, aligned_positions, read_image
+from nami_lightning.datamodules.encoded import EncodedRecord, Layout, Level, as_bytes, levels_of
+from nami_lightning.datamodules.images import MIDDLE, Position, read_image
 from nami_lightning.datamodules.parts import (
     REPORT,
     SETTINGS,
@@ -54,7 +55,7 @@ from nami_lightning.datamodules.parts import (
 from nami_lightning.datamodules.prepare import counts_of
 from nami_lightning.datamodules.shards import Record, ShardWriter, join
 from nami_lightning.datamodules.stream import StageImages
-from nami_lightning.encoders import PixelCodec, TextStates, encode_posterior
+from nami_lightning.encoders import PIXELS, TextStates, encode_posterior
 from nami_lightning.identity import check_identity, identify
 from nami_lightning.module import NamiModule
 
@@ -95,28 +96,40 @@ class Encoding:
     def __init__(self, module: NamiModule, images: PreparedDataset, output: Path, crops: int = 1) -> None:
         if images.encodings is not None:
             raise ValueError(f"{images.folder} holds encodings already: give the data set of images")
-        if crops < 1 or (crops > 1 and images.description["settings"]["crop"] == "center"):
+        self.module, self.images, self.output, self.crops = module, images, output, crops
+        self.pixels = module.autoencoder_config.name == PIXELS
+        if crops < 1:
+            raise ValueError(f"--crops must be at least 1; got {crops}")
+        if crops > 1 and images.description["settings"]["crop"] == "center":
             raise ValueError(
                 f"--crops {crops}: {images.folder} was prepared with crop: center, so all crops would be the same; "
                 "prepare it with crop: random, or store 1"
             )
-        self.module, self.images, self.output, self.crops = module, images, output, crops
+        if crops > 1 and self.pixels:
+            raise ValueError(
+                f"--crops {crops}: where latents are pixels, whole images are stored, and cropped when they are read"
+            )
         self.top_only = module.latent_pyramid == "pool"
-        self.sides = module.resolutions[-1:] if self.top_only else module.resolutions
         self.parts = list(self._parts())
         if not self.parts:
-            raise ValueError(f"{images.folder} has no image of {self.sides[0]} px or more, so no stage can draw any")
+            raise ValueError(f"{images.folder} has no image that is large enough for any stage")
 
     def _parts(self) -> Iterator[Part]:
         for split in SPLITS:
             buckets = self.images.buckets(split)
             StageImages(buckets, self.module.resolutions, self.top_only)  # refuses resolutions that don't fit
             for bucket in buckets:
-                if bucket.resolution >= self.sides[0]:
+                if bucket.resolution >= self.module.resolutions[-1 if self.top_only else 0]:
                     first = 0
                     for count in bucket.chunk_sizes:
                         yield Part(split, bucket, first, count)
                         first += count
+
+    def levels(self, bucket: Bucket) -> list[Level]:
+        """The latents that are stored of its samples."""
+        if self.pixels:
+            return []
+        return levels_of(self.module.resolutions, self.module.latent_pyramid, bucket.resolution)
 
     def settings(self) -> dict[str, Any]:
         """All that decides what the encodings hold, but the encoders."""
@@ -203,9 +216,9 @@ def _claim(encoding: Encoding, folder: Path) -> Layout:
     layout = Layout(
         resolutions=list(module.resolutions),
         latent_pyramid=module.latent_pyramid,
+        pixels=encoding.pixels,
         factor=module.autoencoder_config.factor,
         channels=module.transformer_config["in_channels"],
-        drawn=not isinstance(vae, PixelCodec),
         tokens=empty.sequence.shape[0],
         width=text.dims[0],
         pooled_width=text.dims[1],
@@ -231,13 +244,15 @@ class RawBatch(NamedTuple):
 
     Attributes:
         part: its number.
-        records: what is stored of them; only held-out ones still have their image files.
-        images: uint8 ``(n, crops, 3, H, W)`` for each resolution of latents, coarsest first.
+        records: what is stored of them; with their image files only where these are kept.
+        images: uint8 ``(n, crops, 3, H, W)`` by resolution.
+        levels: of the latents that are to be made.
     """
 
     part: int
     records: list[Record]
-    images: list[Tensor]
+    images: dict[int, Tensor]
+    levels: list[Level]
 
 
 class RawBatches(Dataset[RawBatch]):
@@ -250,7 +265,8 @@ class RawBatches(Dataset[RawBatch]):
     """
 
     def __init__(self, encoding: Encoding, parts: list[int], batch_size: int) -> None:
-        self.parts, self.crops, self.sides = encoding.parts, encoding.crops, encoding.sides
+        self.parts, self.crops, self.pixels = encoding.parts, encoding.crops, encoding.pixels
+        self.levels = {part.bucket.resolution: encoding.levels(part.bucket) for part in encoding.parts}
         self.batches = [
             (number, first, min(batch_size, self.parts[number].samples - first))
             for number in parts
@@ -267,26 +283,27 @@ class RawBatches(Dataset[RawBatch]):
         part = self.parts[number]
         first += part.first
         records = [Record.from_item(item) for item in part.bucket.shards.read(range(first, first + count))]
-        decoded = [self._images(record, part) for record in records]
-        heldout = part.split == "heldout"
+        levels = self.levels[part.bucket.resolution]
+        kept = self.pixels or part.split == "heldout"
         return RawBatch(
             number,
-            [record if heldout else record._replace(image=b"") for record in records],
-            [torch.stack(of_side) for of_side in zip(*decoded, strict=True)],
+            [record if kept else record._replace(image=b"") for record in records],
+            {side: self._images(records, part, side) for side in {level.side for level in levels}},
+            levels,
         )
 
-    def _images(self, record: Record, part: Part) -> list[Tensor]:
-        """``(crops, 3, H, W)`` for each resolution."""
-        bucket = part.bucket
-        sides = [side for side in self.sides if side <= bucket.resolution]
-        shapes = [bucket.aspect.shape(side) for side in sides]
-        factors = [bucket.resolution // side for side in sides]
-        windows = [MIDDLE] if part.split == "heldout" else [crop_of(record.id, i) for i in range(self.crops)]
-        positions = [aligned_positions(record.image, shapes[0], factors, window) for window in windows]
-        return [
-            torch.stack([read_image(record.image, shape, factor, at[level]) for at in positions])
-            for level, (shape, factor) in enumerate(zip(shapes, factors, strict=True))
-        ]
+    def _images(self, records: list[Record], part: Part, side: int) -> Tensor:
+        """``(n, crops, 3, H, W)``."""
+        shape, factor = part.bucket.aspect.shape(side), part.bucket.resolution // side
+        return torch.stack(
+            [
+                torch.stack([read_image(record.image, shape, factor, window) for window in self._windows(record, part)])
+                for record in records
+            ]
+        )
+
+    def _windows(self, record: Record, part: Part) -> list[Position]:
+        return [MIDDLE] if part.split == "heldout" else [crop_of(record.id, number) for number in range(self.crops)]
 
 
 def crop_of(sample: str, number: int) -> Position:
@@ -296,7 +313,7 @@ def crop_of(sample: str, number: int) -> Position:
 
 def encode_batch(module: NamiModule, layout: Layout, raw: RawBatch, batch_size: int) -> Iterator[EncodedRecord]:
     """Records of decoded samples."""
-    latents = [_encode_images(module, images, batch_size) for images in raw.images]
+    latents = [_encode_images(module, raw.images[level.side], level.coarse, batch_size) for level in raw.levels]
     texts = list(dict.fromkeys(caption for record in raw.records for caption in record.captions))
     packed: dict[str, bytes | memoryview] = {}
     for first in range(0, len(texts), batch_size):
@@ -305,15 +322,17 @@ def encode_batch(module: NamiModule, layout: Layout, raw: RawBatch, batch_size: 
         packed |= {text: layout.pack_text(states.row(i)) for i, text in enumerate(some)}
     for i, (name, image, captions, weights) in enumerate(raw.records):
         text = [packed[caption] for caption in captions]
-        yield EncodedRecord(name, captions, weights, text, image, [as_bytes(of_side[i]) for of_side in latents])
+        yield EncodedRecord(name, captions, weights, text, image, [as_bytes(of_level[i]) for of_level in latents])
 
 
-def _encode_images(module: NamiModule, images: Tensor, batch_size: int) -> Tensor:
-    """``(n, crops, 3, H, W)`` to ``(n, crops, 1 or 2, C, H/f, W/f)``: means and, of an autoencoder, deviations."""
+def _encode_images(module: NamiModule, images: Tensor, coarse: bool, batch_size: int) -> Tensor:
+    """``(n, crops, 3, H, W)`` to ``(n, crops, 2, C, h, w)``: means and standard deviations."""
     encoded = []
     for some in images.flatten(0, 1).split(batch_size):
-        mean, std = encode_posterior(module.vae, pixels(some.to(module.device)))
-        encoded.append(torch.stack([mean] if std is None else [mean, std], 1).to("cpu", torch.bfloat16))
+        whole = pixels(some.to(module.device))
+        mean, std = encode_posterior(module.vae, flow.pool(whole) if coarse else whole)
+        assert std is not None
+        encoded.append(torch.stack([mean, std], 1).to("cpu", torch.bfloat16))
     return torch.cat(encoded).unflatten(0, images.shape[:2])
 
 

@@ -1,9 +1,10 @@
 """Encodings in shards: latents and text states of samples as they are stored, and as training reads them.
 
-A record holds, in bfloat16, the latents of each stage that may draw the sample (of the finest one alone for a pooled
-latent pyramid), once for every stored crop, and the token states of each caption without their padding. Of an
-autoencoder's latents, mean and standard deviation are stored: training draws them as it does without encodings. The
-latents of the stage before, which the bridges need, are that stage's own.
+A record holds, in bfloat16, the latents of each stage that may draw the sample and those of the same pixels at half the
+resolution, which its bridge starts from (for a pooled latent pyramid the finest latents alone), once for every stored
+crop; and the token states of each caption without their padding. Of latents, mean and standard deviation are stored:
+training draws from them just as it does without encodings. Where latents are pixels, the image file is kept instead: it
+is smaller, and exact, whereas bfloat16 rounds all 8-bit values away from zero.
 """
 
 import json
@@ -17,13 +18,33 @@ from torch import Tensor
 
 from nami_lightning.batch import Encodings, MicroBatch
 from nami_lightning.datamodules.dataset import Bucket, PreparedDataset
-from nami_lightning.datamodules.images import MIDDLE, Position
+from nami_lightning.datamodules.images import Position
 from nami_lightning.datamodules.shapes import Aspect, Shape
 from nami_lightning.datamodules.shards import chosen
 from nami_lightning.datamodules.stream import Place, StageImages
 from nami_lightning.encoders import Posterior, TextStates
 from nami_lightning.identity import check_identity
 from nami_lightning.module import NamiModule
+
+
+class Level(NamedTuple):
+    """One of the latents that are stored of a sample.
+
+    Attributes:
+        side: resolution of the stage that uses them.
+        coarse: whether they are of the stage's images at half their resolution.
+    """
+
+    side: int
+    coarse: bool
+
+
+def levels_of(resolutions: Sequence[int], latent_pyramid: str, resolution: int) -> list[Level]:
+    """The latents that stages of ``resolutions`` use of a sample of a bucket of ``resolution``, in stored order."""
+    if latent_pyramid == "pool":
+        return [Level(side, False) for side in resolutions[-1:] if side <= resolution]
+    stages = [side for side in resolutions if side <= resolution]
+    return [Level(side, coarse) for side in stages for coarse in (False, True) if not coarse or side > resolutions[0]]
 
 
 @dataclass(frozen=True)
@@ -33,9 +54,9 @@ class Layout:
     Args:
         resolutions: of the stages.
         latent_pyramid: ``encode``: latents of every stage; ``pool``: of the finest.
+        pixels: whether latents are pixels, and images are stored in their place.
         factor: px a latent.
         channels: of the latents.
-        drawn: whether latents have a standard deviation besides their mean.
         tokens: rows of a text state with its padding.
         width: of a token's state.
         pooled_width: of the pooled state.
@@ -43,22 +64,22 @@ class Layout:
 
     resolutions: list[int]
     latent_pyramid: str
+    pixels: bool
     factor: int
     channels: int
-    drawn: bool
     tokens: int
     width: int
     pooled_width: int
 
-    def sides(self, resolution: int) -> list[int]:
-        """Resolutions of the latents that a sample of a bucket of ``resolution`` has, coarsest first."""
-        stages = self.resolutions[-1:] if self.latent_pyramid == "pool" else self.resolutions
-        return [side for side in stages if side <= resolution]
+    def levels(self, resolution: int) -> list["Level"]:
+        """The latents that a sample of a bucket of ``resolution`` has."""
+        return [] if self.pixels else levels_of(self.resolutions, self.latent_pyramid, resolution)
 
-    def crops(self, data: bytes | memoryview, shape: Shape) -> Tensor:
-        """Stored latents of images of ``shape``: ``(crops, 1 or 2, C, H/f, W/f)``, mean (and standard deviation)."""
-        size = shape.height // self.factor, shape.width // self.factor
-        return from_bytes(data).view(-1, 1 + self.drawn, self.channels, *size)
+    def unpack_latents(self, data: bytes | memoryview, level: "Level", aspect: Aspect) -> Tensor:
+        """``(crops, 2, C, H/f, W/f)``: mean and standard deviation of each crop's latents."""
+        shape = aspect.shape(level.side)
+        size = (length // self.factor // (1 + level.coarse) for length in (shape.height, shape.width))
+        return from_bytes(data).view(-1, 2, self.channels, *size)
 
     def pack_text(self, states: TextStates) -> bytes:
         """One caption's states (see :meth:`TextStates.row`) without the zeros at their end, which padding brings."""
@@ -91,8 +112,8 @@ class EncodedRecord(NamedTuple):
         captions: at least one.
         weights: of the captions; empty: all alike.
         text: each caption's states, packed.
-        image: the image file of a held-out sample, for what compares pictures; else empty.
-        latents: coarsest stage first; each of all crops.
+        image: the image file where latents are pixels, and of held-out samples, for what compares pictures; else empty.
+        latents: of each level, see :func:`levels_of`; each of all crops.
     """
 
     id: str
@@ -152,36 +173,38 @@ class StageEncodings(StageImages):
         text = [layout.unpack_text(record.text[i]) for record, i in zip(records, which, strict=True)]
         empty = layout.unpack_text(self.empty_prompt)
 
-        def latents(of_side: int) -> Posterior:
-            levels = [layout.sides(self.buckets[place.bucket].resolution).index(of_side) for place in places]
+        def latents(level: Level) -> Posterior:
+            numbers = [layout.levels(self.buckets[place.bucket].resolution).index(level) for place in places]
             stored = [
-                layout.crops(record.latents[level], aspect.shape(of_side))
-                for record, level in zip(records, levels, strict=True)
+                layout.unpack_latents(record.latents[number], level, aspect)
+                for record, number in zip(records, numbers, strict=True)
             ]
             drawn = [crops[int(left * len(crops))] for crops, (left, _) in zip(stored, windows, strict=True)]
             return Posterior(*torch.stack(drawn, 1))
 
-        coarse = stage > 0 and layout.latent_pyramid == "encode"
+        coarse = not layout.pixels and layout.latent_pyramid == "encode" and stage > 0
         return MicroBatch(
             step=step,
             stage=stage,
-            images=self._images(records, aspect.shape(side), places),
+            images=self._images(records, aspect.shape(side), places, windows),
             captions=[record.captions[i] for record, i in zip(records, which, strict=True)],
             ids=[record.id for record in records],
             places=rows,
             encodings=Encodings(
-                latents(side),
-                latents(self.sides[stage - 1]) if coarse else None,
+                None if layout.pixels else latents(Level(side, False)),
+                latents(Level(side, True)) if coarse else None,
                 TextStates(torch.stack([of.sequence for of in text]), torch.stack([of.pooled for of in text])),
                 TextStates(empty.sequence[None], empty.pooled[None]),
             ),
         )
 
-    def _images(self, records: Sequence[EncodedRecord], shape: Shape, places: Sequence[Place]) -> Tensor:
-        """Of held-out samples; no pixels for those of the training split."""
+    def _images(
+        self, records: Sequence[EncodedRecord], shape: Shape, places: Sequence[Place], windows: Sequence[Position]
+    ) -> Tensor:
+        """No pixels where none are stored."""
         if not all(len(record.image) for record in records):
             return torch.empty(len(records), 3, 0, 0, dtype=torch.uint8)
-        return self.decode([record.image for record in records], shape, places, [MIDDLE] * len(records))
+        return self.decode([record.image for record in records], shape, places, windows)
 
 
 def layout_of(dataset: PreparedDataset, resolutions: Sequence[int], latent_pyramid: str) -> Layout:

@@ -8,7 +8,6 @@ in half the time.
 
 import io
 import warnings
-from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -35,7 +34,7 @@ class BadImage(ValueError):
     """An image that can't be used; the message says why."""
 
 
-def open_image(data: bytes) -> Image.Image:
+def open_image(data: bytes | memoryview) -> Image.Image:
     """An encoded image as 8-bit RGB, upright, its first frame, transparency on white.
 
     Raises:
@@ -117,23 +116,3 @@ def read_image(data: bytes | memoryview, shape: Shape, factor: int, position: Po
         image = crop(image, shape, position)
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     return pixels.view(image.height, image.width, 3).permute(2, 0, 1)
-
-
-def aligned_positions(data: bytes, shape: Shape, factors: Sequence[int], position: Position) -> list[Position]:
-    """Positions for :func:`read_image` at which windows of several resolutions show exactly the same.
-
-    Args:
-        data: a record's image.
-        shape: of the window at the coarsest resolution.
-        factors: how many times finer the stored image is than each resolution, coarsest first.
-        position: of the window at the coarsest resolution.
-    """
-    size = Image.open(io.BytesIO(data)).size
-
-    def along(axis: int) -> list[float]:
-        at = int(position[axis] * (size[axis] // factors[0] - shape[axis] + 1))
-        finer = [factors[0] // factor for factor in factors]
-        lengths = [-(-size[axis] // factor) for factor in factors]  # as reduce() rounds
-        return [(at * n + 0.5) / (length - shape[axis] * n + 1) for n, length in zip(finer, lengths, strict=True)]
-
-    return list(zip(along(0), along(1), strict=True))

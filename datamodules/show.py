@@ -128,8 +128,15 @@ def encodings(folder: Path) -> list[str]:
 def encoders(about: dict[str, Any]) -> list[str]:
     """Who made a data set of encodings, and what it holds of each sample."""
     layout = about["layout"]
-    latents = f"{layout['channels']} channels, {layout['factor']} px each, of {_text(layout['resolutions'])} px stages"
-    rows = [("latents", latents), ("latent pyramid", layout["latent_pyramid"]), ("crops", str(about["crops"]))]
+    size = (
+        "pixels: the images themselves" if layout["pixels"] else f"{layout['channels']} channels, {layout['factor']} px"
+    )
+    rows = [
+        ("latents", size),
+        ("stages", f"{_text(layout['resolutions'])} px"),
+        ("latent pyramid", layout["latent_pyramid"]),
+        ("crops", str(about["crops"])),
+    ]
     rows += [(key, "none" if of is None else _pairs(of)) for key, of in about["encoders"].items()]
     return ["encodings", *_table([[f"  {name}", value] for name, value in rows], "<<")]
 

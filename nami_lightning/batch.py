@@ -11,16 +11,16 @@ from nami_lightning.encoders import Posterior, TextStates
 
 
 class Encodings(NamedTuple):
-    """What the frozen encoders made of n samples, computed beforehand; in place of pixels and captions.
+    """What the frozen encoders made of n samples, computed beforehand.
 
     Attributes:
-        latents: of the micro-batch's stage (of the finest one for a pooled latent pyramid).
-        coarse_latents: of the stage before; None at the first stage, and for a pooled latent pyramid.
+        latents: of the micro-batch's images; None where latents are pixels, which are the images themselves.
+        coarse_latents: of those images at half their resolution, if the stage and the latent pyramid need them.
         text: of the captions, padded to the length that the text encoder gives.
         empty_prompt: one row, likewise padded.
     """
 
-    latents: Posterior
+    latents: Posterior | None
     coarse_latents: Posterior | None
     text: TextStates
     empty_prompt: TextStates
@@ -28,12 +28,12 @@ class Encodings(NamedTuple):
     def map(self, change: Callable[[Tensor], Tensor]) -> "Encodings":
         """The same with every tensor changed."""
 
-        def posterior(of: Posterior) -> Posterior:
-            return Posterior(change(of.mean), None if of.std is None else change(of.std))
+        def posterior(of: Posterior | None) -> Posterior | None:
+            return None if of is None else Posterior(change(of.mean), None if of.std is None else change(of.std))
 
         return Encodings(
             posterior(self.latents),
-            None if self.coarse_latents is None else posterior(self.coarse_latents),
+            posterior(self.coarse_latents),
             TextStates(*map(change, self.text)),
             TextStates(*map(change, self.empty_prompt)),
         )
@@ -47,7 +47,7 @@ class MicroBatch:
         step: number of the global batch, from 0.
         stage: 0..K-1.
         images: uint8 ``(n, 3, H, W)`` at the stage's resolution (at the finest one for a pooled latent pyramid);
-            no pixels, ``(n, 3, 0, 0)``, where encodings take their place.
+            no pixels, ``(n, 3, 0, 0)``, where latents take their place.
         captions: n prompts.
         ids: n names, for messages and tests.
         places: n positions in the global batch, which fix each sample's chance.

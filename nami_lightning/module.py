@@ -252,7 +252,7 @@ class NamiModule(L.LightningModule):
 
     def _posteriors(self, micro: MicroBatch) -> tuple[Posterior, Posterior | None]:
         """Of the stage's images, and of those at half their resolution where they are needed."""
-        if micro.encodings is not None:
+        if micro.encodings is not None and micro.encodings.latents is not None:
             return micro.encodings.latents, micro.encodings.coarse_latents
         images = pixels(micro.images)
         alone = self.latent_pyramid == "pool" or micro.stage == 0
