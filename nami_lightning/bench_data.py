@@ -75,6 +75,8 @@ def _open(recipe_or_dir: str, overrides: list[str]) -> PreparedDataset:
 
 def _largest(dataset: PreparedDataset) -> Bucket:
     """The training bucket with most images, of the finest resolution that has any."""
+    if dataset.encodings is not None:
+        raise ValueError(f"{dataset.folder} holds encodings: give the data set of images that they were made of")
     buckets = dataset.buckets("train")
     if not buckets:
         raise ValueError(f"{dataset.folder} has no training images")

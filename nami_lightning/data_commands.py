@@ -3,6 +3,7 @@
 import argparse
 import os
 import re
+import shlex
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -189,7 +190,8 @@ def encode(options: Namespace) -> None:
         if not work.merge:
             encode_parts(encoding, work.batch_size, work.workers)
         merge(encoding)
-    print(f"To train on it: lightning run {work.recipe} --data.init_args.folder {output}")
+    run = ["lightning", "run", work.recipe, *overrides, "--data.init_args.folder", str(output)]
+    print(f"To train on it: {shlex.join(run)}")
 
 
 def _encode_parser() -> argparse.ArgumentParser:

@@ -372,7 +372,7 @@ def test_encode_show_verify_and_train_as_commands(
     output = tmp_path / "encoded"
     arguments = [*tiny, "--output", str(output), "--workers", "1", "--batch_size", "16"]
     assert main(["data", "encode", *arguments]) == 0
-    assert f"--data.init_args.folder {output}" in capsys.readouterr().out
+    assert f"--data.init_args.folder {output}\n" in capsys.readouterr().out
     assert main(["data", "encode", *arguments]) == 0
     assert "is complete" in capsys.readouterr().out
     assert main(["data", "show", str(output)]) == 0
