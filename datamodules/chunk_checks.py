@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nami_lightning.datamodules.chunks import ChunkFile, DamagedChunk, checksum
+from nami_lightning.datamodules.dataset import parse_bucket_name
+from nami_lightning.datamodules.encoded import EncodedRecord, Layout
 from nami_lightning.datamodules.images import BadImage, open_image
-from nami_lightning.datamodules.shapes import Shape
+from nami_lightning.datamodules.shapes import Shape, aspect_of
 from nami_lightning.datamodules.shards import Record
 
 
@@ -37,6 +39,7 @@ class Chunk:
         entry: of the index of its bucket; empty: it doesn't name the file.
         config: of that index.
         shape: of the bucket; None: the items are not samples.
+        layout: of its encodings; None: it holds images.
     """
 
     folder: Path
@@ -45,6 +48,7 @@ class Chunk:
     entry: dict[str, Any]
     config: dict[str, Any]
     shape: Shape | None
+    layout: Layout | None = None
 
 
 class Checked(NamedTuple):
@@ -85,9 +89,13 @@ def check_samples(chunk: Chunk, items: ChunkFile, shape: Shape) -> tuple[bytes, 
     for number in range(len(items)):
         name = f"{chunk.file}/{number}"  # stands in for the id of a sample that can't be read
         try:
-            record = Record.from_item(items[number])
+            record = (Record if chunk.layout is None else EncodedRecord).from_item(items[number])
             name = record.id
-            if problem := problem_of(record, shape):
+            if (
+                problem := problem_of(record, shape)
+                if isinstance(record, Record)
+                else problem_of_encodings(record, chunk)
+            ):
                 damages.append(Damage(chunk.file, problem, name))
         except DamagedChunk as error:
             damages.append(Damage(chunk.file, error.problem, f"number {number}"))
@@ -97,18 +105,50 @@ def check_samples(chunk: Chunk, items: ChunkFile, shape: Shape) -> tuple[bytes, 
     return b"".join(ids), damages
 
 
-def problem_of(record: Record, shape: Shape) -> str:
-    """What is wrong with a sample; empty if nothing is."""
+def problem_of_captions(record: Record | EncodedRecord) -> str:
+    """What is wrong with a sample's name and captions; empty if nothing is."""
     if not record.id or not isinstance(record.id, str):
         return f"its id is {record.id!r}"
     if not record.captions or not all(isinstance(caption, str) for caption in record.captions):
         return f"its captions are {record.captions}"
     if record.weights and (len(record.weights) != len(record.captions) or not 0 < sum(record.weights) < math.inf):
         return f"its captions' weights are {record.weights}, for {len(record.captions)} captions"
+    return ""
+
+
+def problem_of(record: Record, shape: Shape) -> str:
+    """What is wrong with a sample; empty if nothing is."""
+    return problem_of_captions(record) or problem_of_image(record.image, shape)
+
+
+def problem_of_image(data: bytes | memoryview, shape: Shape) -> str:
+    """What is wrong with a sample's image; empty if nothing is."""
     try:
-        image = open_image(record.image)
+        image = open_image(data)
     except BadImage as error:
         return str(error)
     if image.width < shape.width or image.height < shape.height:
         return f"its image is {image.width}x{image.height}, smaller than its bucket's {shape}"
     return ""
+
+
+def problem_of_encodings(record: EncodedRecord, chunk: Chunk) -> str:
+    """What is wrong with a sample of encodings; empty if nothing is."""
+    if problem := problem_of_captions(record):
+        return problem
+    assert chunk.layout is not None
+    if len(record.text) != len(record.captions):
+        return f"it has {len(record.text)} text states for {len(record.captions)} captions"
+    layout = chunk.layout
+    resolution, shape = parse_bucket_name("/".join(Path(chunk.file).parts[1:3]))
+    aspect, levels = aspect_of(shape, resolution), layout.levels(resolution)
+    if (layout.pixels or record.image) and (problem := problem_of_image(record.image, shape)):
+        return problem
+    if len(record.latents) != len(levels):
+        return f"it has {len(record.latents)} kinds of latents, not {len(levels)}"
+    try:
+        values = [layout.unpack_text(text).sequence for text in record.text]
+        values += [layout.unpack_latents(*of, aspect) for of in zip(record.latents, levels, strict=True)]
+    except RuntimeError as error:
+        return f"its encodings have the wrong size ({error})"
+    return "" if all(bool(of.isfinite().all()) and of.numel() for of in values) else "its encodings are not finite"

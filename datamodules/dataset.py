@@ -4,9 +4,11 @@ FOLDER/dataset.json                format, settings, counts, checksums: written 
 FOLDER/skipped.jsonl               the samples that could not be used, with their reasons
 FOLDER/train/256/256x256/          one bucket: shards of images of one shape
 FOLDER/heldout/256/256x256/        the same for the held-out split
+FOLDER/encodings/NAME/             the same data set as latents and text states: again all of the above
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,8 +19,10 @@ from nami_lightning.datamodules.shapes import Aspect, Shape, aspect_of
 from nami_lightning.datamodules.shards import INDEX, Shards
 
 FORMAT = "nami-shards/3"
+ENCODED_FORMAT = "nami-encodings/1"
 DESCRIPTION = "dataset.json"
 SKIPPED = "skipped.jsonl"
+ENCODINGS = "encodings"
 Split = Literal["train", "heldout"]
 SPLITS: tuple[Split, ...] = ("train", "heldout")
 
@@ -31,11 +35,14 @@ class Bucket:
         shards: the records.
         resolution: of its stage; the shape's area is about its square.
         shape: of the images; with random crops they are larger than it on one side.
+        chunk_sizes: samples that are shuffled as one; their order is made of these. Those of the shards, but for
+            encodings, which keep the order of the images that they were made of.
     """
 
     shards: Shards
     resolution: int
     shape: Shape
+    chunk_sizes: Sequence[int]
 
     def __len__(self) -> int:
         return len(self.shards)
@@ -73,7 +80,8 @@ class PreparedDataset:
         folder: where it lies; of a remote one, where what is fetched of it lies.
         cache: of a remote one.
         description: what ``dataset.json`` says: ``settings``, ``samples`` of each split and bucket, ``removed`` and
-            ``skipped`` by reason, ``checksums`` (BLAKE2b) of every chunk.
+            ``skipped`` by reason, ``checksums`` (BLAKE2b) of every chunk; ``encodings``, if it holds those instead of
+            images: see :mod:`nami_lightning.datamodules.encode`.
 
     Raises:
         FileNotFoundError: no folder, or one whose preparation did not finish.
@@ -96,6 +104,11 @@ class PreparedDataset:
         self.folder = self.cache.folder if self.cache else Path(folder)
 
     @property
+    def encodings(self) -> dict[str, Any] | None:
+        """What the description says of the encodings, if the data set holds those instead of images."""
+        return self.description.get("encodings")
+
+    @property
     def resolutions(self) -> list[int]:
         """Of its buckets, coarsest first."""
         return sorted(self.description["settings"]["resolutions"])
@@ -116,7 +129,8 @@ class PreparedDataset:
                     f"{self.location}/{split}/{name} holds {len(shards)} samples, but {DESCRIPTION} says {samples}: "
                     "it was changed after its preparation; prepare it again"
                 )
-            found.append(Bucket(shards, *parse_bucket_name(name)))
+            chunks = shards.chunk_sizes if self.encodings is None else self.encodings["chunks"][f"{split}/{name}"]
+            found.append(Bucket(shards, *parse_bucket_name(name), chunks))
         return sorted(found, key=lambda bucket: (bucket.resolution, bucket.aspect.ratio))
 
     def _shards(self, bucket: str) -> Shards:
@@ -138,6 +152,6 @@ def _parse(content: bytes, path: str) -> dict[str, Any]:
         raise ValueError(
             f"{path} is damaged: it is no description in JSON ({error}); copy it again, or prepare the data set again"
         ) from error
-    if found != FORMAT:
+    if found not in (FORMAT, ENCODED_FORMAT):
         raise ValueError(f"{path} has format {found!r}; this version reads {FORMAT!r}: prepare it again")
     return description

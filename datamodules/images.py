@@ -8,7 +8,7 @@ in half the time.
 
 import io
 import warnings
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -17,6 +17,10 @@ from torch import Tensor
 
 from nami_lightning.datamodules.shapes import Shape
 
+Position: TypeAlias = tuple[float, float]
+"""Of a window in a larger image: from left and from top, both in [0, 1)."""
+
+MIDDLE: Position = (0.5, 0.5)
 ImageFormat = Literal["jpeg", "png", "webp"]
 
 MAX_PIXELS = 2**28
@@ -30,7 +34,7 @@ class BadImage(ValueError):
     """An image that can't be used; the message says why."""
 
 
-def open_image(data: bytes) -> Image.Image:
+def open_image(data: bytes | memoryview) -> Image.Image:
     """An encoded image as 8-bit RGB, upright, its first frame, transparency on white.
 
     Raises:
@@ -73,7 +77,7 @@ def cover(image: Image.Image, shape: Shape) -> Image.Image:
     return image if size == image.size else image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
 
 
-def crop(image: Image.Image, shape: Shape, position: tuple[float, float] = (0.5, 0.5)) -> Image.Image:
+def crop(image: Image.Image, shape: Shape, position: Position = MIDDLE) -> Image.Image:
     """A window of ``shape``; ``position`` in [0, 1) says where, from left and top to right and bottom."""
     left = int(position[0] * (image.width - shape.width + 1))
     top = int(position[1] * (image.height - shape.height + 1))
@@ -87,7 +91,7 @@ def encode_image(image: Image.Image, format: ImageFormat, quality: int) -> bytes
     return output.getvalue()
 
 
-def read_image(data: bytes, shape: Shape, factor: int, position: tuple[float, float] = (0.5, 0.5)) -> Tensor:
+def read_image(data: bytes | memoryview, shape: Shape, factor: int, position: Position = MIDDLE) -> Tensor:
     """A stored image to uint8 ``(3, height, width)``.
 
     Args:

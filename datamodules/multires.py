@@ -5,6 +5,7 @@ slices of the same global batches, in order, so a run goes on with the very same
 interruption and on any number of ranks; the only position is the number of the step.
 """
 
+from base64 import b64decode
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -20,13 +21,15 @@ from nami_lightning.checks import check_shapes
 from nami_lightning.curriculum import Curriculum
 from nami_lightning.datamodules.ahead import HELDOUT, RemoteStepDataset, check_room, spread_of
 from nami_lightning.datamodules.cache import CacheSettings
-from nami_lightning.datamodules.dataset import SPLITS, PreparedDataset, Split
+from nami_lightning.datamodules.dataset import DESCRIPTION, SPLITS, PreparedDataset, Split
+from nami_lightning.datamodules.encoded import StageEncodings, check_encodings, layout_of
 from nami_lightning.datamodules.parts import Preparation, fingerprint, settings_of
 from nami_lightning.datamodules.prepare import prepare
 from nami_lightning.datamodules.remote import is_remote
 from nami_lightning.datamodules.shapes import Aspect
 from nami_lightning.datamodules.sources.base import Source
-from nami_lightning.datamodules.stream import Damaged, HeldoutDataset, StageImages, StepDataset, StepLoader
+from nami_lightning.datamodules.stages import StageImages
+from nami_lightning.datamodules.stream import Damaged, HeldoutDataset, StepDataset, StepLoader
 from nami_lightning.module import NamiModule
 
 
@@ -34,8 +37,9 @@ class MultiResolutionDataModule(L.LightningDataModule):
     """Streams image-caption shards bucketed by resolution, mixed as the curriculum says.
 
     Args:
-        folder: a prepared data set, or, with ``source``, where data sets are made, one folder a set of settings. A URL
-            (s3://, hf://, gs://, ...) is read from there, by way of ``cache``.
+        folder: a prepared data set, of images or of encodings (``lightning data encode``), on which training needs no
+            autoencoder and no text encoder; or, with ``source``, where data sets are made, one folder a set of
+            settings. A URL (s3://, hf://, gs://, ...) is read from there, by way of ``cache``.
         resolutions: side in px of each stage's images, coarsest first.
         curriculum: step to samples of each stage.
         max_micro_batch: samples of each stage that go through the model at once, at most; one number a stage.
@@ -90,7 +94,7 @@ class MultiResolutionDataModule(L.LightningDataModule):
         self.folder, self.source, self.preparation = folder, source, preparation
         self.cache, self.damaged = cache, damaged
         self.resolutions, self.curriculum, self.max_micro_batch = resolutions, curriculum, max_micro_batch
-        self.top_only = latent_pyramid == "pool"
+        self.latent_pyramid = latent_pyramid
         self.seed, self.shuffle_window = seed, shuffle_window
         self.num_workers, self.prefetch_factor = num_workers, prefetch_factor
         self.validation_samples = validation_samples
@@ -102,7 +106,10 @@ class MultiResolutionDataModule(L.LightningDataModule):
             prepare(self.source, self.dataset_folder, self.preparation, self.num_workers)
 
     def setup(self, stage: str) -> None:
-        """Refuse a data set whose images the model can't take."""
+        """Refuse a data set whose images, or encodings, the model can't take."""
+        module = self.trainer.lightning_module if self.trainer else None
+        if self.dataset.encodings is not None and isinstance(module, NamiModule):
+            check_encodings(self.dataset, module)
         self._check_aspects([bucket.aspect for split in SPLITS for bucket in self.dataset.buckets(split)])
 
     def _check_aspects(self, aspects: Sequence[Aspect]) -> None:
@@ -115,9 +122,10 @@ class MultiResolutionDataModule(L.LightningDataModule):
     @cached_property
     def dataset_folder(self) -> Path:
         """The folder of the prepared data set, if it is local."""
-        if self.source is None:
-            return Path(self.folder)
-        return Path(self.folder) / fingerprint(settings_of(self.source, self.preparation))
+        folder = Path(self.folder)
+        if self.source is None or (folder / DESCRIPTION).exists():
+            return folder
+        return folder / fingerprint(settings_of(self.source, self.preparation))
 
     @cached_property
     def dataset(self) -> PreparedDataset:
@@ -129,7 +137,11 @@ class MultiResolutionDataModule(L.LightningDataModule):
 
     def images(self, split: Split) -> StageImages:
         """A split as the stages see it."""
-        return StageImages(self.dataset.buckets(split), self.resolutions, self.top_only)
+        buckets, encodings = self.dataset.buckets(split), self.dataset.encodings
+        if encodings is None:
+            return StageImages(buckets, self.resolutions, self.latent_pyramid == "pool")
+        layout = layout_of(self.dataset, self.resolutions, self.latent_pyramid)
+        return StageEncodings(buckets, layout, b64decode(encodings["empty_prompt"]))
 
     def steps(self, rank: int = 0, ranks: int = 1) -> StepDataset:
         """Step number to one rank's micro-batches; what training reads, without a trainer.

@@ -102,7 +102,7 @@ def prepare_parts(
     if not parts:
         raise ValueError(f"the source {type(source).__name__} has no images: {source.settings()}")
     folder = parts_folder(output)
-    _claim(folder, settings_of(source, preparation) | {"parts": fingerprint({"parts": parts})})
+    claim(folder, settings_of(source, preparation) | {"parts": fingerprint({"parts": parts})})
     mine = [(index, part) for index, part in enumerate(parts) if index % shard[1] == shard[0]]
     missing = [(index, part) for index, part in mine if not (folder / part_name(index)).exists()]
     if len(missing) < len(mine):
@@ -133,7 +133,7 @@ def part_name(index: int) -> str:
     return f"{index:06d}"
 
 
-def _claim(folder: Path, settings: dict[str, Any]) -> None:
+def claim(folder: Path, settings: dict[str, Any]) -> None:
     """Start a folder of parts, or go on with one of the same settings."""
     file = folder / SETTINGS
     if file.exists():
@@ -286,6 +286,23 @@ class PartWriter:
 def is_heldout(group: str, percent: float) -> bool:
     """Whether a group belongs to the held-out split: a stable hash, the same on every machine and for ever."""
     return seed_of("heldout", group) % 10_000 < percent * 100
+
+
+def finished_parts(output: Path, count: int) -> list[Path]:
+    """The folders of all ``count`` parts of ``output``, in order.
+
+    Raises:
+        ValueError: some are missing.
+    """
+    folder = parts_folder(output)
+    parts = [folder / part_name(index) for index in range(count)]
+    missing = [part.name for part in parts if not part.exists()]
+    if missing:
+        named = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+        raise ValueError(
+            f"{len(missing)} of {len(parts)} parts are missing in {folder} ({named}): run their shards before merging"
+        )
+    return parts
 
 
 def checksums(folder: Path) -> dict[str, str]:

@@ -17,7 +17,7 @@ from nami_lightning.datamodules.parts import (
     Preparation,
     check_settings,
     checksums,
-    part_name,
+    finished_parts,
     parts_folder,
     prepare_parts,
     publish,
@@ -73,7 +73,7 @@ def merge(source: Source, output: Path, preparation: Preparation) -> None:
     partial = output.with_name(f".{output.name}.merging-{this_process()}")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        parts = finished_parts(source, output)
+        parts = finished_parts(output, len(source.parts()))
         reports = [json.loads((part / REPORT).read_text()) for part in parts]
         duplicates = find_duplicates(parts) if preparation.filters.drop_duplicates else {}
         sums, counts = _join_buckets(parts, reports, duplicates, partial, preparation.chunk_mib)
@@ -99,23 +99,6 @@ def merge(source: Source, output: Path, preparation: Preparation) -> None:
         if not (output / DESCRIPTION).exists():  # else another process has done it
             raise
     shutil.rmtree(parts_folder(output), ignore_errors=True)
-
-
-def finished_parts(source: Source, output: Path) -> list[Path]:
-    """The folders of all parts, in the source's order.
-
-    Raises:
-        ValueError: some are missing.
-    """
-    folder = parts_folder(output)
-    parts = [folder / part_name(index) for index in range(len(source.parts()))]
-    missing = [part.name for part in parts if not part.exists()]
-    if missing:
-        named = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
-        raise ValueError(
-            f"{len(missing)} of {len(parts)} parts are missing in {folder} ({named}): run their shards before merging"
-        )
-    return parts
 
 
 def find_duplicates(parts: Sequence[Path]) -> dict[tuple[str, str], set[int]]:

@@ -40,14 +40,19 @@ class Record(NamedTuple):
 
     def caption(self, chance: float) -> str:
         """The caption that ``chance``, in [0, 1), falls on."""
-        ends = list(accumulate(self.weights or [1.0] * len(self.captions)))
-        return self.captions[bisect_right(ends, chance * ends[-1])]
+        return self.captions[chosen(self.weights or [1.0] * len(self.captions), chance)]
 
     @classmethod
     def from_item(cls, item: tuple[str, bytes, str]) -> "Record":
         """What litdata read."""
         name, image, texts = item
         return cls(name, image, *json.loads(texts))
+
+
+def chosen(weights: Sequence[float], chance: float) -> int:
+    """Which of several things with ``weights`` the number ``chance``, in [0, 1), falls on."""
+    ends = list(accumulate(weights))
+    return bisect_right(ends, chance * ends[-1])
 
 
 class ShardWriter:
@@ -105,29 +110,23 @@ class Shards:
             DamagedChunk: a chunk is missing or damaged.
             FetchFailed: a remote chunk can't be fetched.
         """
+        return list(map(_plain, self.views(indices)))
+
+    def views(self, indices: Sequence[int]) -> list[Any]:
+        """As :meth:`read`, but bytes are views of the chunk's file: what isn't looked at isn't read."""
         items = {}
         for number, of_chunk in groupby(sorted(set(indices)), self.chunk_of):
             start = self._ends[number] - self.chunk_sizes[number]
             with self._chunk(number) as chunk:
                 for index in of_chunk:
-                    items[index] = _plain(chunk[index - start])
+                    items[index] = chunk[index - start]
         return [items[index] for index in indices]
 
-    def read_records(self, indices: Sequence[int]) -> list[Record]:
-        """As :meth:`read`, where the items are samples.
-
-        Raises:
-            DamagedSample: an item is not one.
-        """
-        return [self._record(item, index) for item, index in zip(self.read(indices), indices, strict=True)]
-
-    def _record(self, item: Any, index: int) -> Record:
-        try:
-            return Record.from_item(item)
-        except Exception as error:
-            number = self.chunk_of(index)
-            place = index - self._ends[number] + self.chunk_sizes[number]
-            raise DamagedSample(self.chunk_file(number), f"item {place} is not a sample ({error!r})") from error
+    def damaged_sample(self, index: int, problem: str) -> DamagedSample:
+        """The error that says what the item at ``index`` is."""
+        number = self.chunk_of(index)
+        place = index - self._ends[number] + self.chunk_sizes[number]
+        return DamagedSample(self.chunk_file(number), f"item {place} {problem}")
 
     def chunk_of(self, index: int) -> int:
         """The number of the chunk in which an item lies."""

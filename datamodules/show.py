@@ -8,13 +8,12 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from nami_lightning.datamodules.dataset import SKIPPED, SPLITS, Bucket, PreparedDataset, Split
+from nami_lightning.datamodules.dataset import DESCRIPTION, ENCODINGS, SKIPPED, SPLITS, Bucket, PreparedDataset, Split
 from nami_lightning.datamodules.images import open_image
 from nami_lightning.datamodules.order import apportion
 from nami_lightning.datamodules.remote import is_remote
 from nami_lightning.datamodules.shapes import Aspect
 from nami_lightning.datamodules.shards import Record
-from nami_lightning.datamodules.verify import ENCODINGS
 from nami_lightning.grid import caption_grid, save_image
 
 CONTACT_SHEET = "contact_sheet.png"
@@ -50,6 +49,9 @@ def show(folder: str | Path, out: Path | None, samples: int) -> None:
     if samples and folder.resolve() in (out.resolve(), *out.resolve().parents):
         raise ValueError(f"--out {out} lies in the data set, which is left as it is: choose another folder")
     dataset = PreparedDataset(folder)
+    if dataset.encodings is not None:
+        print("\n".join([*settings(dataset), "", *encoders(dataset.encodings), "", *outcome(dataset)]))
+        return
     buckets = buckets_of(dataset)
     print("\n".join([*settings(dataset), "", *outcome(dataset), "", *captions(buckets), "", *encodings(folder)]))
     if samples:
@@ -126,9 +128,25 @@ def captions(buckets: Sequence[tuple[Split, Bucket]]) -> list[str]:
 
 def encodings(folder: Path) -> list[str]:
     """The precomputed encodings that are there, with their sizes."""
-    found = sorted(path for path in folder.glob(f"{ENCODINGS}/*") if path.is_dir())
+    found = sorted(path.parent for path in folder.glob(f"{ENCODINGS}/*/{DESCRIPTION}"))
     rows = [[f"  {path.name}", _on_disk(path)] for path in found]
     return ["encodings", *_table(rows, "<<")] if rows else ["encodings: none"]
+
+
+def encoders(about: dict[str, Any]) -> list[str]:
+    """Who made a data set of encodings, and what it holds of each sample."""
+    layout = about["layout"]
+    size = (
+        "pixels: the images themselves" if layout["pixels"] else f"{layout['channels']} channels, {layout['factor']} px"
+    )
+    rows = [
+        ("latents", size),
+        ("stages", f"{_text(layout['resolutions'])} px"),
+        ("latent pyramid", layout["latent_pyramid"]),
+        ("crops", str(about["crops"])),
+    ]
+    rows += [(key, "none" if of is None else _pairs(of)) for key, of in about["encoders"].items()]
+    return ["encodings", *_table([[f"  {name}", value] for name, value in rows], "<<")]
 
 
 def contact_sheet(buckets: Sequence[tuple[Split, Bucket]], samples: int) -> Image.Image:

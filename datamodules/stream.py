@@ -1,165 +1,24 @@
 """Steps of a training as micro-batches of images: which samples, at which resolution, for which rank."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from time import perf_counter
-from typing import Literal, NamedTuple
+from typing import Literal
 
-import torch
-from PIL import UnidentifiedImageError
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from nami_lightning.batch import MicroBatch
 from nami_lightning.chance import uniform_of
 from nami_lightning.curriculum import Curriculum
-from nami_lightning.datamodules.chunks import DamagedChunk, DamagedSample, DataError
-from nami_lightning.datamodules.dataset import Bucket
-from nami_lightning.datamodules.images import read_image
+from nami_lightning.datamodules.chunks import DataError
+from nami_lightning.datamodules.images import MIDDLE
 from nami_lightning.datamodules.order import BucketOrder, Lots, apportion, reads
 from nami_lightning.datamodules.shapes import Aspect
-from nami_lightning.datamodules.shards import Record
+from nami_lightning.datamodules.stages import Choice, Place, StageImages
 
-MIDDLE = (0.5, 0.5)
 Damaged = Literal["error", "skip"]
 log = logging.getLogger(__name__)
-
-
-class Place(NamedTuple):
-    """Where a sample lies: the number of its bucket, its index there, and its position in the order of reading."""
-
-    bucket: int
-    record: int
-    position: int
-
-
-Others = Callable[[Place], Iterator[Place]]
-"""A sample's place to those of the samples that may stand in for it, the best first."""
-
-
-class StageImages:
-    """The buckets of one split as the stages see them.
-
-    Args:
-        buckets: all of the split.
-        resolutions: of the stages.
-        top_only: every stage gets images of the finest stage's resolution (the pooled latent pyramid needs it).
-
-    Attributes:
-        aspects: of each stage, to the numbers of the buckets that it may draw: its resolution or higher.
-
-    Raises:
-        ValueError: a bucket's resolution is not a multiple of a coarser stage's.
-    """
-
-    def __init__(self, buckets: Sequence[Bucket], resolutions: Sequence[int], top_only: bool) -> None:
-        self.buckets = buckets
-        self.sides = [resolutions[-1]] * len(resolutions) if top_only else list(resolutions)
-        self.aspects: list[dict[Aspect, list[int]]] = []
-        for side in self.sides:
-            usable: dict[Aspect, list[int]] = {}
-            for number, bucket in enumerate(buckets):
-                if bucket.resolution >= side:
-                    if bucket.resolution % side:
-                        raise ValueError(
-                            f"the data set's {bucket.resolution} px are no multiple of a stage's {side} px: prepare it "
-                            f"for the resolutions {list(resolutions)}"
-                        )
-                    usable.setdefault(bucket.aspect, []).append(number)
-            self.aspects.append(usable)
-
-    def sizes(self, stage: int, aspect: Aspect) -> list[int]:
-        """Samples of each bucket that ``stage`` may draw of ``aspect``."""
-        return [len(self.buckets[number]) for number in self.aspects[stage][aspect]]
-
-    def read(self, places: Sequence[Place]) -> list[Record]:
-        """Records in the order asked for; one read a bucket."""
-        records: dict[Place, Record] = {}
-        for number in {place.bucket for place in places}:
-            of_bucket = [place for place in places if place.bucket == number]
-            of_places = self.buckets[number].shards.read_records([place.record for place in of_bucket])
-            records |= dict(zip(of_bucket, of_places, strict=True))
-        return [records[place] for place in places]
-
-    def micro_batch(
-        self,
-        step: int,
-        stage: int,
-        aspect: Aspect,
-        places: Sequence[Place],
-        rows: list[int],
-        captions: Sequence[float],
-        windows: Sequence[tuple[float, float]],
-        others: Others | None = None,
-    ) -> MicroBatch:
-        """Read and decode samples of one stage and aspect.
-
-        Args:
-            step: number of the global batch.
-            stage: of all of them.
-            aspect: of all of them.
-            places: where they lie.
-            rows: their places in the global batch.
-            captions: for each, a number in [0, 1) that chooses among its captions.
-            windows: for each, where to crop it if there is a choice.
-            others: stand in for damaged samples; None: damage is an error.
-
-        Raises:
-            DamagedChunk: a file or a sample of it can't be read.
-            DataError: none of the samples that may stand in can be read.
-        """
-        damaged: list[str] = []
-        try:
-            samples = self._samples(stage, aspect, places, windows)
-        except DamagedChunk:
-            if others is None:
-                raise
-            samples = [
-                self._first_readable(stage, aspect, chain([place], others(place)), window, damaged)
-                for place, window in zip(places, windows, strict=True)
-            ]
-        return MicroBatch(
-            step=step,
-            stage=stage,
-            images=torch.stack([image for _, image in samples]),
-            captions=[record.caption(chance) for (record, _), chance in zip(samples, captions, strict=True)],
-            ids=[record.id for record, _ in samples],
-            places=rows,
-            damaged=damaged,
-        )
-
-    def _samples(
-        self, stage: int, aspect: Aspect, places: Sequence[Place], windows: Sequence[tuple[float, float]]
-    ) -> list[tuple[Record, Tensor]]:
-        """Records with their images."""
-        side = self.sides[stage]
-        samples = []
-        for record, place, window in zip(self.read(places), places, windows, strict=True):
-            bucket = self.buckets[place.bucket]
-            try:
-                image = read_image(record.image, aspect.shape(side), bucket.resolution // side, window)
-            except Exception as error:  # Pillow raises nearly anything on damaged files
-                file = bucket.shards.chunk_file(bucket.shards.chunk_of(place.record))
-                reason = "it is no image" if isinstance(error, UnidentifiedImageError) else str(error)
-                raise DamagedSample(file, f"the image of sample {record.id!r} can't be decoded: {reason}") from error
-            samples.append((record, image))
-        return samples
-
-    def _first_readable(
-        self, stage: int, aspect: Aspect, places: Iterator[Place], window: tuple[float, float], damaged: list[str]
-    ) -> tuple[Record, Tensor]:
-        """The sample at the first of ``places`` or, if it is damaged, at the next; its damage is added to the list."""
-        problem = ""
-        for place in places:
-            try:
-                sample = self._samples(stage, aspect, [place], [window])[0]
-            except DamagedChunk as error:
-                problem = problem or str(error)
-            else:
-                damaged += [problem] * bool(problem)
-                return sample
-        raise DataError(f"{problem}. Nor can any sample of its bucket be read that could stand in for it")
 
 
 def split_evenly(samples: int, ranks: int, limit: int, stage: int) -> tuple[int, int]:
@@ -209,9 +68,7 @@ class StepDataset(Dataset[list[MicroBatch]]):
         self.curriculum, self.images = curriculum, images
         self.max_micro_batch, self.seed = max_micro_batch, seed
         self.rank, self.ranks, self.damaged = rank, ranks, damaged
-        self.orders = [
-            BucketOrder(seed, bucket.name, bucket.shards.chunk_sizes, shuffle_window) for bucket in images.buckets
-        ]
+        self.orders = [BucketOrder(seed, bucket.name, bucket.chunk_sizes, shuffle_window) for bucket in images.buckets]
         for stage in range(curriculum.num_stages):
             if not images.aspects[stage] and any(phase.ratio[stage] for phase in curriculum.phases):
                 held = ", ".join(f"{bucket.name} {len(bucket)}" for bucket in images.buckets)
@@ -273,12 +130,12 @@ class StepDataset(Dataset[list[MicroBatch]]):
     def _micro_batch(
         self, step: int, stage: int, aspect: Aspect, places: Sequence[Place], rows: list[int]
     ) -> MicroBatch:
-        def chance(purpose: str) -> list[float]:
-            return [uniform_of(self.seed, step, row, purpose) for row in rows]
+        def chance(row: int, purpose: str) -> float:
+            return uniform_of(self.seed, step, row, purpose)
 
-        windows = list(zip(chance("left"), chance("top"), strict=True))
+        choices = [Choice(chance(row, "caption"), (chance(row, "left"), chance(row, "top"))) for row in rows]
         others = self._others if self.damaged == "skip" else None
-        return self.images.micro_batch(step, stage, aspect, places, rows, chance("caption"), windows, others)
+        return self.images.micro_batch(step, stage, aspect, places, rows, choices, others)
 
     def _others(self, place: Place) -> Iterator[Place]:
         """The samples that follow in the bucket's stream, to the end of the next epoch at most: no matter who asks."""
@@ -398,9 +255,8 @@ class HeldoutDataset(Dataset[MicroBatch]):
         if not 0 <= index < len(self.parts):
             raise IndexError(index)
         stage, aspect, places, rows = self.parts[index]
-        captions, windows = [0.0] * len(rows), [MIDDLE] * len(rows)
         others = self._others if self.damaged == "skip" else None
-        return self.images.micro_batch(0, stage, aspect, places, rows, captions, windows, others)
+        return self.images.micro_batch(0, stage, aspect, places, rows, [Choice(0.0, MIDDLE)] * len(rows), others)
 
     def _others(self, place: Place) -> Iterator[Place]:
         """The samples that follow in the bucket, and from its beginning."""

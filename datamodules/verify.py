@@ -4,6 +4,7 @@ import json
 from collections import defaultdict, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,10 @@ from tqdm.auto import tqdm
 
 from nami_lightning.datamodules.chunk_checks import Checked, Chunk, Damage, check_chunk, size_of
 from nami_lightning.datamodules.chunks import ChunkFile
-from nami_lightning.datamodules.dataset import DESCRIPTION, SPLITS, PreparedDataset, parse_bucket_name
+from nami_lightning.datamodules.dataset import DESCRIPTION, ENCODINGS, SPLITS, PreparedDataset, parse_bucket_name
+from nami_lightning.datamodules.encoded import Layout
 from nami_lightning.datamodules.shapes import Shape
-from nami_lightning.datamodules.shards import INDEX, Record, read_index
-
-ENCODINGS = "encodings"
+from nami_lightning.datamodules.shards import INDEX, read_index
 
 LISTED = 20
 """Faults of one file that are printed."""
@@ -87,13 +87,15 @@ def verify(folder: Path, workers: int) -> list[Damage]:
 def list_chunks(folder: Path, description: dict[str, Any]) -> tuple[list[Chunk], list[Damage]]:
     """All chunk files of the samples, and what is wrong with the lists of them."""
     sums: dict[str, str] = dict(description["checksums"])
+    encodings = description.get("encodings")
+    layout = None if encodings is None else Layout(**encodings["layout"])
     chunks, damages = [], []
     for split in SPLITS:
         for name, samples in description["samples"][split].items():
-            bucket, shape = f"{split}/{name}", parse_bucket_name(name)[1]
+            bucket = f"{split}/{name}"
             of_bucket = {file: sums.pop(file) for file in list(sums) if file.startswith(f"{bucket}/")}
-            found, wrong = _bucket_chunks(folder, bucket, samples, of_bucket, shape)
-            chunks += found
+            found, wrong = _bucket_chunks(folder, bucket, samples, of_bucket, parse_bucket_name(name)[1])
+            chunks += [replace(chunk, layout=layout) for chunk in found]
             damages += wrong
     damages += [Damage(DESCRIPTION, f"it names {file}, of a bucket that it doesn't name") for file in sums]
     return chunks, damages
@@ -127,9 +129,9 @@ def _bucket_chunks(
 
 
 def encoding_chunks(folder: Path) -> tuple[list[Chunk], list[Damage]]:
-    """The files of precomputed encodings whose description has checksums; what they hold is not looked at."""
+    """The files of precomputed encodings against their checksums; to read them, verify their own folder."""
     chunks, damages = [], []
-    for path in sorted(folder.glob(f"{ENCODINGS}/**/*.json")):
+    for path in sorted(folder.glob(f"{ENCODINGS}/*/{DESCRIPTION}")):
         home = path.parent.relative_to(folder)
         try:
             about = json.loads(path.read_text())
@@ -166,7 +168,7 @@ def repeated_ids(chunks: list[Chunk], hashes: list[np.ndarray]) -> list[Damage]:
         chunk = chunks[number]
         if opened is None or opened[0] != number:
             opened = number, ChunkFile(chunk.folder / chunk.file, chunk.entry, chunk.config)
-        name = Record.from_item(opened[1][int(place - starts[number])]).id
+        name = opened[1][int(place - starts[number])][0]
         if name in first:
             damages.append(Damage(chunk.file, f"a sample in {first[name]} has the same id", name))
         first.setdefault(name, chunk.file)

@@ -1,9 +1,57 @@
 """What the data hands to the model: one step is a list of micro-batches, each of one stage."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from nami_lightning.encoders import Posterior, TextStates
+
+
+class Encodings(NamedTuple):
+    """What the frozen encoders made of n samples, computed beforehand.
+
+    Attributes:
+        latents: of the micro-batch's images; None where latents are pixels, which are the images themselves.
+        coarse_latents: of those images at half their resolution, if the stage and the latent pyramid need them.
+        text: of the captions, padded to the length that the text encoder gives.
+        empty_prompt: one row, likewise padded.
+    """
+
+    latents: Posterior | None
+    coarse_latents: Posterior | None
+    text: TextStates
+    empty_prompt: TextStates
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Encodings":
+        """The same with every tensor changed."""
+
+        def posterior(of: Posterior | None) -> Posterior | None:
+            return None if of is None else Posterior(change(of.mean), None if of.std is None else change(of.std))
+
+        return Encodings(
+            posterior(self.latents),
+            posterior(self.coarse_latents),
+            TextStates(*map(change, self.text)),
+            TextStates(*map(change, self.empty_prompt)),
+        )
+
+    @classmethod
+    def joined(cls, parts: "Sequence[Encodings]") -> "Encodings":
+        """Of several samples, one after the other."""
+
+        def posterior(of: Sequence[Posterior | None]) -> Posterior | None:
+            held = [part for part in of if part is not None]
+            if not held:
+                return None
+            stds = [part.std for part in held if part.std is not None]
+            return Posterior(torch.cat([part.mean for part in held]), torch.cat(stds) if stds else None)
+
+        latents, coarse_latents, text, empty_prompt = zip(*parts, strict=True)
+        states = TextStates(*(torch.cat(of) for of in zip(*text, strict=True)))
+        return cls(posterior(latents), posterior(coarse_latents), states, empty_prompt[0])
 
 
 @dataclass(frozen=True)
@@ -13,11 +61,13 @@ class MicroBatch:
     Attributes:
         step: number of the global batch, from 0.
         stage: 0..K-1.
-        images: uint8 ``(n, 3, H, W)`` at the stage's resolution (at the finest one for a pooled latent pyramid).
+        images: uint8 ``(n, 3, H, W)`` at the stage's resolution (at the finest one for a pooled latent pyramid);
+            no pixels, ``(n, 3, 0, 0)``, where latents take their place.
         captions: n prompts.
         ids: n names, for messages and tests.
         places: n positions in the global batch, which fix each sample's chance.
         damaged: what was wrong with the samples that others stand in for, one message each.
+        encodings: what the frozen encoders make of images and captions, if it was computed beforehand.
     """
 
     step: int
@@ -27,17 +77,22 @@ class MicroBatch:
     ids: list[str]
     places: list[int]
     damaged: list[str] = field(default_factory=list)
+    encodings: Encodings | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "MicroBatch":
-        """The same with its images on ``device``."""
-        return replace(self, images=self.images.to(device, non_blocking=non_blocking))
+        """The same with its tensors on ``device``."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "MicroBatch":
-        """The same with its images in page-locked memory, for the DataLoader."""
-        return replace(self, images=self.images.pin_memory())
+        """The same with its tensors in page-locked memory, for the DataLoader."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "MicroBatch":
+        encodings = None if self.encodings is None else self.encodings.map(change)
+        return replace(self, images=change(self.images), encodings=encodings)
 
 
 def pixels(images: Tensor) -> Tensor:

@@ -22,7 +22,8 @@ from nami_lightning.datamodules.dataset import Bucket, PreparedDataset
 from nami_lightning.datamodules.images import read_image
 from nami_lightning.datamodules.shapes import Shape
 from nami_lightning.datamodules.shards import Record
-from nami_lightning.datamodules.stream import StageImages, StepDataset, StepLoader
+from nami_lightning.datamodules.stages import StageImages
+from nami_lightning.datamodules.stream import StepDataset, StepLoader
 
 COARSER = 4
 """The second stage that is measured takes images so many times smaller."""
@@ -78,6 +79,8 @@ def _open(recipe_or_dir: str, overrides: list[str]) -> PreparedDataset:
 
 def _largest(dataset: PreparedDataset) -> Bucket:
     """The training bucket with most images, of the finest resolution that has any."""
+    if dataset.encodings is not None:
+        raise ValueError(f"{dataset.folder} holds encodings: give the data set of images that they were made of")
     buckets = dataset.buckets("train")
     if not buckets:
         raise ValueError(f"{dataset.folder} has no training images")

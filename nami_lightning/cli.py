@@ -22,6 +22,7 @@ examples:
   lightning data prepare --source photos/ --output shards/ --resolutions 256 512 1024
   lightning data prepare --source 'laion/*.tar' --output shards/ --resolutions 256 512 --filters.min_aesthetic 5
   lightning data prepare recipes/openmoji.yaml             what the recipe's data: block says
+  lightning data encode recipes/nami_0.6b.yaml             latents and text states: training without the encoders
   lightning data show shards/                              counts, captions, a contact sheet
   lightning data verify shards/                            read all, and report the damaged
 """
@@ -128,6 +129,11 @@ def add_data_commands(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(dest="what", required=True, metavar="COMMAND")
     prepare = commands.add_parser("prepare", help="images and captions to shards", add_help=False, allow_abbrev=False)
     prepare.set_defaults(takes_keys=True)
+
+    encode = commands.add_parser(
+        "encode", help="images and captions to latents and text states", add_help=False, allow_abbrev=False
+    )
+    encode.set_defaults(takes_keys=True)
 
     show = commands.add_parser(
         "show", help="counts, captions, a contact sheet", description="Print what a data set is."

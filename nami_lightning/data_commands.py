@@ -3,6 +3,7 @@
 import argparse
 import os
 import re
+import shlex
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -10,9 +11,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from jsonargparse import ArgumentError, ArgumentParser
 
-from nami_lightning.datamodules.dataset import PreparedDataset
+from nami_lightning.datamodules.dataset import ENCODINGS, PreparedDataset
 from nami_lightning.datamodules.multires import MultiResolutionDataModule
 from nami_lightning.datamodules.parts import Preparation, prepare_parts
 from nami_lightning.datamodules.prepare import is_complete, merge
@@ -30,6 +32,24 @@ Make a data set of a collection of images with captions. Run the same command ag
 On many machines: the same command with --shard I/N on each, then with --merge on one.
 `lightning data prepare RECIPE` does the same with the source and settings of a recipe's data: block."""
 
+
+ENCODE = """\
+Encode a recipe's images and captions once, with the recipe's autoencoder and text encoder: latents of every stage that
+may draw an image, and token states of every caption, in bfloat16. Training on the result loads neither encoder, until a
+callback draws pictures, and gives the same losses: same order, same captions, same noise. The result is a data set of
+its own; it records which encoders made it, in which revision, and training with others is refused.
+
+Run the same command again to go on after an interruption. On many GPUs or machines: the same command with --shard I/N
+on each, then with --merge on one."""
+
+ENCODE_EPILOG = """\
+Any recipe key can follow: --data.init_args.folder shards/ --model.text_encoder.max_length 128
+
+examples:
+  lightning data encode recipes/openmoji.yaml
+  lightning data encode recipes/nami_0.6b.yaml --data.init_args.folder shards/ --output latents/ --batch_size 32
+  CUDA_VISIBLE_DEVICES=3 lightning data encode recipes/nami_0.6b.yaml --shard 3/8
+  lightning run recipes/nami_0.6b.yaml --data.init_args.folder latents/"""
 
 SOURCE = (
     "A folder of images, tars or Parquet files, a saved Hugging Face dataset; or the class of a source (ImageFolder, "
@@ -143,6 +163,66 @@ def parse_shard(text: str) -> tuple[int, int]:
     if not match or int(match[1]) >= int(match[2]):
         raise ValueError(f"--shard must be I/N with I from 0 to N-1, 0/4 say; got {text}")
     return int(match[1]), int(match[2])
+
+
+def encode(options: Namespace) -> None:
+    """From a recipe's data set of images to one of latents and text states.
+
+    Raises:
+        ValueError: arguments that don't fit together.
+    """
+    from nami_lightning.datamodules.encode import Encoding, encode_parts, merge
+
+    work, overrides = _encode_parser().parse_known_args(list(options.overrides))
+    recipe = Recipe(work.recipe, overrides)
+    data = recipe.make_data()
+    if not isinstance(data, MultiResolutionDataModule):
+        raise ValueError(f"{work.recipe}: data.class_path must be a MultiResolutionDataModule to be encoded")
+    images = data.dataset
+    output = Path(work.output) if work.output else images.folder / ENCODINGS / "latents"
+    encoding = Encoding(recipe.make_model().to(work.device), images, output, work.crops)
+    if encoding.is_complete():
+        print(f"{output} is complete.")
+    elif work.shard is not None:
+        encode_parts(encoding, work.batch_size, work.workers, parse_shard(work.shard))
+        print(f"Shard {work.shard} is done. When all are: the same command with --merge instead of --shard.")
+        return
+    else:
+        if not work.merge:
+            encode_parts(encoding, work.batch_size, work.workers)
+        merge(encoding)
+    run = ["lightning", "run", work.recipe, *overrides, "--data.init_args.folder", str(output)]
+    print(f"To train on it: {shlex.join(run)}")
+
+
+def _encode_parser() -> argparse.ArgumentParser:
+    """What ``lightning data encode RECIPE`` takes besides recipe keys."""
+    parser = argparse.ArgumentParser(
+        prog="lightning data encode",
+        description=ENCODE,
+        epilog=ENCODE_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("recipe", metavar="RECIPE", help="names the data set, the encoders and the resolutions")
+    parser.add_argument("--output", metavar="DIR", help="default: encodings/latents in the data set's own folder")
+    parser.add_argument(
+        "--crops",
+        type=int,
+        default=1,
+        metavar="N",
+        help="crops stored of each training image, of which training draws one each time; for data prepared with "
+        "crop: random (default 1)",
+    )
+    parser.add_argument("--batch_size", type=int, default=8, help="images, or captions, encoded at once (default 8)")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if there is one"
+    )
+    workers = min(4, os.cpu_count() or 1)
+    parser.add_argument("--workers", type=int, default=workers, help=f"processes that decode (default {workers})")
+    parser.add_argument("--shard", metavar="I/N", help=SHARD)
+    parser.add_argument("--merge", action="store_true", help=MERGE)
+    return parser
 
 
 def show(options: Namespace) -> None:

@@ -61,6 +61,13 @@ class TextStates(NamedTuple):
         """One prompt's states, without the batch dimension."""
         return TextStates(self.sequence[index], self.pooled[index])
 
+    def replaced(self, where: Tensor, other: "TextStates") -> "TextStates":
+        """The same with the rows at ``where`` (bool, ``(B,)``) replaced by the one row of ``other``."""
+        return TextStates(
+            torch.where(where[:, None, None], other.sequence, self.sequence),
+            torch.where(where[:, None], other.pooled, self.pooled),
+        )
+
 
 class PromptEncoder:
     """Encodes prompts with one or two frozen models of transformers.
@@ -164,7 +171,7 @@ def load_text_model(name: str, dtype: str) -> tuple[Any, Any]:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    path = _resolve(name)
+    path = resolve_name(name)
     try:
         kind = AutoConfig.from_pretrained(path).model_type
         if kind.startswith("altclip"):
@@ -179,7 +186,7 @@ def load_text_model(name: str, dtype: str) -> tuple[Any, Any]:
         raise FileNotFoundError(f"text encoder {name} can't be loaded: {str(error).splitlines()[0]}") from error
 
 
-def _resolve(name: str) -> str:
+def resolve_name(name: str) -> str:
     """The packaged MiniLM's folder for its name; any other name as it is."""
     if name != MINILM:
         return name
@@ -261,7 +268,31 @@ def autoencoder_factor(vae: Autoencoder) -> int:
     return 1 if isinstance(vae, PixelCodec) else 2 ** (len(vae.config.block_out_channels) - 1)
 
 
+class Posterior(NamedTuple):
+    """What an autoencoder says of images: normalised latents are drawn from ``mean`` and ``std``, ``(B, C, H, W)``.
+
+    Attributes:
+        mean: of the latents.
+        std: of the latents; None: nothing is to be drawn (pixels).
+    """
+
+    mean: Tensor
+    std: Tensor | None = None
+
+    def draw(self, noise: Tensor | None) -> Tensor:
+        """Latents from standard normal ``noise`` of their shape; None: their mean."""
+        return self.mean if self.std is None or noise is None else self.mean + self.std * noise
+
+
 @torch.no_grad()
+def encode_posterior(vae: Autoencoder, images: Tensor) -> Posterior:
+    """Images ``(B, 3, H, W)`` in [-1, 1] to the distribution of their normalised latents, float32."""
+    posterior = vae.encode(images.to(vae.dtype)).latent_dist
+    scale, shift = vae.config.scaling_factor, vae.config.shift_factor or 0.0
+    std = None if isinstance(vae, PixelCodec) else posterior.std.float() * scale
+    return Posterior((posterior.mean.float() - shift) * scale, std)
+
+
 def encode_images(vae: Autoencoder, images: Tensor, noise: Tensor | None = None) -> Tensor:
     """Images ``(B, 3, H, W)`` in [-1, 1] to normalised latents ``(B, C, H/f, W/f)``, float32.
 
@@ -270,11 +301,7 @@ def encode_images(vae: Autoencoder, images: Tensor, noise: Tensor | None = None)
         images: its input.
         noise: standard normal draws of the latents' shape, for a sample of the posterior; None: its mean.
     """
-    posterior = vae.encode(images.to(vae.dtype)).latent_dist
-    latents = posterior.mean.float()
-    if noise is not None:
-        latents = latents + posterior.std.float() * noise
-    return (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+    return encode_posterior(vae, images).draw(noise)
 
 
 @torch.no_grad()

@@ -20,11 +20,11 @@ from nami_lightning.curriculum import Curriculum
 from nami_lightning.encoders import (
     Autoencoder,
     AutoencoderConfig,
-    PixelCodec,
+    Posterior,
     PromptEncoder,
     TextEncoderConfig,
     TextStates,
-    encode_images,
+    encode_posterior,
     load_autoencoder,
 )
 from nami_lightning.flow import LossWeighting, TauKind
@@ -216,7 +216,7 @@ class NamiModule(L.LightningModule):
         window = self.bridge.windows[stage]
         latents, coarse_latents = self.latents(micro, batch)
         draws = chance.draw(self.seed, batch, micro.places, latents.shape[1:], self.device)
-        text = self.encode_prompts(micro.captions, drop=draws.uniform[:, 2] < prompt_dropout)
+        text = self.text_states(micro, drop=draws.uniform[:, 2] < prompt_dropout)
 
         start, end = self.bridge.endpoints(stage, latents, coarse_latents, draws.noise)
         tau = self.sample_tau(stage, draws, tokens=latents.shape[-2] * latents.shape[-1])
@@ -243,33 +243,39 @@ class NamiModule(L.LightningModule):
 
     def latents(self, micro: MicroBatch, batch: int | str) -> tuple[Tensor, Tensor]:
         """Clean latents of the micro-batch's stage and of the one before it (which stage 0 does not use)."""
-        images = pixels(micro.images)
+        own, coarse = self._posteriors(micro)
+        latents = self._draw(own, micro, batch, "latents")
         if self.latent_pyramid == "pool":
-            finest = self._encode_images(images, micro, batch, "latents")
-            levels = flow.pyramid(finest, self.num_stages)
+            levels = flow.pyramid(latents, self.num_stages)
             return levels[micro.stage], levels[max(micro.stage - 1, 0)]
-        latents = self._encode_images(images, micro, batch, "latents")
-        if micro.stage == 0:
-            return latents, latents
-        return latents, self._encode_images(flow.pool(images), micro, batch, "coarse latents")
+        return latents, latents if coarse is None else self._draw(coarse, micro, batch, "coarse latents")
 
-    def _encode_images(self, images: Tensor, micro: MicroBatch, batch: int | str, purpose: str) -> Tensor:
-        if isinstance(self.vae, PixelCodec):
-            return encode_images(self.vae, images)
-        side = [length // self.autoencoder_config.factor for length in images.shape[-2:]]
-        shape = (self.transformer_config["in_channels"], *side)
-        noise = chance.draw_normal(self.seed, batch, micro.places, purpose, shape, self.device)
-        return encode_images(self.vae, images, noise)
+    def _posteriors(self, micro: MicroBatch) -> tuple[Posterior, Posterior | None]:
+        """Of the stage's images, and of those at half their resolution where they are needed."""
+        if micro.encodings is not None and micro.encodings.latents is not None:
+            return micro.encodings.latents, micro.encodings.coarse_latents
+        images = pixels(micro.images)
+        alone = self.latent_pyramid == "pool" or micro.stage == 0
+        return encode_posterior(self.vae, images), None if alone else encode_posterior(self.vae, flow.pool(images))
+
+    def _draw(self, posterior: Posterior, micro: MicroBatch, batch: int | str, purpose: str) -> Tensor:
+        mean, std = posterior
+        if std is None:
+            return mean.float()
+        noise = chance.draw_normal(self.seed, batch, micro.places, purpose, mean.shape[1:], self.device)
+        return Posterior(mean.float(), std.float()).draw(noise)
+
+    def text_states(self, micro: MicroBatch, drop: Tensor) -> TextStates:
+        """Text states of the captions, those where ``drop`` (bool, ``(B,)``) is set replaced by the empty prompt's."""
+        if micro.encodings is None:
+            return self.encode_prompts(micro.captions, drop)
+        text, empty = (TextStates(*map(Tensor.float, states)) for states in micro.encodings[2:])
+        return text.replaced(drop, empty)
 
     def encode_prompts(self, prompts: list[str], drop: Tensor | None = None) -> TextStates:
         """Text states of ``prompts``, those where ``drop`` (bool, ``(B,)``) is set replaced by the empty prompt's."""
         states = self.text_encoder(prompts)
-        if drop is None:
-            return states
-        return TextStates(
-            torch.where(drop[:, None, None], self._empty_prompt.sequence, states.sequence),
-            torch.where(drop[:, None], self._empty_prompt.pooled, states.pooled),
-        )
+        return states if drop is None else states.replaced(drop, self._empty_prompt)
 
     def _update_running_losses(self, losses: Tensor, ratio: list[int], momentum: float = 0.99) -> None:
         """Running mean of each trained stage's loss; a stage's first loss starts its mean."""

@@ -93,9 +93,9 @@ class Recipe:
         return model
 
     def make_data(self) -> L.LightningDataModule:
-        """The DataModule alone; needs no model."""
+        """The DataModule alone."""
         config = self.config.clone()
-        del config["model"], config["trainer"]
+        del config["trainer"]  # not the model too: without its values, jsonargparse would make its parts from nothing
         data = self.parser.instantiate(config).data
         assert isinstance(data, L.LightningDataModule)
         return data

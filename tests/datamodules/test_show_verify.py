@@ -162,7 +162,7 @@ def test_encodings_have_checksums_too(copy: Path) -> None:
     for name in ("whole.bin", "changed.bin"):
         (folder / name).write_bytes(name.encode())
     sums = {name: checksum(folder / name) for name in ("whole.bin", "changed.bin")} | {"missing.bin": "0"}
-    (folder / "encodings.json").write_text(json.dumps({"checksums": sums}))
+    (folder / "dataset.json").write_text(json.dumps({"checksums": sums}))
     (folder / "changed.bin").write_bytes(b"?")
     files = [damage.file for damage in verify(copy, 1)]
     assert files == ["encodings/some/changed.bin", "encodings/some/missing.bin"]
@@ -224,12 +224,13 @@ def test_the_contact_sheet_goes_elsewhere(whole: Path, tmp_path: Path, capsys: p
     assert sorted(whole.rglob("*")) == before
     capsys.readouterr()
     (whole / "encodings" / "some").mkdir(parents=True)
+    (whole / "encodings" / "some" / "dataset.json").touch()
     try:
         show(whole, tmp_path / "none", samples=0)
     finally:
         shutil.rmtree(whole / "encodings")
     assert not (tmp_path / "none").exists()
-    assert "some  0.00B in 0 files" in capsys.readouterr().out
+    assert "some  0.00B in 1 files" in capsys.readouterr().out
 
 
 # --- bench data --------------------------------------------------------------------------------

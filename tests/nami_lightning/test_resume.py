@@ -88,8 +88,8 @@ def test_killed_at_random_points_ends_with_the_same_bits(recording: list[str], t
     assert [path.name for path in other.checkpoints] == ["step=0000056.ckpt", "step=0000060.ckpt"]
     assert ids_by_step(other.folder) == ids_by_step(one.folder)
     assert sorted(ids_by_step(one.folder)) == list(range(60))
-    steps = [batch for _, batch in sorted(ids_by_step(other.folder).items())]
-    stream = [name for batch in steps for stage, *names in batch if stage == 0 for name in names]
+    batches = [batch for _, batch in sorted(ids_by_step(other.folder).items())]
+    stream = [name for batch in batches for stage, *names in batch if stage == 0 for name in names]
     epoch = len(set(stream))
     assert len(stream) > 2 * epoch  # of stage 1, which has but one bucket
     assert len(set(stream[:epoch])) == len(set(stream[epoch : 2 * epoch])) == epoch

@@ -1,0 +1,114 @@
+"""Which frozen encoders made a data set's encodings, and whether they are those of a recipe.
+
+An encoder is known by its revision: the commit of a Hugging Face repository, or a hash of a folder's files. Where it is
+not on this machine, since training on encodings needs none, its name must do.
+"""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from nami_lightning.encoders import PIXELS, AutoencoderConfig, TextEncoderConfig, resolve_name
+
+MODEL_FILES = {".json", ".txt", ".model", ".safetensors", ".bin"}
+"""What a model's folder is hashed by: settings, tokenizer and weights."""
+
+ABOUT = ("name", "revision", "class")
+"""What is said of an encoder besides its settings."""
+
+Identity = dict[str, dict[str, Any] | None]
+
+
+def identify(text: TextEncoderConfig, vae: AutoencoderConfig) -> Identity:
+    """Recipe key to the name, the revision (None: not on this machine) and the settings of each encoder."""
+    shared: dict[str, Any] = {"max_length": text.max_length, "dtype": text.dtype}
+    pooled = None if text.pooled is None else _about(text.pooled) | shared
+    if vae.name == PIXELS:
+        of_vae: dict[str, Any] = {"scaling_factor": vae.scaling_factor, "shift_factor": vae.shift_factor}
+    else:
+        of_vae = {"factor": vae.factor, "dtype": vae.dtype}
+    return {
+        "model.text_encoder.sequence": _about(text.sequence) | shared,
+        "model.text_encoder.pooled": pooled,
+        "model.autoencoder": _about(vae.name, vae.subfolder) | of_vae,
+    }
+
+
+def check_identity(made_with: Identity, text: TextEncoderConfig, vae: AutoencoderConfig, where: str) -> None:
+    """Refuse encodings of other encoders than a recipe's.
+
+    Args:
+        made_with: what :func:`identify` said when they were made.
+        text: the recipe's.
+        vae: the recipe's.
+        where: their folder or URL.
+
+    Raises:
+        ValueError: naming the recipe key, and both values.
+    """
+    for key, wanted in identify(text, vae).items():
+        made = made_with.get(key)
+        if differing := _differing(made, wanted):
+            was, now = (_said(of, differing) for of in (made, wanted))
+            raise ValueError(
+                f"{key} is {now} in the recipe, but the encodings in {where} were made by {was}: encode the data set "
+                "again (lightning data encode), or train with the encoder that they were made by"
+            )
+
+
+def _differing(made: dict[str, Any] | None, wanted: dict[str, Any] | None) -> str:
+    """The first thing in which two encoders differ; empty if they are the same."""
+    if made is None or wanted is None:
+        return "name" if made is not wanted else ""
+    known = made["revision"] is not None and wanted["revision"] is not None
+    settings = sorted((made.keys() | wanted.keys()) - set(ABOUT))
+    names = ["revision" if known else "name", *settings]
+    return next((name for name in names if made.get(name) != wanted.get(name)), "")
+
+
+def _said(of: dict[str, Any] | None, differing: str) -> str:
+    if of is None:
+        return "none"
+    return str(of["name"]) if differing == "name" else f"{of['name']} ({differing} {of.get(differing)})"
+
+
+def _about(name: str, subfolder: str | None = None) -> dict[str, Any]:
+    path = f"{name}/{subfolder}" if subfolder else name
+    return {"name": path, "revision": revision_of(name, subfolder)}
+
+
+def revision_of(name: str, subfolder: str | None = None) -> str | None:
+    """The commit of a Hugging Face model in the local cache, or a hash of a folder's files.
+
+    Args:
+        name: of the model, or its folder.
+        subfolder: where in it the encoder lies.
+
+    Returns:
+        None for one that is not on this machine, and for ``pixels``, which has no weights.
+    """
+    if name == PIXELS:
+        return None
+    name = resolve_name(name)
+    folder = Path(name, subfolder or "")
+    if folder.is_dir():
+        return hash_of(folder)
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(name, f"{subfolder}/config.json" if subfolder else "config.json")
+    except HFValidationError:
+        return None
+    parts = Path(found).parts if isinstance(found, str) else ()
+    return parts[parts.index("snapshots") + 1] if "snapshots" in parts else None
+
+
+def hash_of(folder: Path) -> str:
+    """BLAKE2b (128 bits) of the names and contents of a model's own files, those of folders below it aside."""
+    total = hashlib.blake2b(digest_size=16)
+    for file in sorted(path for path in folder.iterdir() if path.suffix in MODEL_FILES and path.is_file()):
+        total.update(file.name.encode() + b"\0")
+        with file.open("rb") as stream:
+            total.update(hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).digest())
+    return total.hexdigest()
