@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from nami_lightning.datamodules.chunks import ChunkFile, DamagedChunk, checksum
 from nami_lightning.datamodules.dataset import parse_bucket_name
-from nami_lightning.datamodules.encoded import EncodedRecord, Layout
+from nami_lightning.datamodules.encoded import EncodedRecord, Layout, from_bytes
 from nami_lightning.datamodules.images import BadImage, open_image
 from nami_lightning.datamodules.shapes import Shape, aspect_of
 from nami_lightning.datamodules.shards import Record
@@ -148,7 +148,8 @@ def problem_of_encodings(record: EncodedRecord, chunk: Chunk) -> str:
         return f"it has {len(record.latents)} kinds of latents, not {len(levels)}"
     try:
         values = [layout.unpack_text(text).sequence for text in record.text]
-        values += [layout.unpack_latents(*of, aspect) for of in zip(record.latents, levels, strict=True)]
+        for data, level in zip(record.latents, levels, strict=True):
+            values.append(from_bytes(data).view(-1, *layout.latents_shape(level, aspect)))
     except RuntimeError as error:
         return f"its encodings have the wrong size ({error})"
     return "" if all(bool(of.isfinite().all()) and of.numel() for of in values) else "its encodings are not finite"

@@ -8,6 +8,7 @@ is smaller, and exact, whereas bfloat16 rounds all 8-bit values away from zero.
 """
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -71,15 +72,14 @@ class Layout:
     width: int
     pooled_width: int
 
-    def levels(self, resolution: int) -> list["Level"]:
+    def levels(self, resolution: int) -> list[Level]:
         """The latents that a sample of a bucket of ``resolution`` has."""
         return [] if self.pixels else levels_of(self.resolutions, self.latent_pyramid, resolution)
 
-    def unpack_latents(self, data: bytes | memoryview, level: "Level", aspect: Aspect) -> Tensor:
-        """``(crops, 2, C, H/f, W/f)``: mean and standard deviation of each crop's latents."""
-        shape = aspect.shape(level.side)
-        size = (length // self.factor // (1 + level.coarse) for length in (shape.height, shape.width))
-        return from_bytes(data).view(-1, 2, self.channels, *size)
+    def latents_shape(self, level: Level, aspect: Aspect) -> tuple[int, ...]:
+        """``(2, C, H/f, W/f)``: of the mean and the standard deviation of one crop's latents."""
+        shape, cell = aspect.shape(level.side), self.factor * (1 + level.coarse)
+        return 2, self.channels, shape.height // cell, shape.width // cell
 
     def pack_text(self, states: TextStates) -> bytes:
         """One caption's states (see :meth:`TextStates.row`) without the zeros at their end, which padding brings."""
@@ -102,6 +102,13 @@ def as_bytes(values: Tensor) -> bytes:
 def from_bytes(data: bytes | memoryview) -> Tensor:
     """What :func:`as_bytes` made, flat."""
     return torch.frombuffer(bytearray(data), dtype=torch.bfloat16)
+
+
+def one_crop(data: bytes | memoryview, shape: Sequence[int], chance: float) -> Tensor:
+    """The one of the crops in ``data``, each of ``shape``, that ``chance``, in [0, 1), falls on."""
+    size = 2 * math.prod(shape)
+    number = int(chance * (len(data) // size))
+    return from_bytes(data[number * size : (number + 1) * size]).view(*shape)
 
 
 class EncodedRecord(NamedTuple):
@@ -161,8 +168,8 @@ class StageEncodings(StageImages):
         levels = layout.levels(self.buckets[place.bucket].resolution)
 
         def latents(level: Level) -> Posterior:
-            crops = layout.unpack_latents(record.latents[levels.index(level)], level, aspect)
-            return Posterior(*crops[int(choice.window[0] * len(crops))][:, None])
+            shape = layout.latents_shape(level, aspect)
+            return Posterior(*one_crop(record.latents[levels.index(level)], shape, choice.window[0])[:, None])
 
         coarse = not layout.pixels and layout.latent_pyramid == "encode" and stage > 0
         encodings = Encodings(
