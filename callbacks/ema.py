@@ -35,10 +35,10 @@ class EMA(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Update in place, on this rank's own shard of the weights."""
+        """Update in place, on this rank's own shard of the weights; a skipped step changes nothing."""
         assert isinstance(pl_module, NamiModule)
         step = pl_module.step
-        if step % self.every_n_steps:
+        if step % self.every_n_steps or pl_module.skipped.in_row:
             return
         assert pl_module.ema is not None
         decay = min(self.decay, (1 + step) / (10 + step)) ** self.every_n_steps

@@ -17,7 +17,7 @@ from nami_lightning.grid import caption_grid, save_image
 from nami_lightning.module import NamiModule
 from nami_lightning.pipeline import NamiPipeline
 from nami_lightning.recipe import Recipe
-from nami_lightning.runs import Run, find_run, load_weights
+from nami_lightning.runs import Run, about, find_run, load_weights
 from nami_lightning.strategies import FSDP2Strategy
 
 NOISE = (
@@ -132,18 +132,24 @@ def load_pipeline(source: str) -> NamiPipeline:
     return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load_module(this: Run) -> NamiModule:
-    """A run's model with the weights of its newest checkpoint."""
-    newest = this.load_newest()
-    if newest is None:
-        raise FileNotFoundError(f"{this.folder} has no checkpoint yet")
-    path, checkpoint = newest
+def load_module(this: Run, step: int | None = None, ema: bool = True) -> NamiModule:
+    """A run's model on the CPU with a checkpoint's weights, from a file or shards, and no memory for anything else.
+
+    Args:
+        this: the run.
+        step: the checkpoint's; the newest if None.
+        ema: the EMA's weights if the checkpoint has them, not the trained ones.
+    """
+    path = this.checkpoint(step)
+    checkpoint = about(path)
     model = Recipe(this.recipe).make_model()
     model.check_checkpoint(checkpoint)
-    model.use_ema = checkpoint["nami"]["ema"]
-    model.configure_model()
-    load_weights(path, model)
-    return model.eval()
+    with torch.device("meta"):
+        model.transformer = model.make_transformer()
+    model.transformer.to_empty(device="cpu")
+    network = "ema." if ema and checkpoint["nami"]["ema"] else "transformer."
+    load_weights(path, model, {name: name.replace("transformer.", network, 1) for name in model.state_dict()})
+    return model.eval().requires_grad_(False)
 
 
 def sample(options: Namespace) -> None:
