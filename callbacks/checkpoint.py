@@ -77,6 +77,7 @@ class RunCheckpoint(Checkpoint):
         last = step == pl_module.curriculum.total_steps
         due = step % self.every_n_steps == 0 and not pl_module.skipped.in_row
         if due or last or pl_module.stopping:
+            pl_module.begin("writing a checkpoint")
             self.save(trainer, step)
         if pl_module.stopping and not last:
             self.finish(trainer)

@@ -15,6 +15,7 @@ from nami_lightning.datamodules.images import read_image
 from nami_lightning.datamodules.order import BucketOrder, Lots, apportion, reads
 from nami_lightning.datamodules.shapes import Aspect
 from nami_lightning.datamodules.shards import Record
+from nami_lightning.preemption import leave_to_parent
 
 MIDDLE = (0.5, 0.5)
 
@@ -237,6 +238,7 @@ class StepLoader:
             num_workers=workers,
             prefetch_factor=prefetch if workers else None,
             pin_memory=pin_memory,
+            worker_init_fn=leave_to_parent,
         )
 
     def __len__(self) -> int:

@@ -83,3 +83,15 @@ def check_checkpoint(checkpoint: dict[str, Any], identity: dict[str, Any], curri
                 f"this recipe's {value}. Resume with the recipe it was made with, or start over with --fresh"
             )
     curriculum.check_past(saved["curriculum"], saved["step"])
+
+
+def per_stage(value: float | list[float], stages: int) -> list[float]:
+    """One number for all stages, or one each, as a list.
+
+    Raises:
+        ValueError: a list of another length.
+    """
+    values = [float(value)] * stages if isinstance(value, int | float) else value
+    if len(values) != stages:
+        raise ValueError(f"tau_mean and tau_std need one number, or {stages} (one a stage); got {value}")
+    return values

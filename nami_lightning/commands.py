@@ -9,6 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
@@ -16,6 +17,7 @@ from nami_lightning.curriculum import Curriculum
 from nami_lightning.grid import caption_grid, save_image
 from nami_lightning.module import NamiModule
 from nami_lightning.pipeline import NamiPipeline
+from nami_lightning.ranks import output_of_rank
 from nami_lightning.recipe import Recipe
 from nami_lightning.runs import Run, about, find_run, load_weights
 from nami_lightning.strategies import FSDP2Strategy
@@ -48,6 +50,14 @@ def run(options: Namespace) -> None:
         rank_zero_info(f"Starting over; the old run is now {aside}")
 
     model, data, trainer = recipe.make()
+    with output_of_rank(trainer.global_rank, this.folder / "logs"):
+        train(this, recipe, model, data, trainer, fresh)
+
+
+def train(
+    this: Run, recipe: Recipe, model: NamiModule, data: L.LightningDataModule, trainer: L.Trainer, fresh: bool
+) -> None:
+    """Go on from the newest checkpoint, or begin."""
     # With --fresh another rank may not have renamed the old run yet: don't look at it.
     newest = None if fresh else this.load_newest()
     if newest is None:
@@ -150,6 +160,29 @@ def load_module(this: Run, step: int | None = None, ema: bool = True) -> NamiMod
     network = "ema." if ema and checkpoint["nami"]["ema"] else "transformer."
     load_weights(path, model, {name: name.replace("transformer.", network, 1) for name in model.state_dict()})
     return model.eval().requires_grad_(False)
+
+
+def export(options: Namespace) -> None:
+    """Write a checkpoint as a pipeline's folder."""
+    from nami_lightning.export import export
+
+    quieten_libraries()
+    folder = export(options)
+    print(
+        f"{folder}: load it with NamiPipeline.from_pretrained, or draw with: lightning sample {folder} --prompt '...'"
+    )
+
+
+def launch(options: Namespace) -> None:
+    """Write the script that starts a recipe on a cluster."""
+    from nami_lightning.launch import slurm
+
+    script = slurm(options)
+    if options.output is None:
+        print(script, end="")
+    else:
+        Path(options.output).write_text(script)
+        print(f"Submit it with: sbatch {options.output}")
 
 
 def sample(options: Namespace) -> None:

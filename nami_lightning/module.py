@@ -1,6 +1,7 @@
 """NamiModule: one training step of NAMI, for Lightning's Trainer."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from functools import cached_property
 from typing import Any, Literal
@@ -15,9 +16,10 @@ from torch import Tensor
 
 from nami_lightning import chance, flow
 from nami_lightning.agreement import SkippedSteps, agree
+from nami_lightning.averaging import exchanged, twin
 from nami_lightning.batch import MicroBatch, pixels
 from nami_lightning.bridge import BridgeFlow
-from nami_lightning.checks import check_checkpoint, check_stages, identity
+from nami_lightning.checks import check_checkpoint, check_stages, identity, per_stage
 from nami_lightning.curriculum import Curriculum
 from nami_lightning.encoders import (
     Autoencoder,
@@ -31,7 +33,7 @@ from nami_lightning.encoders import (
 )
 from nami_lightning.flow import LossWeighting, TauKind
 from nami_lightning.pipeline import NamiPipeline
-from nami_lightning.strategies import local_shards, parallelize, reduce_gradients, whole
+from nami_lightning.strategies import parallelize, reduce_gradients, whole
 from nami_lightning.transformer import NamiTransformer2DModel
 
 LatentPyramid = Literal["encode", "pool"]
@@ -101,7 +103,7 @@ class NamiModule(L.LightningModule):
         self.text_encoder_config, self.autoencoder_config = text_encoder, autoencoder
         self.resolutions, self.curriculum, self.seed = resolutions, curriculum, seed
         self.tau, self.tau_uniform_share = tau, tau_uniform_share
-        self.tau_mean, self.tau_std = self._per_stage(tau_mean), self._per_stage(tau_std)
+        self.tau_mean, self.tau_std = (per_stage(value, self.num_stages) for value in (tau_mean, tau_std))
         self.loss_weighting, self.local_velocity_loss = loss_weighting, local_velocity_loss
         self.latent_pyramid, self.prompt_dropout = latent_pyramid, prompt_dropout
         self.gradient_clip_norm, self.max_skipped_steps = gradient_clip_norm, max_skipped_steps
@@ -116,7 +118,9 @@ class NamiModule(L.LightningModule):
         self.skipped = SkippedSteps()
         self.told_to_stop = self.stopping = False
         """This rank was told to; all ranks agreed to, after this step."""
-        self.use_ema = False
+        self.doing, self.beats = "getting ready", 0
+        """What this rank is at, for messages; how many things it has begun."""
+        self.use_ema = self.ema_on_host = False
         self.transformer: NamiTransformer2DModel
         self.ema: NamiTransformer2DModel | None = None
         self.running_losses: Tensor
@@ -129,8 +133,16 @@ class NamiModule(L.LightningModule):
 
     @property
     def sampling_transformer(self) -> NamiTransformer2DModel:
-        """The weights to draw and to validate with: the EMA's if there is one."""
-        return self.transformer if self.ema is None else self.ema
+        """The network to draw and to validate with, within :meth:`averaged`: the EMA's if there is one."""
+        return self.transformer if self.ema is None or self.ema_on_host else self.ema
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """While it lasts, the trained network holds the EMA's numbers if those are kept on the host."""
+        return exchanged(self.transformer, self.ema if self.ema_on_host else None)
+
+    def begin(self, what: str) -> None:
+        """Note what this rank is at from now on."""
+        self.doing, self.beats = what, self.beats + 1
 
     def tokens(self, stage: int) -> int:
         """Tokens of one sample of ``stage``, image and text."""
@@ -146,21 +158,12 @@ class NamiModule(L.LightningModule):
             self.transformer = self._new_transformer()
         parallelize(self.transformer, self._strategy, self.activation_checkpointing, self.compile_blocks)
         if self.use_ema:
-            self.ema = self._twin(self.transformer)
+            self.ema = twin(self.transformer, self.make_transformer, self._strategy, self.ema_on_host)
 
     @property
     def _strategy(self) -> Strategy | None:
         """Lightning's, in a run."""
         return None if self._trainer is None else self._trainer.strategy
-
-    def _twin(self, transformer: NamiTransformer2DModel) -> NamiTransformer2DModel:
-        """The same network with the same weights, spread in the same way, and never trained."""
-        with torch.device("meta"):
-            twin = self.make_transformer().requires_grad_(False)
-        parallelize(twin, self._strategy)
-        twin.to_empty(device=transformer.device)
-        torch._foreach_copy_(local_shards(twin), local_shards(transformer))
-        return twin
 
     def _new_transformer(self) -> NamiTransformer2DModel:
         transformer = self.make_transformer()
@@ -186,6 +189,7 @@ class NamiModule(L.LightningModule):
         losses = torch.zeros(self.num_stages, device=self.device)
         micro_losses = []
         for number, micro in enumerate(batch, 1):
+            self.begin(f"stage {micro.stage + 1}, micro-batch {number} of {len(batch)}")
             share = len(micro) / counts[micro.stage]
             reduce_gradients(self.transformer, self._strategy, last=number == len(batch))
             loss = self.flow_loss(self.transformer, micro, micro.step, self.prompt_dropout)
@@ -193,6 +197,7 @@ class NamiModule(L.LightningModule):
             micro_losses.append(loss.detach())
             losses[micro.stage] += share * micro_losses[-1]
 
+        self.begin("the update")
         agreed = agree(self.trainer.strategy, losses, self.clip_gradients_by_norm(), self.told_to_stop)
         self.stopping = agreed.stop
         self.step += 1
@@ -208,6 +213,7 @@ class NamiModule(L.LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: list[MicroBatch], batch_idx: int) -> None:
         """End a run that only skips, once the callbacks have seen the step."""
+        self.begin("waiting for data")
         self.skipped.check(self.step - 1, self.max_skipped_steps)
 
     def clip_gradients_by_norm(self) -> Tensor:
@@ -301,8 +307,18 @@ class NamiModule(L.LightningModule):
 
     # --- validation --------------------------------------------------------------------------
 
+    def on_validation_start(self) -> None:
+        """Let the EMA take the stage."""
+        self._averaged = self.averaged()
+        self._averaged.__enter__()
+
+    def on_validation_end(self) -> None:
+        """And leave it."""
+        self._averaged.__exit__(None, None, None)
+
     def validation_step(self, micro: MicroBatch, batch_idx: int) -> None:
         """Loss of a held-out micro-batch at noise and tau that are the same at every validation."""
+        self.begin(f"validation, stage {micro.stage + 1}")
         loss = self.flow_loss(self.sampling_transformer, micro, VALIDATION)
         self.log(f"val/loss_stage{micro.stage + 1}", loss, batch_size=len(micro), sync_dist=True)
 
@@ -334,7 +350,8 @@ class NamiModule(L.LightningModule):
         return load_autoencoder(self.autoencoder_config).to(self.device)
 
     def pipeline(self) -> NamiPipeline:
-        """What has been trained so far as a diffusers pipeline, sharing this module's weights."""
+        """What has been trained so far as a diffusers pipeline, sharing this module's weights; see :meth:`averaged`."""
+        self.begin("drawing")
         text = self.text_encoder
         pipeline = NamiPipeline(
             transformer=self.sampling_transformer,
@@ -381,9 +398,3 @@ class NamiModule(L.LightningModule):
     def _identity(self) -> dict[str, Any]:
         text, vae = self.text_encoder_config, self.autoencoder_config
         return identity(self.transformer_config, self.bridge, self.resolutions, text, vae)
-
-    def _per_stage(self, value: float | list[float]) -> list[float]:
-        values = [float(value)] * self.num_stages if isinstance(value, int | float) else value
-        if len(values) != self.num_stages:
-            raise ValueError(f"tau_mean and tau_std need one number, or {self.num_stages} (one a stage); got {value}")
-        return values

@@ -66,3 +66,12 @@ def preempted(trainer: L.Trainer) -> Preempted:
     environment = getattr(trainer.strategy, "cluster_environment", None)
     started_by_lightning = isinstance(environment, LightningEnvironment) and trainer.local_rank > 0
     return Preempted(0 if started_by_lightning else REQUEUE)
+
+
+def leave_to_parent(worker: int = 0) -> None:
+    """Called in a worker process: what tells a whole process group to stop must not take its parent's reader away.
+
+    The first SIGTERM is let pass, since ``terminate()`` of a worker that hangs is one too.
+    """
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))

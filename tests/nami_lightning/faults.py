@@ -1,6 +1,7 @@
 """Callbacks that do harm to a run, and how tests start runs that end badly."""
 
 import hashlib
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import torch
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+from nami_lightning.cli import main
 from nami_lightning.strategies import local_shards
 
 HERE = Path(__file__).parent
@@ -26,18 +28,43 @@ ENVIRONMENT = os.environ | {
 }
 
 
-def start(arguments: list[str], launcher: tuple[str, ...] = (sys.executable, "-m")) -> "subprocess.Popen[str]":
-    """``lightning run`` in a process of its own."""
-    command = [*launcher, "nami_lightning.cli", "run", *arguments, *SETTINGS]
-    return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+# A server process that has imported everything, so that a run of one process starts at once.
+SPAWN = multiprocessing.get_context("forkserver")
+SPAWN.set_forkserver_preload(["nami_lightning.commands", "nami_lightning.callbacks", "nami_lightning.datamodules"])
 
 
 def run(arguments: list[str], status: int = 0) -> str:
-    """The same to its end, which must have ``status``; what it said."""
-    process = start(arguments)
-    out, errors = process.communicate()
-    assert process.returncode == status, errors
-    return out + errors
+    """``lightning run`` to its end, which must have ``status``; what it said.
+
+    Args:
+        arguments: of the command; several ranks are started by it.
+        status: the exit status that it must have.
+    """
+    arguments = [arguments[0], *SETTINGS, *arguments[1:]]
+    found: int | None
+    with tempfile.NamedTemporaryFile("r") as output:
+        if "--trainer.devices" in arguments:
+            command = [sys.executable, "-m", "nami_lightning.cli", "run", *arguments]
+            with open(output.name, "w") as file:
+                found = subprocess.run(command, env=ENVIRONMENT, stdout=file, stderr=file, check=False).returncode
+        else:
+            process = SPAWN.Process(target=in_child, args=(output.name, arguments))
+            process.start()
+            process.join()
+            found = process.exitcode
+        said = output.read()
+    assert found == status, said
+    return said
+
+
+def in_child(output: str, arguments: list[str]) -> None:
+    """In a process group of its own, with one thread, so that sums are done in one order."""
+    os.setsid()
+    with open(output, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    torch.set_num_threads(1)
+    raise SystemExit(main(["run", *arguments]))
 
 
 def with_callback(name: str, /, **settings: Any) -> list[str]:
@@ -112,19 +139,22 @@ class Poison(L.Callback):
             raise RuntimeError(f"rank {trainer.global_rank}, step {pl_module.step - 1}: {same} did not change")
 
 
-class SignalItself(L.Callback):
-    """Sends a signal to one rank in a step, and again after so many seconds if that is set."""
+class Signal(L.Callback):
+    """Sends a signal to one rank in a step, or to its process group, and again after so many seconds if that is set."""
 
-    def __init__(self, step: int, rank: int = 0, name: str = "SIGTERM", again_after: float | None = None) -> None:
+    def __init__(
+        self, step: int, rank: int = 0, name: str = "SIGTERM", group: bool = False, again_after: float | None = None
+    ) -> None:
         self.step, self.rank, self.again_after = step, rank, again_after
-        self.signal = signal.Signals[name]
+        self.signal, self.target = signal.Signals[name], 0 if group else None
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
         if pl_module.step == self.step and trainer.global_rank == self.rank:
-            os.kill(os.getpid(), self.signal)
+            target = os.getpid() if self.target is None else self.target
+            os.kill(target, self.signal)
             if self.again_after is not None:
                 time.sleep(self.again_after)
-                os.kill(os.getpid(), self.signal)
+                os.kill(target, self.signal)
 
 
 class Sleep(L.Callback):

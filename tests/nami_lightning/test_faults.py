@@ -2,18 +2,27 @@
 
 import re
 import signal
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from faults import numbers, run, with_callback
 
+from nami_lightning.cli import main
+from nami_lightning.pipeline import NamiPipeline
 from nami_lightning.preemption import REQUEUE
-from nami_lightning.runs import Run
+from nami_lightning.runs import Run, step_of
 
 SHORT = ["--curriculum.phases", "[{steps: 12, ratio: [2, 2, 2], learning_rate: 0.002, warmup_steps: 2}]"]
 TWO_RANKS = ["--trainer.devices", "2", "--trainer.strategy"]
-DDP, FSDP2 = [*TWO_RANKS, "ddp_find_unused_parameters_true"], [*TWO_RANKS, "fsdp2"]
+STRATEGIES = {
+    "alone": [],
+    "ddp": [*TWO_RANKS, "ddp_find_unused_parameters_true"],
+    "fsdp2": [*TWO_RANKS, "fsdp2"],
+}
 
 
 def logged(folder: Path, name: str) -> dict[int, float]:
@@ -25,10 +34,12 @@ def logged(folder: Path, name: str) -> dict[int, float]:
     return {event.step: event.value for event in events.Scalars(name)}
 
 
-@pytest.mark.parametrize(("strategy", "rank"), [([], 0), (DDP, 1), (FSDP2, 1)], ids=["alone", "ddp", "fsdp2"])
-def test_all_ranks_skip_a_step_whose_loss_is_not_finite_on_one(tiny: list[str], strategy: list[str], rank: int) -> None:
+@pytest.mark.parametrize("strategy", list(STRATEGIES))
+def test_all_ranks_skip_a_step_whose_loss_is_not_finite_on_one(tiny: list[str], strategy: str) -> None:
     """That nothing moved in it, and that something did in the others, is checked by the poison on each rank."""
-    said = run([*tiny, *SHORT, *strategy, *with_callback("Poison", steps="[0,4,5]", rank=rank)])
+    alone = strategy == "alone"
+    rank = 0 if alone else 1
+    said = run([*tiny, *SHORT, *STRATEGIES[strategy], *with_callback("Poison", steps="[0,4,5]", rank=rank)])
     folder = Path(tiny[2]) / "tiny"
     assert logged(folder, "train/skipped")[11] == 3
     assert sorted(logged(folder, "train/loss")) == [1, 2, 3, 6, 7, 8, 9, 10, 11]
@@ -36,8 +47,8 @@ def test_all_ranks_skip_a_step_whose_loss_is_not_finite_on_one(tiny: list[str], 
         named = re.search(rf"Step {step} is skipped: the loss of rank {rank}, (.*) is not finite \((.*)\)", said)
         assert named, said
         assert named[2] == f"{in_row} in a row, {total} in all"
-        assert named[1].count("(stage ") == (6 if strategy else 8)
-        assert ("and 4 more" in named[1]) == (not strategy)
+        assert named[1].count("(stage ") == (8 if alone else 6)
+        assert ("and 4 more" in named[1]) == alone
     path, about = Run(folder).load_newest() or pytest.fail("no checkpoint")
     assert path.stem == "step=0000012"
     assert about["nami"]["skipped"] == {"total": 3, "in_row": 0}
@@ -64,22 +75,80 @@ def assert_same_bits(folder: Path, other: Path) -> None:
         assert same is not False, name
 
 
+@pytest.fixture(scope="module")
+def whole(tiny_module: list[str]) -> Callable[[str], Path]:
+    """The uninterrupted run of each strategy, made once."""
+
+    @cache
+    def make(strategy: str) -> Path:
+        name = f"whole_{strategy}"
+        run([*tiny_module, *SHORT, *STRATEGIES[strategy], "--name", name])
+        return Path(tiny_module[2]) / name
+
+    return make
+
+
 @pytest.mark.parametrize(
-    ("strategy", "rank", "name"), [([], 0, "SIGTERM"), (FSDP2, 1, "SIGUSR1")], ids=["alone", "fsdp2"]
+    ("strategy", "signal_of"),
+    [
+        ("alone", {"name": "SIGTERM", "group": "true"}),  # its reading process gets it too
+        ("fsdp2", {"name": "SIGUSR1", "rank": "1"}),
+    ],
 )
 def test_told_to_stop_it_saves_and_the_same_command_goes_on_to_the_same_bits(
-    tiny: list[str], strategy: list[str], rank: int, name: str
+    tiny: list[str], whole: Callable[[str], Path], strategy: str, signal_of: dict[str, str]
 ) -> None:
-    command = [*tiny, *SHORT, *strategy]
-    run([*command, "--name", "whole"])
-    said = run([*command, "--name", "told", *with_callback("SignalItself", step=4, rank=rank, name=name)], REQUEUE)
+    command = [*tiny, *SHORT, *STRATEGIES[strategy], "--data.init_args.num_workers", "1"]
+    said = run([*command, *with_callback("Signal", step=4, **signal_of)], REQUEUE)
     assert "Told to stop: saved step 5 of 12" in said
-    runs = Path(tiny[2])
-    assert [path.stem for path in Run(runs / "told").checkpoints] == ["step=0000005"]
-    assert "from step 5 of 12" in run([*command, "--name", "told"])
-    assert_same_bits(runs / "whole", runs / "told")
+    folder = Path(tiny[2]) / "tiny"
+    assert [path.stem for path in Run(folder).checkpoints] == ["step=0000005"]
+    assert "from step 5 of 12" in run(command)
+    assert_same_bits(whole(strategy), folder)
+    if strategy == "fsdp2":
+        assert "Told to stop" not in (folder / "logs" / "rank_1.log").read_text()
 
 
 def test_the_second_signal_ends_it_at_once(tiny: list[str]) -> None:
-    run([*tiny, *SHORT, *with_callback("SignalItself", step=2, again_after=1.2)], 128 + signal.SIGTERM)
+    run([*tiny, *SHORT, *with_callback("Signal", step=2, again_after=1.2)], 128 + signal.SIGTERM)
     assert not Run(Path(tiny[2]) / "tiny").checkpoints
+
+
+@pytest.mark.parametrize("strategy", ["alone", "fsdp2"])
+def test_checkpoints_written_by_a_thread_are_the_same(
+    tiny: list[str], tmp_path: Path, whole: Callable[[str], Path], strategy: str
+) -> None:
+    """Every second is due, one in three of these stays for good, and the end waits for the last."""
+    recipe = yaml.safe_load(Path(tiny[0]).read_text())
+    recipe["trainer"]["callbacks"][-1]["init_args"] = {
+        "every_n_steps": 2, "keep": 2, "keep_every": 2, "asynchronous": True
+    }  # fmt: skip
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    run([str(path), *tiny[1:], *SHORT, *STRATEGIES[strategy]])
+    folder = Path(tiny[2]) / "tiny"
+    assert [step_of(path) for path in Run(folder).checkpoints] == [4, 8, 10, 12]
+    assert not list(folder.rglob("*.partial"))
+    assert_same_bits(whole(strategy), folder)
+
+
+@pytest.mark.parametrize("strategy", ["alone", "fsdp2"])
+def test_an_exported_pipeline_has_the_runs_weights_and_draws(
+    whole: Callable[[str], Path], tmp_path: Path, strategy: str
+) -> None:
+    folder = whole(strategy)
+    for options, network in (([], "ema"), (["--step", "7", "--no-ema"], "transformer")):
+        out = tmp_path / network
+        assert main(["export", str(folder), "--output", str(out), *options]) == 0
+        step = 7 if options else 12
+        saved = numbers(folder / "checkpoints" / f"step={step:07d}.ckpt")
+        pipeline = NamiPipeline.from_pretrained(out)
+        for name, weight in pipeline.transformer.state_dict().items():
+            assert torch.equal(weight, saved[f"state_dict.{network}.{name}"]), name
+        for name, weight in pipeline.bridge.state_dict().items():
+            assert torch.equal(weight, saved[f"state_dict.bridge.{name}"]), name
+    picture = pipeline(["red apple"], num_inference_steps=1, generator=torch.Generator().manual_seed(0)).images[0]
+    assert picture.size == (32, 32)
+    assert main(["export", str(folder), "--output", str(out)]) == 2  # it is there
+    assert main(["export", str(folder), "--step", "3"]) == 2
+    assert not list(tmp_path.glob("*.partial"))
