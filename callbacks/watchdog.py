@@ -59,8 +59,8 @@ class Watchdog(L.Callback):
                 seen, since = module.beats, monotonic()
             elif monotonic() - since > self.seconds:
                 print(
-                    f"Hung for more than {self.seconds:.0f} seconds in {where(trainer, module)}. Ranks that wait stand "
-                    "in a collective, the one to blame elsewhere: see the run's logs/rank_N.log. The threads of this one:",
+                    f"Hung for more than {self.seconds:.0f} seconds in {where(trainer, module)}. Waiting ranks stand "
+                    "in a collective, the one to blame elsewhere: see the run's logs/rank_N.log. This one's threads:",
                     file=sys.stderr,
                     flush=True,
                 )

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from faults import numbers, run, with_callback
+from faults import numbers, run, same_numbers, with_callback
+from kill_ranks import check
 
 from nami_lightning.cli import main
 from nami_lightning.pipeline import NamiPipeline
@@ -18,7 +19,8 @@ from nami_lightning.runs import Run, step_of
 
 SHORT = ["--curriculum.phases", "[{steps: 12, ratio: [2, 2, 2], learning_rate: 0.002, warmup_steps: 2}]"]
 TWO_RANKS = ["--trainer.devices", "2", "--trainer.strategy"]
-STRATEGIES = {
+ANY_FAILURE = None
+STRATEGIES: dict[str, list[str]] = {
     "alone": [],
     "ddp": [*TWO_RANKS, "ddp_find_unused_parameters_true"],
     "fsdp2": [*TWO_RANKS, "fsdp2"],
@@ -67,12 +69,9 @@ def assert_same_bits(folder: Path, other: Path) -> None:
     assert one.name == two.name
     assert about["nami"] == about_two["nami"]
     states = [numbers(path) for path in (one, two)]
-    assert states[0].keys() == states[1].keys()
     for kind in ("state_dict.ema.", "state_dict.transformer.", "exp_avg_sq"):
         assert any(kind in name for name in states[0]), kind
-    for name, value in states[0].items():
-        same = torch.equal(value.nan_to_num(), states[1][name].nan_to_num()) if torch.is_tensor(value) else None
-        assert same is not False, name
+    assert not same_numbers(*states)
 
 
 @pytest.fixture(scope="module")
@@ -152,3 +151,34 @@ def test_an_exported_pipeline_has_the_runs_weights_and_draws(
     assert main(["export", str(folder), "--output", str(out)]) == 2  # it is there
     assert main(["export", str(folder), "--step", "3"]) == 2
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_run_whose_ranks_are_killed_ends_with_the_same_bits(tmp_path: Path, data_root: Path) -> None:
+    """The short form of ``make faults``: once in a step, once while a checkpoint is written."""
+    assert check(tmp_path, kills=2, steps=12, seed=1, data=data_root) == []
+
+
+def test_a_rank_that_hangs_is_named_with_step_and_stage(tiny: list[str]) -> None:
+    added = [*with_callback("Sleep", step=5, rank=1)]
+    added += ["--trainer.callbacks+=nami_lightning.callbacks.Watchdog", "--trainer.callbacks.timeout_minutes=0.1"]
+    said = run([*tiny, *SHORT, *STRATEGIES["fsdp2"], *added], ANY_FAILURE)
+    assert re.search(r"Hung for more than 6 seconds in step 5, stage 1, micro-batch 1 of \d on rank 0", said), said
+    other = (Path(tiny[2]) / "tiny" / "logs" / "rank_1.log").read_text()
+    assert "Hung for more than 6 seconds in step 5, waiting for data on rank 1" in other
+    assert "faults.py" in other  # the line that it sleeps in
+
+
+@pytest.mark.parametrize("strategy", ["alone", "fsdp2"])
+def test_an_average_on_the_host_is_the_same_one(tiny: list[str], whole: Callable[[str], Path], strategy: str) -> None:
+    """Also what is validated and drawn with it, in between."""
+    recipe = yaml.safe_load(Path(tiny[0]).read_text())
+    ema = next(entry for entry in recipe["trainer"]["callbacks"] if entry["class_path"].endswith("EMA"))
+    ema["init_args"]["device"] = "host"
+    path = Path(tiny[2]).parent / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    run([str(path), *tiny[1:], *SHORT, *STRATEGIES[strategy]])
+    folder = Path(tiny[2]) / "tiny"
+    assert_same_bits(whole(strategy), folder)
+    ours, theirs = ((run / "samples" / "step=0000012.png").read_bytes() for run in (folder, whole(strategy)))
+    assert ours == theirs
+    assert logged(folder, "val/loss_stage2") == logged(whole(strategy), "val/loss_stage2")
