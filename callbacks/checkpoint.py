@@ -44,14 +44,13 @@ class RunCheckpoint(Checkpoint):
                 f"{every_n_steps}, {keep} and {keep_every}"
             )
         self.every_n_steps, self.keep, self.keep_every = every_n_steps, keep, keep_every
-        self.asynchronous = asynchronous
+        self._writer = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
         self.stop = StopRequest()
         self._writing: Future[None] | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Listen for signals, and make sure that no other checkpoint is in the making."""
+        """Listen for signals."""
         self.stop.listen(trainer)
-        self._writer = ThreadPoolExecutor(1, "checkpoint") if self.asynchronous else None
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Listen no more."""

@@ -26,7 +26,7 @@ class Drawing:
 
     def draw(self, module: NamiModule, prompts: list[str], seeds: Sequence[int], output_type: str = "pil") -> Any:
         """Images of ``prompts`` with the EMA's weights if there are any; image i from the noise of ``seeds[i]``."""
-        with module.averaged():
+        with module.averaged:
             output = module.pipeline()(
                 prompt_states=module.encode_prompts(prompts),
                 negative_prompt_states=module.encode_prompts([""]),

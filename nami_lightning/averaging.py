@@ -4,8 +4,7 @@ On the device it is drawn with as it is: under FSDP2 it gathers its own blocks a
 it costs the device nothing; to draw and to validate, its numbers and the trained ones trade places, tensor by tensor.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from lightning.pytorch.strategies import Strategy
@@ -48,13 +47,24 @@ def exchange(one: NamiTransformer2DModel, other: NamiTransformer2DModel) -> None
         theirs.copy_(kept)
 
 
-@contextmanager
-def exchanged(one: NamiTransformer2DModel, other: NamiTransformer2DModel | None) -> Iterator[None]:
-    """Swapped for the time of a ``with`` block, if there is another."""
-    if other is not None:
-        exchange(one, other)
-    try:
-        yield
-    finally:
-        if other is not None:
-            exchange(one, other)
+class Exchange:
+    """While its outermost ``with`` block lasts, two networks have swapped their numbers.
+
+    Args:
+        one: the network that is used.
+        other: whose numbers it holds then; None: nothing is swapped.
+    """
+
+    def __init__(self, one: NamiTransformer2DModel, other: NamiTransformer2DModel | None) -> None:
+        self.one, self.other = one, other
+        self.depth = 0
+
+    def __enter__(self) -> None:
+        self.depth += 1
+        if self.depth == 1 and self.other is not None:
+            exchange(self.one, self.other)
+
+    def __exit__(self, *_: object) -> None:
+        self.depth -= 1
+        if self.depth == 0 and self.other is not None:
+            exchange(self.one, self.other)

@@ -1,7 +1,6 @@
 """NamiModule: one training step of NAMI, for Lightning's Trainer."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import asdict
 from functools import cached_property
 from typing import Any, Literal
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from nami_lightning import chance, flow
 from nami_lightning.agreement import SkippedSteps, agree
-from nami_lightning.averaging import exchanged, twin
+from nami_lightning.averaging import Exchange, twin
 from nami_lightning.batch import MicroBatch, pixels
 from nami_lightning.bridge import BridgeFlow
 from nami_lightning.checks import check_checkpoint, check_stages, identity, per_stage
@@ -136,9 +135,10 @@ class NamiModule(L.LightningModule):
         """The network to draw and to validate with, within :meth:`averaged`: the EMA's if there is one."""
         return self.transformer if self.ema is None or self.ema_on_host else self.ema
 
-    def averaged(self) -> AbstractContextManager[None]:
-        """While it lasts, the trained network holds the EMA's numbers if those are kept on the host."""
-        return exchanged(self.transformer, self.ema if self.ema_on_host else None)
+    @cached_property
+    def averaged(self) -> Exchange:
+        """``with module.averaged:`` the trained network holds the EMA's numbers, if those are kept on the host."""
+        return Exchange(self.transformer, self.ema if self.ema_on_host else None)
 
     def begin(self, what: str) -> None:
         """Note what this rank is at from now on."""
@@ -309,12 +309,11 @@ class NamiModule(L.LightningModule):
 
     def on_validation_start(self) -> None:
         """Let the EMA take the stage."""
-        self._averaged = self.averaged()
-        self._averaged.__enter__()
+        self.averaged.__enter__()
 
     def on_validation_end(self) -> None:
         """And leave it."""
-        self._averaged.__exit__(None, None, None)
+        self.averaged.__exit__()
 
     def validation_step(self, micro: MicroBatch, batch_idx: int) -> None:
         """Loss of a held-out micro-batch at noise and tau that are the same at every validation."""

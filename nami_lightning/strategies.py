@@ -101,7 +101,7 @@ class FSDP2Strategy(ModelParallelStrategy):
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         """Write a folder, every rank its shards; ``filepath`` is the same on all."""
         state = {"state_dict": checkpoint.pop("state_dict")}
-        optimizers = checkpoint.pop("optimizer_states")
+        optimizers = checkpoint.pop("optimizer_states", [])
         state |= {f"optimizer_{index}": optimizer for index, optimizer in enumerate(optimizers)}
         dcp.save(state, checkpoint_id=filepath, process_group=self._checkpoint_group)
         if self.is_global_zero:
