@@ -180,10 +180,12 @@ class Sleep(L.Callback):
 
 
 class TellProcess(L.Callback):
-    """Writes the process id of each rank to ``rank_N.pid``, in every step."""
+    """Writes each rank's process id to ``rank_N.pid``, and waits before the last step while there is ``hold``."""
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
-        path = Path(trainer.default_root_dir) / f"rank_{trainer.global_rank}.pid"
-        written = path.with_suffix(".new")
+        folder = Path(trainer.default_root_dir)
+        written = folder / f"rank_{trainer.global_rank}.new"
         written.write_text(str(os.getpid()))
-        written.replace(path)
+        written.replace(written.with_suffix(".pid"))
+        while pl_module.step == pl_module.curriculum.total_steps - 1 and (folder / "hold").exists():
+            time.sleep(0.05)

@@ -14,7 +14,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import yaml
 from faults import ENVIRONMENT, numbers, same_numbers
@@ -69,45 +72,52 @@ def start(recipe: Path, name: str, restarts: int, log: Path) -> "subprocess.Pope
         return subprocess.Popen(command, env=ENVIRONMENT, stdout=file, stderr=file)
 
 
-def rank_at_work(run: Path, rank: int, after: float) -> int | None:
-    """The process id of a rank that began a step after the time ``after``, if it has."""
-    path = run / f"rank_{rank}.pid"
-    return int(path.read_text()) if path.exists() and path.stat().st_mtime > after else None
+def disturb(process: "subprocess.Popen[bytes]", run: Path, kills: int, steps: int, chance: random.Random) -> None:
+    """Kill a rank ``kills`` times, every second time while a checkpoint is being written, if one still is."""
+    hold = run / "hold"
+    hold.parent.mkdir()
+    hold.touch()
+    last = 0.0
+    for number in tqdm(range(kills), "kills"):
+        rank, in_writing = chance.randrange(2), number % 2 == 1
+        wait_for(process, partial(began, run, last))
+        time.sleep(chance.uniform(0, 0.5))
+        if in_writing:
+            wait_for(process, lambda: list(run.glob("checkpoints/*.partial")) or newest_step(run) >= steps - 2)
+            in_writing = bool(list(run.glob("checkpoints/*.partial")))
+        os.kill(pid_of(run, rank), signal.SIGKILL)
+        newest = newest_step(run)
+        if newest:
+            checkpoint = Run(run).checkpoint()
+            assert about(checkpoint)["nami"]["step"] == step_of(checkpoint)
+            assert numbers(checkpoint)
+        tqdm.write(f"killed rank {rank} in {'writing' if in_writing else 'a step'}; the newest is of step {newest}")
+        # Not before the other is gone too: what it wrote must not pass for a sign of the next start.
+        wait_for(process, lambda: not any(alive(pid_of(run, rank)) for rank in range(2)))
+        last = time.time()
+    hold.unlink()
 
 
-def disturb(process: "subprocess.Popen[bytes]", run: Path, kills: int, chance: random.Random) -> int:
-    """Kill a rank ``kills`` times, every second time while a checkpoint is being written; how often it was done."""
-    done, last = 0, 0.0
-    with tqdm(total=kills, desc="kills") as progress:
-        while done < kills and process.poll() is None:
-            rank, in_writing = chance.randrange(2), done % 2 == 1
-            while process.poll() is None and rank_at_work(run, rank, last) is None:
-                time.sleep(0.05)
-            time.sleep(chance.uniform(0, 0.5))
-            while in_writing and process.poll() is None and not list(run.glob("checkpoints/*.partial")):
-                time.sleep(0.001)
-            victim = rank_at_work(run, rank, last)
-            if process.poll() is not None or victim is None:
-                break
-            os.kill(victim, signal.SIGKILL)
-            last = time.time()
-            done += 1
-            newest = Run(run).checkpoints[-1:]
-            for checkpoint in newest:
-                assert about(checkpoint)["nami"]["step"] == step_of(checkpoint)
-                assert numbers(checkpoint)
-            where = "writing" if in_writing else "a step"
-            progress.write(f"killed rank {rank} in {where}; newest: {newest[0].name if newest else 'none'}")
-            progress.update()
-            # Not before the others are gone too: their files must not pass for those of the next start.
-            while process.poll() is None and any(alive(other) for other in pids(run)):
-                time.sleep(0.05)
-            last = time.time()
-    return done
+def wait_for(process: "subprocess.Popen[bytes]", done: Callable[[], Any]) -> None:
+    """Until ``done()``; the run must not end before."""
+    while not done():
+        assert process.poll() is None, "the run ended on its own"
+        time.sleep(0.001)
 
 
-def pids(run: Path) -> list[int]:
-    return [int(path.read_text()) for path in run.glob("rank_*.pid")]
+def began(run: Path, after: float) -> bool:
+    """Whether both ranks have begun a step since the time ``after``."""
+    paths = [run / f"rank_{rank}.pid" for rank in range(2)]
+    return all(path.exists() and path.stat().st_mtime > after for path in paths)
+
+
+def pid_of(run: Path, rank: int) -> int:
+    return int((run / f"rank_{rank}.pid").read_text())
+
+
+def newest_step(run: Path) -> int:
+    """0 before the first checkpoint."""
+    return max(map(step_of, Run(run).checkpoints), default=0)
 
 
 def alive(pid: int) -> bool:
@@ -125,9 +135,7 @@ def check(folder: Path, kills: int, steps: int, seed: int, data: Path) -> list[s
     for name, restarts in (("whole", 0), ("killed", kills)):
         process = start(recipe, name, restarts, log)
         if restarts:
-            done = disturb(process, folder / name, kills, random.Random(seed))
-            print(f"killed {done} times")
-            assert done == kills, f"the run ended after {done} kills: give it more --steps"
+            disturb(process, folder / name, kills, steps, random.Random(seed))
         assert process.wait() == 0, f"{name} failed: see {log}"
     one, other = (Run(folder / name).checkpoints[-1] for name in ("whole", "killed"))
     assert step_of(one) == step_of(other) == steps
