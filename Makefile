@@ -1,9 +1,10 @@
 # make demo    install, train the demo, show where to look
 # make test    all tests          make lint    ruff and mypy
+# make faults  kill one of two ranks twenty times, and compare with a run left alone (a quarter of an hour)
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint install
+.PHONY: demo test faults lint install
 
 demo: install
 	$(BIN)/lightning run recipes/openmoji.yaml
@@ -11,6 +12,9 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest
+
+faults: install
+	$(BIN)/python tests/nami_lightning/kill_ranks.py --kills 20
 
 lint: install
 	$(BIN)/ruff check .

@@ -8,6 +8,7 @@ from nami_lightning.callbacks.ema import EMA
 from nami_lightning.callbacks.frechet import FrechetDistance
 from nami_lightning.callbacks.samples import ImageSamples
 from nami_lightning.callbacks.throughput import Throughput
+from nami_lightning.callbacks.watchdog import Watchdog
 
 __all__ = [
     "EMA",
@@ -18,4 +19,5 @@ __all__ = [
     "ImageSamples",
     "RunCheckpoint",
     "Throughput",
+    "Watchdog",
 ]

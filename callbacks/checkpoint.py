@@ -1,55 +1,130 @@
-"""Checkpoints of a run: the newest few, and the last step's."""
+"""Checkpoints of a run: the newest few, every so-many-th for good, the last step's, and one when it is told to stop."""
 
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities import rank_zero_info
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
 
 from nami_lightning.module import NamiModule
-from nami_lightning.runs import Run, remove
+from nami_lightning.preemption import REQUEUE, StopRequest, preempted
+from nami_lightning.runs import Run, publish, remove, step_of
+from nami_lightning.strategies import FSDP2Strategy
 
 
 class RunCheckpoint(Checkpoint):
     """Writes ``checkpoints/step=NNNNNNN.ckpt`` every so often and at the end, and keeps the newest ``keep``.
 
     A file, or a folder of every rank's shards under FSDP2. It is written under a temporary name and renamed, so a named
-    checkpoint is always whole; an older one is removed only after a newer one has its name.
+    checkpoint is always whole; an older one is removed only after a newer one has its name. None is written after a
+    step that was skipped, so that a run which ends for too many of these leaves one from before them.
+
+    On SIGTERM or SIGUSR1 it writes one after the running step, and ends the run with status 75.
 
     Args:
         every_n_steps: how often.
         keep: how many stay.
+        keep_every: every so-many-th stays for good besides; 0 for none.
+        asynchronous: copy to host memory, and write that while training goes on; the run's end waits for it.
 
     Raises:
-        ValueError: a number below 1.
+        ValueError: a number out of its range.
     """
 
-    def __init__(self, every_n_steps: int = 1000, keep: int = 2) -> None:
-        if every_n_steps < 1 or keep < 1:
+    def __init__(
+        self, every_n_steps: int = 1000, keep: int = 2, keep_every: int = 0, asynchronous: bool = False
+    ) -> None:
+        if every_n_steps < 1 or keep < 1 or keep_every < 0:
             raise ValueError(
-                f"RunCheckpoint needs every_n_steps and keep of at least 1; got {every_n_steps} and {keep}"
+                "RunCheckpoint needs every_n_steps and keep of at least 1 and keep_every of at least 0; got "
+                f"{every_n_steps}, {keep} and {keep_every}"
             )
-        self.every_n_steps, self.keep = every_n_steps, keep
+        self.every_n_steps, self.keep, self.keep_every = every_n_steps, keep, keep_every
+        self._writer = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
+        self.stop = StopRequest()
+        self._writing: Future[None] | None = None
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Listen for signals."""
+        self.stop.listen(trainer)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Listen no more."""
+        self.stop.forget()
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Let the step tell the other ranks."""
+        assert isinstance(pl_module, NamiModule)
+        pl_module.told_to_stop = self.stop.signal is not None
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Write when it is time."""
+        """Write when it is time, or when any rank was told to stop.
+
+        Raises:
+            Preempted: after that.
+        """
         assert isinstance(pl_module, NamiModule)
         step = pl_module.step
-        if step % self.every_n_steps == 0 or step == pl_module.curriculum.total_steps:
+        last = step == pl_module.curriculum.total_steps
+        due = step % self.every_n_steps == 0 and not pl_module.skipped.in_row
+        if due or last or pl_module.stopping:
+            pl_module.begin("writing a checkpoint")
             self.save(trainer, step)
+        if pl_module.stopping and not last:
+            self.finish(trainer)
+            rank_zero_info(
+                f"Told to stop: saved step {step} of {pl_module.curriculum.total_steps}. The same command goes on, "
+                f"which exit status {REQUEUE} asks for."
+            )
+            raise preempted(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Wait for what is being written."""
+        self.finish(trainer)
 
     def save(self, trainer: L.Trainer, step: int) -> None:
         """Write a checkpoint of ``step`` (all ranks take part), then remove the oldest."""
-        run = Run(Path(trainer.default_root_dir))
-        target = run.folder / "checkpoints" / f"step={step:07d}.ckpt"
-        partial = target.with_suffix(".partial")
+        self.finish(trainer)
+        folder = Run(Path(trainer.default_root_dir)).folder / "checkpoints"
+        partial = folder / f"step={step:07d}.partial"
         if trainer.is_global_zero:
-            remove(partial)
+            for left in folder.glob("*.partial"):
+                remove(left)
         trainer.strategy.barrier()
-        trainer.save_checkpoint(partial, weights_only=False)
-        if trainer.is_global_zero:
-            partial.rename(target)
-            for old in run.checkpoints[: -self.keep]:
+        checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+        if self._writer is None:
+            self._write(trainer, checkpoint, partial)
+            trainer.strategy.barrier()
+            return
+        if trainer.is_global_zero or isinstance(trainer.strategy, FSDP2Strategy):
+            checkpoint = apply_to_collection(checkpoint, Tensor, copy_to_host)
+        self._writing = self._writer.submit(self._write, trainer, checkpoint, partial)
+
+    def finish(self, trainer: L.Trainer) -> None:
+        """Wait until the checkpoint that is being written has its name; raises what its writing raised."""
+        if self._writing is not None:
+            self._writing.result()
+            self._writing = None
+            trainer.strategy.barrier()
+
+    def _write(self, trainer: L.Trainer, checkpoint: dict[str, Any], partial: Path) -> None:
+        trainer.strategy.save_checkpoint(checkpoint, partial)
+        if not trainer.is_global_zero:
+            return
+        publish(partial, partial.with_suffix(".ckpt"))
+        for old in Run(Path(trainer.default_root_dir)).checkpoints[: -self.keep]:
+            if not self.keep_every or step_of(old) % (self.keep_every * self.every_n_steps):
                 remove(old)
+
+
+def copy_to_host(tensor: Tensor) -> Tensor:
+    """A copy that the next step does not change."""
+    return tensor.detach().to("cpu", copy=True)

@@ -26,13 +26,14 @@ class Drawing:
 
     def draw(self, module: NamiModule, prompts: list[str], seeds: Sequence[int], output_type: str = "pil") -> Any:
         """Images of ``prompts`` with the EMA's weights if there are any; image i from the noise of ``seeds[i]``."""
-        output = module.pipeline()(
-            prompt_states=module.encode_prompts(prompts),
-            negative_prompt_states=module.encode_prompts([""]),
-            num_inference_steps=self.num_inference_steps,
-            guidance_scale=self.guidance_scale,
-            solver=self.solver,
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-            output_type=output_type,
-        )
+        with module.averaged:
+            output = module.pipeline()(
+                prompt_states=module.encode_prompts(prompts),
+                negative_prompt_states=module.encode_prompts([""]),
+                num_inference_steps=self.num_inference_steps,
+                guidance_scale=self.guidance_scale,
+                solver=self.solver,
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+                output_type=output_type,
+            )
         return output.images

@@ -110,15 +110,15 @@ class FrechetDistance(L.Callback):
         )
         batches = [number for number, (stage, *_) in enumerate(heldout.parts) if stage == module.num_stages - 1]
         first_time = metric.real_features_num_samples == 0
-        for number in tqdm(
-            batches, "drawing for the Frechet distance", leave=False, disable=not trainer.is_global_zero
-        ):
-            micro = heldout[number]
-            if first_time:
-                metric.update(micro.images.to(module.device), real=True)
-            seeds = [self.seed + place for place in micro.places]
-            images = self.drawing.draw(module, micro.captions, seeds, output_type="pt")
-            metric.update((images * 255).round().byte(), real=False)
+        progress = tqdm(batches, "drawing for the Frechet distance", leave=False, disable=not trainer.is_global_zero)
+        with module.averaged:
+            for number in progress:
+                micro = heldout[number]
+                if first_time:
+                    metric.update(micro.images.to(module.device), real=True)
+                seeds = [self.seed + place for place in micro.places]
+                images = self.drawing.draw(module, micro.captions, seeds, output_type="pt")
+                metric.update((images * 255).round().byte(), real=False)
         samples = int(metric.fake_features_num_samples) * trainer.world_size
         distance = float(metric.compute())
         metric.reset()

@@ -16,6 +16,7 @@ from nami_lightning.datamodules.images import MIDDLE
 from nami_lightning.datamodules.order import BucketOrder, Lots, apportion, reads
 from nami_lightning.datamodules.shapes import Aspect
 from nami_lightning.datamodules.stages import Choice, Place, StageImages
+from nami_lightning.preemption import leave_to_parent
 
 Damaged = Literal["error", "skip"]
 log = logging.getLogger(__name__)
@@ -165,6 +166,7 @@ class StepLoader:
             num_workers=workers,
             prefetch_factor=prefetch if workers else None,
             pin_memory=pin_memory,
+            worker_init_fn=leave_to_parent,
         )
 
     def __len__(self) -> int:

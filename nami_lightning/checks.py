@@ -1,4 +1,4 @@
-"""Checks across the parts of a recipe: that all describe the same stages, before anything is read or built."""
+"""Checks across the parts of a recipe: that all describe the same stages, and that a checkpoint is theirs."""
 
 from collections.abc import Sequence
 from fractions import Fraction
@@ -7,7 +7,7 @@ from typing import Any
 
 from nami_lightning.bridge import BridgeFlow
 from nami_lightning.curriculum import Curriculum
-from nami_lightning.encoders import AutoencoderConfig
+from nami_lightning.encoders import AutoencoderConfig, TextEncoderConfig
 
 
 def check_stages(
@@ -67,3 +67,56 @@ def check_shapes(
             f"{transformer['patch_size']} times the autoencoder's factor {vae.factor}: at {resolution} px, stage 1's, "
             f"the data set has images of {', '.join(odd)} px. Prepare it with another aspect_step"
         )
+
+
+def identity(
+    transformer: dict[str, Any],
+    bridge: BridgeFlow,
+    resolutions: list[int],
+    text: TextEncoderConfig,
+    vae: AutoencoderConfig,
+) -> dict[str, Any]:
+    """The settings without which a checkpoint's weights mean something else, as plain values."""
+    parts = {"transformer": transformer, "bridge": dict(bridge.config)}
+    settings = {
+        f"{part}.{key}": list(value) if isinstance(value, tuple) else value
+        for part, config in parts.items()
+        for key, value in config.items()
+        if not key.startswith("_")
+    }
+    return settings | {
+        "text_encoder.sequence": text.sequence,
+        "text_encoder.pooled": text.pooled,
+        "autoencoder.name": vae.name,
+        "resolutions": list(resolutions),
+    }
+
+
+def check_checkpoint(checkpoint: dict[str, Any], identity: dict[str, Any], curriculum: Curriculum) -> None:
+    """Refuse a checkpoint of another model or of another past.
+
+    Raises:
+        ValueError: saying which setting differs.
+    """
+    if "nami" not in checkpoint:
+        raise ValueError("this checkpoint was not written by nami_lightning")
+    saved = checkpoint["nami"]
+    for key, value in identity.items():
+        if saved["model"].get(key) != value:
+            raise ValueError(
+                f"the checkpoint is of another model: its {key} is {saved['model'].get(key)}, "
+                f"this recipe's {value}. Resume with the recipe it was made with, or start over with --fresh"
+            )
+    curriculum.check_past(saved["curriculum"], saved["step"])
+
+
+def per_stage(value: float | list[float], stages: int) -> list[float]:
+    """One number for all stages, or one each, as a list.
+
+    Raises:
+        ValueError: a list of another length.
+    """
+    values = [float(value)] * stages if isinstance(value, int | float) else value
+    if len(values) != stages:
+        raise ValueError(f"tau_mean and tau_std need one number, or {stages} (one a stage); got {value}")
+    return values

@@ -14,6 +14,8 @@ examples:
   lightning run recipes/openmoji.yaml --curriculum.unit 8  with another value of any recipe key
   lightning sample openmoji --prompt "red apple" --out out draw with the run's newest checkpoint
   lightning show openmoji                                  how far it is, and where its files lie
+  lightning export openmoji                                its newest checkpoint as a diffusers pipeline
+  lightning launch slurm recipes/nami_2b.yaml --nodes 8 --gpus 8 --output nami_2b.sh
   lightning data prepare --source photos/ --output shards/ --resolutions 256 512 1024
 """
 
@@ -67,7 +69,9 @@ def make_parser() -> argparse.ArgumentParser:
         "run",
         help="train what a recipe describes; run again to resume",
         description="Train what RECIPE describes. Run the same command again to resume from the newest checkpoint.",
-        epilog="Any recipe key can follow: --curriculum.unit 8 --trainer.devices 2 --config OVERLAY.yaml\n"
+        epilog="SIGTERM or SIGUSR1 saves a checkpoint after the running step and ends with exit status 75: start it\n"
+        "again. A second signal ends it at once. What ranks but the first print is in the run's logs/rank_N.log.\n\n"
+        "Any recipe key can follow: --curriculum.unit 8 --trainer.devices 2 --config OVERLAY.yaml\n"
         "--print_config prints the resolved recipe; the recipes in recipes/ explain every key.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -119,9 +123,48 @@ def make_parser() -> argparse.ArgumentParser:
         )
     )
 
+    export = commands.add_parser(
+        "export",
+        help="a checkpoint as a diffusers pipeline",
+        description="Write a checkpoint, of one process or of many, as a folder for NamiPipeline.from_pretrained. "
+        "Needs no GPU, and memory for the model alone.",
+    )
+    export.add_argument("run", metavar="RUN", help="a run (folder, or name below runs/)")
+    export.add_argument("--step", type=int, help="of the checkpoint (default: the newest)")
+    export.add_argument("--output", metavar="DIR", help="a new folder (default: RUN/pipelines/step=NNNNNNN)")
+    export.add_argument(
+        "--ema", action=argparse.BooleanOptionalAction, default=True, help="the EMA's weights, not the trained ones"
+    )
+
+    add_launch_commands(
+        commands.add_parser("launch", help="a script that runs a recipe on a cluster", description="Write a script.")
+    )
+
     show = commands.add_parser("show", help="print what a run is", description="Print what a run is.")
     show.add_argument("run", metavar="RUN", help="a run (folder, or name below runs/)")
     return parser
+
+
+def add_launch_commands(parser: argparse.ArgumentParser) -> None:
+    """The commands below ``lightning launch``."""
+    commands = parser.add_subparsers(dest="what", required=True, metavar="CLUSTER")
+    slurm = commands.add_parser(
+        "slurm",
+        help="an sbatch script",
+        description="Write the sbatch script that trains RECIPE on a SLURM cluster, one process a GPU. Two minutes "
+        "before its time is up the job saves and is queued again; each time it goes on from its newest checkpoint.",
+        epilog="Any recipe key can follow, as for: lightning run",
+        allow_abbrev=False,
+    )
+    slurm.set_defaults(takes_keys=True)
+    slurm.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a packaged one")
+    slurm.add_argument("--nodes", type=int, required=True, help="how many")
+    slurm.add_argument("--gpus", type=int, required=True, help="of each node")
+    slurm.add_argument("--cpus", type=int, help="cores for each GPU (default: the recipe's data workers and one more)")
+    slurm.add_argument("--partition", help="as sbatch takes it")
+    slurm.add_argument("--account", help="as sbatch takes it")
+    slurm.add_argument("--time", help="as sbatch takes it: 24:00:00, 2-00:00:00")
+    slurm.add_argument("--output", metavar="FILE", help="where the script goes (default: the terminal)")
 
 
 def add_data_commands(parser: argparse.ArgumentParser) -> None:

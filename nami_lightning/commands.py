@@ -9,6 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
@@ -16,8 +17,9 @@ from nami_lightning.curriculum import Curriculum
 from nami_lightning.grid import caption_grid, save_image
 from nami_lightning.module import NamiModule
 from nami_lightning.pipeline import NamiPipeline
+from nami_lightning.ranks import output_of_rank
 from nami_lightning.recipe import Recipe
-from nami_lightning.runs import Run, find_run, load_weights
+from nami_lightning.runs import Run, about, find_run, load_weights
 from nami_lightning.strategies import FSDP2Strategy
 
 NOISE = (
@@ -48,6 +50,14 @@ def run(options: Namespace) -> None:
         rank_zero_info(f"Starting over; the old run is now {aside}")
 
     model, data, trainer = recipe.make()
+    with output_of_rank(trainer.global_rank, this.folder / "logs"):
+        train(this, recipe, model, data, trainer, fresh)
+
+
+def train(
+    this: Run, recipe: Recipe, model: NamiModule, data: L.LightningDataModule, trainer: L.Trainer, fresh: bool
+) -> None:
+    """Go on from the newest checkpoint, or begin."""
     # With --fresh another rank may not have renamed the old run yet: don't look at it.
     newest = None if fresh else this.load_newest()
     if newest is None:
@@ -132,18 +142,47 @@ def load_pipeline(source: str) -> NamiPipeline:
     return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load_module(this: Run) -> NamiModule:
-    """A run's model with the weights of its newest checkpoint."""
-    newest = this.load_newest()
-    if newest is None:
-        raise FileNotFoundError(f"{this.folder} has no checkpoint yet")
-    path, checkpoint = newest
+def load_module(this: Run, step: int | None = None, ema: bool = True) -> NamiModule:
+    """A run's model on the CPU with a checkpoint's weights, from a file or shards, and no memory for anything else.
+
+    Args:
+        this: the run.
+        step: the checkpoint's; the newest if None.
+        ema: the EMA's weights if the checkpoint has them, not the trained ones.
+    """
+    path = this.checkpoint(step)
+    checkpoint = about(path)
     model = Recipe(this.recipe).make_model()
     model.check_checkpoint(checkpoint)
-    model.use_ema = checkpoint["nami"]["ema"]
-    model.configure_model()
-    load_weights(path, model)
-    return model.eval()
+    with torch.device("meta"):
+        model.transformer = model.make_transformer()
+    model.transformer.to_empty(device="cpu")
+    network = "ema." if ema and checkpoint["nami"]["ema"] else "transformer."
+    load_weights(path, model, {name: name.replace("transformer.", network, 1) for name in model.state_dict()})
+    return model.eval().requires_grad_(False)
+
+
+def export(options: Namespace) -> None:
+    """Write a checkpoint as a pipeline's folder."""
+    from nami_lightning.export import export
+
+    quieten_libraries()
+    folder = export(options)
+    print(
+        f"{folder}: load it with NamiPipeline.from_pretrained, or draw with: lightning sample {folder} --prompt '...'"
+    )
+
+
+def launch(options: Namespace) -> None:
+    """Write the script that starts a recipe on a cluster."""
+    from nami_lightning.launch import slurm
+
+    script = slurm(options)
+    if options.output is None:
+        print(script, end="")
+    else:
+        Path(options.output).write_text(script)
+        print(f"Submit it with: sbatch {options.output}")
 
 
 def sample(options: Namespace) -> None:

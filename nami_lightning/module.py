@@ -1,6 +1,7 @@
 """NamiModule: one training step of NAMI, for Lightning's Trainer."""
 
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import cached_property
 from typing import Any, Literal
 
@@ -13,9 +14,11 @@ from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 
 from nami_lightning import chance, flow
+from nami_lightning.agreement import SkippedSteps, agree
+from nami_lightning.averaging import Exchange, twin
 from nami_lightning.batch import MicroBatch, pixels
 from nami_lightning.bridge import BridgeFlow
-from nami_lightning.checks import check_stages
+from nami_lightning.checks import check_checkpoint, check_stages, identity, per_stage
 from nami_lightning.curriculum import Curriculum
 from nami_lightning.encoders import (
     Autoencoder,
@@ -29,7 +32,7 @@ from nami_lightning.encoders import (
 )
 from nami_lightning.flow import LossWeighting, TauKind
 from nami_lightning.pipeline import NamiPipeline
-from nami_lightning.strategies import local_shards, parallelize, reduce_gradients, whole
+from nami_lightning.strategies import parallelize, reduce_gradients, whole
 from nami_lightning.transformer import NamiTransformer2DModel
 
 LatentPyramid = Literal["encode", "pool"]
@@ -57,6 +60,7 @@ class NamiModule(L.LightningModule):
         latent_pyramid: ``encode`` the image at each stage's resolution, or ``pool`` the finest latents.
         prompt_dropout: probability of training a sample on the empty prompt.
         gradient_clip_norm: largest norm of a step's gradient; null for no clipping.
+        max_skipped_steps: the run ends after so many steps in a row whose loss or gradient isn't finite.
         activation_checkpointing: recompute every so many-th block in the backward pass; 1 is every block, 0 none.
         compile_blocks: compile each block: one graph a kind of block and shape.
         pretrained: folder or hub name of a NamiTransformer2DModel to start from.
@@ -84,6 +88,7 @@ class NamiModule(L.LightningModule):
         latent_pyramid: LatentPyramid = "encode",
         prompt_dropout: float = 0.1,
         gradient_clip_norm: float | None = 1.0,
+        max_skipped_steps: int = 10,
         activation_checkpointing: int = 0,
         compile_blocks: bool = False,
         pretrained: str | None = None,
@@ -97,17 +102,24 @@ class NamiModule(L.LightningModule):
         self.text_encoder_config, self.autoencoder_config = text_encoder, autoencoder
         self.resolutions, self.curriculum, self.seed = resolutions, curriculum, seed
         self.tau, self.tau_uniform_share = tau, tau_uniform_share
-        self.tau_mean, self.tau_std = self._per_stage(tau_mean), self._per_stage(tau_std)
+        self.tau_mean, self.tau_std = (per_stage(value, self.num_stages) for value in (tau_mean, tau_std))
         self.loss_weighting, self.local_velocity_loss = loss_weighting, local_velocity_loss
         self.latent_pyramid, self.prompt_dropout = latent_pyramid, prompt_dropout
-        self.gradient_clip_norm = gradient_clip_norm
+        self.gradient_clip_norm, self.max_skipped_steps = gradient_clip_norm, max_skipped_steps
         self.activation_checkpointing, self.compile_blocks = activation_checkpointing, compile_blocks
         self.pretrained = pretrained
+        if max_skipped_steps < 1:
+            raise ValueError(f"model.max_skipped_steps must be at least 1; got {max_skipped_steps}")
         check_stages(self.transformer_config, self.bridge, resolutions, curriculum, autoencoder)
 
         self.step = 0
         """Global batches consumed: the number of the next one."""
-        self.use_ema = False
+        self.skipped = SkippedSteps()
+        self.told_to_stop = self.stopping = False
+        """This rank was told to; all ranks agreed to, after this step."""
+        self.doing, self.beats = "getting ready", 0
+        """What this rank is at, for messages; how many things it has begun."""
+        self.use_ema = self.ema_on_host = False
         self.transformer: NamiTransformer2DModel
         self.ema: NamiTransformer2DModel | None = None
         self.running_losses: Tensor
@@ -120,8 +132,17 @@ class NamiModule(L.LightningModule):
 
     @property
     def sampling_transformer(self) -> NamiTransformer2DModel:
-        """The weights to draw and to validate with: the EMA's if there is one."""
-        return self.transformer if self.ema is None else self.ema
+        """The network to draw and to validate with, within :meth:`averaged`: the EMA's if there is one."""
+        return self.transformer if self.ema is None or self.ema_on_host else self.ema
+
+    @cached_property
+    def averaged(self) -> Exchange:
+        """``with module.averaged:`` the trained network holds the EMA's numbers, if those are kept on the host."""
+        return Exchange(self.transformer, self.ema if self.ema_on_host else None)
+
+    def begin(self, what: str) -> None:
+        """Note what this rank is at from now on."""
+        self.doing, self.beats = what, self.beats + 1
 
     def tokens(self, stage: int) -> int:
         """Tokens of one sample of ``stage``, image and text."""
@@ -137,21 +158,12 @@ class NamiModule(L.LightningModule):
             self.transformer = self._new_transformer()
         parallelize(self.transformer, self._strategy, self.activation_checkpointing, self.compile_blocks)
         if self.use_ema:
-            self.ema = self._twin(self.transformer)
+            self.ema = twin(self.transformer, self.make_transformer, self._strategy, self.ema_on_host)
 
     @property
     def _strategy(self) -> Strategy | None:
         """Lightning's, in a run."""
         return None if self._trainer is None else self._trainer.strategy
-
-    def _twin(self, transformer: NamiTransformer2DModel) -> NamiTransformer2DModel:
-        """The same network with the same weights, spread in the same way, and never trained."""
-        with torch.device("meta"):
-            twin = self.make_transformer().requires_grad_(False)
-        parallelize(twin, self._strategy)
-        twin.to_empty(device=transformer.device)
-        torch._foreach_copy_(local_shards(twin), local_shards(transformer))
-        return twin
 
     def _new_transformer(self) -> NamiTransformer2DModel:
         transformer = self.make_transformer()
@@ -175,36 +187,52 @@ class NamiModule(L.LightningModule):
         weights = flow.loss_weights(self.loss_weighting, ratio, self.running_losses.nan_to_num(1.0))
         counts = [sum(len(micro) for micro in batch if micro.stage == stage) for stage in range(self.num_stages)]
         losses = torch.zeros(self.num_stages, device=self.device)
+        micro_losses = []
         for number, micro in enumerate(batch, 1):
+            self.begin(f"stage {micro.stage + 1}, micro-batch {number} of {len(batch)}")
             share = len(micro) / counts[micro.stage]
             reduce_gradients(self.transformer, self._strategy, last=number == len(batch))
             loss = self.flow_loss(self.transformer, micro, micro.step, self.prompt_dropout)
             self.manual_backward(weights[micro.stage] * share * loss)
-            losses[micro.stage] += share * loss.detach()
+            micro_losses.append(loss.detach())
+            losses[micro.stage] += share * micro_losses[-1]
 
-        norm = self.clip_gradients_by_norm()
-        optimizer.step()
-        optimizer.zero_grad()
+        self.begin("the update")
+        agreed = agree(self.trainer.strategy, losses, self.clip_gradients_by_norm(), self.told_to_stop)
+        self.stopping = agreed.stop
         self.step += 1
+        if agreed.finite:
+            optimizer.step()
+            self.skipped.in_row = 0
+            self._update_running_losses(agreed.losses, ratio)
+            self._log_losses(weights, agreed.losses, ratio, agreed.norm)
+        else:
+            self.skipped.add(self.step - 1, batch, micro_losses)
+            self._log_metrics({"train/skipped": self.skipped.total})
+        optimizer.zero_grad()
 
-        losses = self.trainer.strategy.reduce(losses, reduce_op="mean")
-        self._update_running_losses(losses, ratio)
-        self._log_losses(weights, losses, ratio, norm)
+    def on_train_batch_end(self, outputs: Any, batch: list[MicroBatch], batch_idx: int) -> None:
+        """End a run that only skips, once the callbacks have seen the step."""
+        self.begin("waiting for data")
+        self.skipped.check(self.step - 1, self.max_skipped_steps)
 
     def clip_gradients_by_norm(self) -> Tensor:
         """Scale the gradient down to ``gradient_clip_norm`` if that is set; its norm before that."""
         limit = torch.inf if self.gradient_clip_norm is None else self.gradient_clip_norm
         return whole(torch.nn.utils.clip_grad_norm_(self.transformer.parameters(), limit))
 
-    def _log_losses(self, weights: Tensor, losses: Tensor, ratio: list[int], norm: Tensor) -> None:
-        """Log every so many steps; only then is the device waited for."""
+    def _log_losses(self, weights: Tensor, losses: Tensor, ratio: list[int], norm: float) -> None:
+        """Log every so many steps."""
         loss = (weights * losses).sum()
         self.log("train/loss", loss, prog_bar=True, logger=False)
         if self.step % self.trainer.log_every_n_steps:  # type: ignore[attr-defined]
             return
-        metrics = {"train/loss": float(loss), "train/gradient_norm": float(norm)}
+        metrics = {"train/loss": float(loss), "train/gradient_norm": norm, "train/skipped": self.skipped.total}
         metrics |= {f"train/loss_stage{k + 1}": float(losses[k]) for k, parts in enumerate(ratio) if parts}
-        # Not by self.log, which would repeat the last value of a stage that is no longer trained.
+        self._log_metrics(metrics)
+
+    def _log_metrics(self, metrics: dict[str, float]) -> None:
+        """Not by ``self.log``, which would repeat the last value of a stage that is no longer trained."""
         for logger in self.loggers:
             logger.log_metrics(metrics, step=self.step - 1)
 
@@ -285,8 +313,17 @@ class NamiModule(L.LightningModule):
 
     # --- validation --------------------------------------------------------------------------
 
+    def on_validation_start(self) -> None:
+        """Let the EMA take the stage."""
+        self.averaged.__enter__()
+
+    def on_validation_end(self) -> None:
+        """And leave it."""
+        self.averaged.__exit__()
+
     def validation_step(self, micro: MicroBatch, batch_idx: int) -> None:
         """Loss of a held-out micro-batch at noise and tau that are the same at every validation."""
+        self.begin(f"validation, stage {micro.stage + 1}")
         loss = self.flow_loss(self.sampling_transformer, micro, VALIDATION)
         self.log(f"val/loss_stage{micro.stage + 1}", loss, batch_size=len(micro), sync_dist=True)
 
@@ -318,7 +355,8 @@ class NamiModule(L.LightningModule):
         return load_autoencoder(self.autoencoder_config).to(self.device)
 
     def pipeline(self) -> NamiPipeline:
-        """What has been trained so far as a diffusers pipeline, sharing this module's weights."""
+        """What has been trained so far as a diffusers pipeline, sharing this module's weights; see :meth:`averaged`."""
+        self.begin("drawing")
         text = self.text_encoder
         pipeline = NamiPipeline(
             transformer=self.sampling_transformer,
@@ -340,6 +378,7 @@ class NamiModule(L.LightningModule):
         """Add what a resume needs, and what it must agree with."""
         checkpoint["nami"] = {
             "step": self.step,
+            "skipped": asdict(self.skipped),
             "curriculum": self.curriculum.state_dict(),
             "model": self._identity(),
             "ema": self.ema is not None,
@@ -349,6 +388,7 @@ class NamiModule(L.LightningModule):
         """Go on from the checkpoint's step."""
         self.check_checkpoint(checkpoint)
         self.step = checkpoint["nami"]["step"]
+        self.skipped = SkippedSteps(**checkpoint["nami"].get("skipped", {}))
         # The curriculum may have been made longer: whether this was the last batch is for the loader to say.
         checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"] = False
 
@@ -358,36 +398,8 @@ class NamiModule(L.LightningModule):
         Raises:
             ValueError: it is of another model, or its past is not this recipe's.
         """
-        if "nami" not in checkpoint:
-            raise ValueError("this checkpoint was not written by nami_lightning")
-        saved = checkpoint["nami"]
-        for key, value in self._identity().items():
-            if saved["model"].get(key) != value:
-                raise ValueError(
-                    f"the checkpoint is of another model: its {key} is {saved['model'].get(key)}, "
-                    f"this recipe's {value}. Resume with the recipe it was made with, or start over with --fresh"
-                )
-        self.curriculum.check_past(saved["curriculum"], saved["step"])
+        check_checkpoint(checkpoint, self._identity(), self.curriculum)
 
     def _identity(self) -> dict[str, Any]:
-        """The settings without which a checkpoint's weights mean something else, as plain values."""
-        parts = {"transformer": self.transformer_config, "bridge": dict(self.bridge.config)}
-        identity = {
-            f"{part}.{key}": list(value) if isinstance(value, tuple) else value
-            for part, config in parts.items()
-            for key, value in config.items()
-            if not key.startswith("_")
-        }
         text, vae = self.text_encoder_config, self.autoencoder_config
-        return identity | {
-            "text_encoder.sequence": text.sequence,
-            "text_encoder.pooled": text.pooled,
-            "autoencoder.name": vae.name,
-            "resolutions": list(self.resolutions),
-        }
-
-    def _per_stage(self, value: float | list[float]) -> list[float]:
-        values = [float(value)] * self.num_stages if isinstance(value, int | float) else value
-        if len(values) != self.num_stages:
-            raise ValueError(f"tau_mean and tau_std need one number, or {self.num_stages} (one a stage); got {value}")
-        return values
+        return identity(self.transformer_config, self.bridge, self.resolutions, text, vae)

@@ -6,6 +6,7 @@ runs/NAME/events.out.tfevents.*           TensorBoard
 runs/NAME/samples/step=0000900.png        grids of drawn images
 """
 
+import os
 import re
 import shutil
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint
+import torch.distributed.checkpoint as dcp
 from torch import nn
 
 RECIPE_FILE = "recipe.yaml"
@@ -35,22 +36,26 @@ class Run:
     def checkpoints(self) -> list[Path]:
         """Complete checkpoints, oldest first."""
         found = [path for path in self.folder.glob("checkpoints/*.ckpt") if re.fullmatch(r"step=\d+", path.stem)]
-        return sorted(found, key=lambda path: int(path.stem.removeprefix("step=")))
+        return sorted(found, key=step_of)
 
-    def load_newest(self) -> tuple[Path, dict[str, Any]] | None:
-        """The newest checkpoint and what it says of itself, a file's tensors left on disk until used; None if there
-        is none.
+    def checkpoint(self, step: int | None = None) -> Path:
+        """The checkpoint of ``step``, or the newest.
 
         Raises:
-            ValueError: it can't be read.
+            FileNotFoundError: there is none.
         """
-        if not self.checkpoints:
-            return None
-        path = self.checkpoints[-1]
-        try:
-            return path, torch.load(about_file(path), map_location="cpu", mmap=True, weights_only=True)
-        except Exception as error:
-            raise ValueError(f"{path} can't be read ({error}): remove it to resume from the one before") from error
+        found = {step_of(path): path for path in self.checkpoints}
+        if not found:
+            raise FileNotFoundError(f"{self.folder} has no checkpoint yet")
+        if step is not None and step not in found:
+            raise FileNotFoundError(
+                f"{self.folder} has no checkpoint of step {step}, but of {', '.join(map(str, found))}"
+            )
+        return found[max(found) if step is None else step]
+
+    def load_newest(self) -> tuple[Path, dict[str, Any]] | None:
+        """The newest checkpoint and :func:`about` it; None if there is none."""
+        return (self.checkpoints[-1], about(self.checkpoints[-1])) if self.checkpoints else None
 
     def set_aside(self) -> Path | None:
         """Give the folder another name, so that a new run can take its place; None if there was no run."""
@@ -60,19 +65,50 @@ class Run:
         return self.folder.rename(aside)
 
 
-def about_file(checkpoint: Path) -> Path:
-    """The file with all that isn't sharded: the checkpoint itself, or its part if it is a folder of shards."""
-    return checkpoint / "meta.pt" if checkpoint.is_dir() else checkpoint
+def about(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself: all of a file, its tensors left on disk until used, or what isn't sharded.
+
+    Raises:
+        ValueError: it can't be read.
+    """
+    path = checkpoint / "meta.pt" if checkpoint.is_dir() else checkpoint
+    try:
+        content: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{checkpoint} can't be read ({error}): remove it to resume from the one before") from error
+    return content
 
 
-def load_weights(checkpoint: Path, model: nn.Module) -> None:
-    """Load a checkpoint's weights into a whole model on one device, from a file or a folder of shards."""
+def load_weights(checkpoint: Path, model: nn.Module, names: dict[str, str]) -> None:
+    """Load some of a checkpoint's weights straight into a whole model on one device: nothing else of it is read.
+
+    Args:
+        checkpoint: a file or a folder of shards.
+        model: whose numbers are replaced.
+        names: a weight's name in the model to its name in the checkpoint.
+    """
+    weights = model.state_dict()
+    state = {"state_dict": {there: weights[here] for here, there in names.items()}}
     if checkpoint.is_dir():
-        state = {"state_dict": model.state_dict()}
-        torch.distributed.checkpoint.load(state, checkpoint_id=checkpoint, no_dist=True)
-        model.load_state_dict(state["state_dict"])
-    else:
-        model.load_state_dict(torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=True)["state_dict"])
+        dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
+        return
+    saved = about(checkpoint)["state_dict"]
+    for name, weight in state["state_dict"].items():
+        weight.copy_(saved[name])
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step after which a checkpoint was written, as its name says."""
+    return int(checkpoint.stem.removeprefix("step="))
+
+
+def publish(partial: Path, target: Path) -> None:
+    """Give what is complete its name, once the disk has it."""
+    files = [path for path in partial.rglob("*") if path.is_file()] if partial.is_dir() else [partial]
+    for path in files:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    partial.rename(target)
 
 
 def remove(checkpoint: Path) -> None:

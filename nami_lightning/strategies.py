@@ -16,9 +16,11 @@ all-reduce of P/N over the replicas. A micro-batch of stage k gathers only the b
 """
 
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.distributed.checkpoint as dcp
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -79,6 +81,8 @@ class FSDP2Strategy(ModelParallelStrategy):
         super().setup_environment()
         if self.replicate < 1 or self.world_size % self.replicate:
             raise ValueError(f"replicate {self.replicate} must divide the {self.world_size} processes")
+        # Of the checkpoints alone, and between hosts: a thread may write one while a step's own messages go on.
+        self._checkpoint_group = torch.distributed.new_group(backend="gloo", timeout=self._timeout)
         sizes = (self.replicate, self.world_size // self.replicate)
         self._device_mesh = init_device_mesh(self.root_device.type, sizes, mesh_dim_names=("replicate", "shard"))
         assert self.lightning_module is not None
@@ -93,6 +97,15 @@ class FSDP2Strategy(ModelParallelStrategy):
         """The optimizer's state with that of weights no stage has touched yet, without which none can be resumed."""
         fill_state(getattr(optimizer, "_optimizer", optimizer))
         return super().optimizer_state(optimizer)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        """Write a folder, every rank its shards; ``filepath`` is the same on all."""
+        state = {"state_dict": checkpoint.pop("state_dict")}
+        optimizers = checkpoint.pop("optimizer_states", [])
+        state |= {f"optimizer_{index}": optimizer for index, optimizer in enumerate(optimizers)}
+        dcp.save(state, checkpoint_id=filepath, process_group=self._checkpoint_group)
+        if self.is_global_zero:
+            torch.save(checkpoint, Path(filepath) / "meta.pt")
 
     def shard(self, model: NamiTransformer2DModel) -> None:
         """Shard a network's blocks, heads and root, in place."""

@@ -60,7 +60,12 @@ def losses(folder: Path) -> dict[str, dict[int, float]]:
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
-    return {name: tensor.float() for name, tensor in load_module(Run(folder)).state_dict().items()}
+    """Of both networks, and the bridges."""
+    return {
+        name.replace("transformer.", "ema.", ema): tensor.float()
+        for ema in (False, True)
+        for name, tensor in load_module(Run(folder), ema=ema).state_dict().items()
+    }
 
 
 def assert_same(folder: Path, other: Path) -> None:

@@ -1,0 +1,65 @@
+"""``lightning launch slurm``: the script that runs a recipe on a SLURM cluster and asks to be started again.
+
+``srun`` starts one process a GPU, and hands on the status that they end with: a torchrun in between would make it 1.
+SLURM itself requeues a job whose node failed; the script requeues one that ran out of time or was preempted, for which
+every process gets SIGUSR1 two minutes before the end, saves, and ends with the status REQUEUE.
+"""
+
+import shlex
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+from nami_lightning.preemption import REQUEUE
+from nami_lightning.recipe import Recipe
+
+SECONDS_TO_SAVE = 120
+SECONDS_TO_FOLLOW = 300
+"""How long the other processes may go on after the first ended, for whatever reason."""
+
+
+def slurm(options: Namespace) -> str:
+    """The text of an sbatch script; makes the folder that its log goes to, without which SLURM ends a job at once.
+
+    Args:
+        options: ``recipe``, ``overrides``, ``nodes``, ``gpus`` (a node), ``cpus`` (a GPU; None for the recipe's workers
+            and one more), ``partition``, ``account`` and ``time`` (None for the cluster's own).
+    """
+    sizes = ["--trainer.num_nodes", str(options.nodes), "--trainer.devices", str(options.gpus)]
+    recipe = Recipe(options.recipe, [*options.overrides, *sizes])
+    logs = recipe.folder.resolve() / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    workers = recipe.config.data.init_args.get("num_workers", 0)
+    path = Path(options.recipe)
+    name = str(path.resolve()) if path.is_file() else options.recipe
+    command = [sys.executable, "-m", "nami_lightning.cli", "run", name, *options.overrides, *sizes]
+    settings = {
+        "job-name": recipe.config.name,
+        "partition": options.partition,
+        "account": options.account,
+        "time": options.time,
+        "nodes": options.nodes,
+        "ntasks-per-node": options.gpus,
+        "gpus-per-node": options.gpus,
+        "cpus-per-task": options.cpus or workers + 1,
+        "signal": f"USR1@{SECONDS_TO_SAVE}",
+        "chdir": Path.cwd(),
+        "output": logs / "slurm_%j.log",
+        "open-mode": "append",
+    }
+    lines = [f"#SBATCH --{key}={value}" for key, value in settings.items() if value is not None]
+    return "\n".join(
+        [
+            "#!/bin/bash",
+            *lines,
+            "#SBATCH --requeue",
+            "",
+            "# The first process writes to the log above, the others to logs/rank_N.log beside it.",
+            "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK",
+            f"srun --wait={SECONDS_TO_FOLLOW} {shlex.join(command)}",
+            "status=$?",
+            f'if [ "$status" -eq {REQUEUE} ]; then scontrol requeue "$SLURM_JOB_ID"; fi',
+            'exit "$status"',
+            "",
+        ]
+    )

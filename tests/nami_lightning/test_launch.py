@@ -1,0 +1,76 @@
+"""The sbatch script: against bash, and against what SLURM is documented to take."""
+
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from nami_lightning.cli import main
+
+# Of sbatch's manual page; all that a script of ours may hold.
+OPTIONS = {
+    *("job-name", "partition", "account", "time", "nodes", "ntasks-per-node", "gpus-per-node", "cpus-per-task"),
+    *("signal", "chdir", "output", "open-mode", "requeue"),
+}
+
+
+def script(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(["launch", "slurm", *arguments]) == 0
+    return capsys.readouterr().out
+
+
+def test_the_script_is_bash_and_starts_a_process_a_gpu(
+    tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys = [*tiny[1:], "--seed", "5"]
+    text = script(capsys, tiny[0], "--nodes", "8", "--gpus", "4", "--partition", "a100", "--time", "1-00:00:00", *keys)
+    subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+    lines = text.splitlines()
+    assert lines[0] == "#!/bin/bash"
+    settings = dict(line.removeprefix("#SBATCH --").partition("=")[::2] for line in lines if line.startswith("#SBATCH"))
+    assert settings.keys() <= OPTIONS
+    assert "account" not in settings
+    assert (
+        settings
+        | {
+            "job-name": "tiny",
+            "partition": "a100",
+            "time": "1-00:00:00",
+            "nodes": "8",
+            "ntasks-per-node": "4",
+            "gpus-per-node": "4",
+            "cpus-per-task": "2",
+            "signal": "USR1@120",
+            "requeue": "",
+        }
+        == settings
+    )
+    assert Path(settings["output"]).parent == tmp_path / "runs" / "tiny" / "logs"
+    assert Path(settings["output"]).parent.is_dir()
+    (command,) = (shlex.split(line) for line in lines if line.startswith("srun"))
+    assert command[3:6] == ["-m", "nami_lightning.cli", "run"]
+    assert command[command.index("--trainer.num_nodes") + 1] == "8"
+    assert command[command.index("--trainer.devices") + 1] == "4"
+    assert command[command.index("--seed") + 1] == "5"
+
+
+@pytest.mark.parametrize(("status", "requeued"), [(75, True), (0, False), (1, False)])
+def test_it_is_queued_again_if_the_run_asks_for_it(
+    tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], status: int, requeued: bool
+) -> None:
+    """Run by bash, with programs that stand in for SLURM's."""
+    text = script(capsys, *tiny, "--nodes", "1", "--gpus", "1")
+    for name, body in (("srun", f"exit {status}"), ("scontrol", f'echo "$@" > {tmp_path}/asked')):
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "17", "SLURM_CPUS_PER_TASK": "2"}
+    done = subprocess.run(["bash"], input=text, text=True, env=environment, check=False)
+    assert done.returncode == status
+    assert (tmp_path / "asked").exists() == requeued
+    assert not requeued or (tmp_path / "asked").read_text() == "requeue 17\n"
+
+
+def test_a_wrong_recipe_is_refused_before_it_is_queued(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["launch", "slurm", *tiny, "--nodes", "1", "--gpus", "1", "--curriculum.units", "2"]) == 2
+    assert "did you mean curriculum.unit" in capsys.readouterr().err.replace("--", "")
