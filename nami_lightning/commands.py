@@ -111,6 +111,14 @@ def bench(options: Namespace) -> None:
     getattr(import_module(f"nami_lightning.{measure[0]}"), measure[1])(options)
 
 
+def plan(options: Namespace) -> None:
+    """Say what a recipe needs."""
+    from nami_lightning import plan_command
+
+    quieten_libraries()
+    plan_command.plan(options)
+
+
 def data(options: Namespace) -> None:
     """Run a command of ``lightning data``."""
     from nami_lightning import data_commands

@@ -124,9 +124,7 @@ def _drop_gradient(parameter: Tensor) -> None:
 
 
 @contextmanager
-def count_saved(
-    model: nn.Module, blocks: list[nn.Module], by_block: dict[nn.Module | None, int]
-) -> Iterator[None]:
+def count_saved(model: nn.Module, blocks: list[nn.Module], by_block: dict[nn.Module | None, int]) -> Iterator[None]:
     """Add the bytes that autograd saves in a forward pass, each storage once and weights left out, to ``by_block``.
 
     Args:
