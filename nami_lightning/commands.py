@@ -26,6 +26,7 @@ NOISE = (
     r".*Starting from v1.9.0, `tensorboardX` has been removed.*",
     r".*FSDP2-wrapped module .* returned a view tensor.*",
     r".*Checkpoint directory .* exists and is not empty.*",
+    r".*`local_dir_use_symlinks` argument is deprecated.*",
 )
 
 
@@ -113,10 +114,10 @@ def bench(options: Namespace) -> None:
 
 def plan(options: Namespace) -> None:
     """Say what a recipe needs."""
-    from nami_lightning import plan_command
+    from nami_lightning.planning import command
 
     quieten_libraries()
-    plan_command.plan(options)
+    command.plan(options)
 
 
 def data(options: Namespace) -> None:

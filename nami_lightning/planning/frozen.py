@@ -3,6 +3,7 @@
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from urllib.parse import urlparse
 
@@ -12,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from nami_lightning.encoders import PIXELS, AutoencoderConfig, TextEncoderConfig, resolve_name, text_model_class
-from nami_lightning.memory import LiveBytes
+from nami_lightning.planning.memory import LiveBytes
 
 
 @dataclass(frozen=True)
@@ -38,13 +39,13 @@ def text_encoders(config: TextEncoderConfig, stages: int) -> list[FrozenModel]:
     """The models of ``text_encoder``; with a cache each prompt is encoded once, which is not counted."""
     found = []
     for name in filter(None, (config.sequence, config.pooled)):
-        model = _known(lambda local, name=name: _text_model(name, local))
+        model = _known(partial(_text_model, name))
         if model is None:
             found.append(FrozenModel(name, None, (0,) * stages, 0, config.dtype))
             continue
         limit = getattr(model.config, "max_position_embeddings", config.max_length)
         tokens = torch.zeros(1, min(config.max_length, limit), dtype=torch.long, device="meta")
-        flops = 0 if config.cache else _count(lambda model=model, tokens=tokens: model(tokens, torch.ones_like(tokens)))
+        flops = 0 if config.cache else _count(partial(model, tokens, torch.ones_like(tokens)))
         found.append(FrozenModel(name, _bytes(model, config.dtype), (flops,) * stages, 0, config.dtype))
     return found
 
@@ -59,10 +60,10 @@ def autoencoder(config: AutoencoderConfig, encodes: list[list[int]], micro_batch
     """
     if config.name == PIXELS:
         return []
-    vae = _known(lambda local: _vae(config, local))
+    vae = _known(partial(_vae, config))
     if vae is None:
         return [FrozenModel(config.name, None, (0,) * len(encodes), 0, config.dtype)]
-    cost = {side: _count(lambda side=side: vae.encode(_images(1, side))) for side in {s for e in encodes for s in e}}
+    cost = {side: _count(partial(vae.encode, _images(1, side))) for side in {s for e in encodes for s in e}}
     peak = max(
         _peak(config, samples, max(sides)) for samples, sides in zip(micro_batches, encodes, strict=True) if samples
     )

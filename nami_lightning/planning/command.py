@@ -9,14 +9,16 @@ from typing import Any
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 
-from nami_lightning import frozen
 from nami_lightning.callbacks import EMA
 from nami_lightning.datamodules import MultiResolutionDataModule
 from nami_lightning.datamodules.dataset import PreparedDataset, parse_bucket_name
 from nami_lightning.flops import DEVICES
 from nami_lightning.module import NamiModule
-from nami_lightning.plan import Network, Setup, Spread, find_remedy, make_plan
-from nami_lightning.plan_report import Data, as_json, as_text
+from nami_lightning.planning import frozen
+from nami_lightning.planning.plan import make_plan
+from nami_lightning.planning.remedy import find_remedy
+from nami_lightning.planning.report import Data, as_json, as_text
+from nami_lightning.planning.setup import Network, Setup, Spread
 from nami_lightning.recipe import Recipe
 from nami_lightning.strategies import FSDP2Strategy
 

@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from nami_lightning.flops import DEVICES
-from nami_lightning.plan import USABLE, Memory, Plan, Remedy
+from nami_lightning.planning.plan import USABLE, Memory, Plan
+from nami_lightning.planning.remedy import Remedy
 from nami_lightning.tables import table
 
 MEMORY_ROWS = ("weights", "gradients", "optimizer", "ema", "frozen", "communication", "activations", "temporary")
@@ -170,8 +171,8 @@ def _samples(plan: Plan, data: Data | None) -> list[str]:
     rows = [["images", "", *(f"samples of {name}" for name in names), "epochs"]]
     for side, drawn in draws(plan, data).items():
         count = data.images[side]
-        epochs = f"{sum(drawn) / count:,.2f}" if count else "-"
-        rows.append([f"{side} px", f"{count:,}", *(f"{n:,.0f}" for n in drawn), epochs])
+        seen = f"{sum(drawn) / count:,.2f}" if count else "-"
+        rows.append([f"{side} px", f"{count:,}", *(f"{n:,.0f}" for n in drawn), seen])
     usable = [sum(n for side, n in data.images.items() if side >= stage.resolution) for stage in plan.stages]
     epochs = [f"{n / images:,.2f}" if images else "no image" for n, images in zip(totals, usable, strict=True)]
     rows.append(["epochs of a stage", "", *epochs, ""])
