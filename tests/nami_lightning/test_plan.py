@@ -22,7 +22,7 @@ from nami_lightning.cli import main, make_parser
 from nami_lightning.flops import DEVICES, Device, transformer_flops
 from nami_lightning.planning.command import read_setup
 from nami_lightning.planning.memory import MicroBatchShape, activations
-from nami_lightning.planning.plan import Plan, make_plan
+from nami_lightning.planning.plan import USABLE, Plan, make_plan
 from nami_lightning.planning.report import Data, draws
 from nami_lightning.planning.setup import Network, Setup
 from nami_lightning.recipe import Recipe
@@ -181,6 +181,7 @@ def test_a_step_of_three_stages_keeps_as_much_as_its_largest_micro_batch(tiny: l
     data.prepare_data()
     batch = data.steps()[0]  # type: ignore[attr-defined]
     assert [micro.stage for micro in batch] == [0, 0, 1, 2]
+    model.use_ema = True
     model.configure_model()
     alone = []
     for micro in batch:
@@ -282,40 +283,120 @@ def test_flux_base_is_its_own_recipes_network_and_samples() -> None:
     assert sizes == [2_022_708_544, 2_022_708_544]
 
 
-def test_what_does_not_fit_is_told_how_to_fit(toy: Callable[[float], str], capsys: pytest.CaptureFixture[str]) -> None:
+SPARING = ["--model.activation_checkpointing", "1", "--data.init_args.max_micro_batch", "[1, 1, 1]"]
+
+
+@pytest.mark.parametrize(
+    ("given", "change", "key"),
+    [
+        ([], ["--model.activation_checkpointing", "1"], "--model.activation_checkpointing"),
+        (["--model.activation_checkpointing", "1"], SPARING, "--data.init_args.max_micro_batch"),
+        (SPARING, [*SPARING, "--trainer.strategy", "fsdp2"], "--trainer.strategy"),
+        ([*SPARING, "--trainer.strategy", "fsdp2"], [*SPARING, "--trainer.strategy", "fsdp2"], "--devices"),
+    ],
+)
+def test_what_does_not_fit_is_told_how_to_fit(
+    toy: Callable[[float], str], capsys: pytest.CaptureFixture[str], given: list[str], change: list[str], key: str
+) -> None:
+    """A device between what a recipe takes as it is, and with the change that must be found."""
+
     def planned(*more: str) -> dict[str, Any]:
-        assert main(["plan", str(TINY), "--devices", "2", "--device", "toy", "--json", *more]) == 0
+        assert main(["plan", str(TINY), "--devices", "2", "--device", "toy", "--json", *given, *more]) == 0
         answer: dict[str, Any] = json.loads(capsys.readouterr().out)
         return answer
 
-    toy(1e9)
-    plan = make_plan(setup_of(TINY, "--devices", "2", "--device", "toy"))
-    tight = plan.memory.total - plan.memory.activations
-    for size, key in (
-        (plan.memory.total * 0.97, "--model.activation_checkpointing"),
-        (tight * 0.8, "--trainer.strategy"),
-    ):
-        toy(size / 0.92)
-        answer = planned()
-        assert not answer["fits"]
-        settings = answer["remedy"]["settings"]
-        assert settings[0] == key
-        assert planned(*settings)["fits"], settings
-    toy(1000)
-    assert planned()["remedy"] is None
-    assert main(["plan", str(TINY), "--device", "toy"]) == 0
-    assert "does not fit" in capsys.readouterr().out
+    devices = "4" if key == "--devices" else "2"
+    before, after = (
+        make_plan(setup_of(TINY, "--devices", n, *settings)).memory.total
+        for n, settings in (("2", given), (devices, change))
+    )
+    toy((before + after) / 2 / USABLE)
+    answer = planned()
+    assert not answer["fits"]
+    assert answer["memory"]["total"] == before
+    settings = answer["remedy"]["settings"]
+    assert settings[0] == key
+    again = planned(*settings)
+    assert again["fits"]
+    assert again["memory"]["total"] == answer["remedy"]["memory"]["total"]
+
+
+def test_what_can_not_fit_is_said(toy: Callable[[float], str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(TINY), "--device", toy(1000)]) == 0
+    text = capsys.readouterr().out
+    assert "It does not fit" in text
+    assert "No change of checkpointing" in text
 
 
 def test_the_table_says_what_it_assumes(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(TINY), "--devices", "2", "--utilization", "0.3", "--images", "1000"]) == 0
     text = capsys.readouterr().out
-    for part in ("at 30% of 19.5 TFLOP/s", "FLUX-base", "all-MiniLM", "It fits", "Images: --images", "GPU-hours"):
-        assert part in text or part == "all-MiniLM"
+    for part in ("at 30% of 19.5 TFLOP/s", "FLUX-base", "It fits", "Images: --images", "GPU-hours", "Not counted"):
+        assert part in text
     assert main(["plan", str(TINY), "--devices", "5"]) == 2
     assert "can't be split evenly over 5" in capsys.readouterr().err
     assert main(["plan", str(TINY), "--device", "abacus"]) == 2
     assert "--device must be one of a100-40gb" in capsys.readouterr().err
+
+
+# --- devices and frozen models ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("called", "device", "lightnings"),
+    [
+        ("NVIDIA A100-SXM4-80GB", "a100-80gb", "a100"),
+        ("NVIDIA A100-PCIE-40GB", "a100-40gb", "a100"),
+        ("NVIDIA H100 80GB HBM3", "h100", "h100 sxm"),
+        ("NVIDIA H100 PCIe", "h100-pcie", "h100 pcie"),
+    ],
+)
+def test_devices_are_known_by_cudas_name_and_have_lightnings_rates(called: str, device: str, lightnings: str) -> None:
+    found = device_called(called)
+    assert found is DEVICES[device]
+    rates = _CUDA_FLOPS[lightnings]
+    assert found.flops("bfloat16") == rates[torch.bfloat16]
+    assert found.flops("tfloat32") == rates["tfloat32"]
+    assert found.flops("float32") == rates[torch.float32]
+    assert device_called("NVIDIA Abacus") is None
+
+
+def test_the_number_type_is_what_the_settings_compute_in() -> None:
+    assert number_type("bf16-mixed") == "bfloat16"
+    assert number_type("32-true", "bfloat16") == "bfloat16"
+    assert number_type(None) == "float32"
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert number_type("32-true") == "tfloat32"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_frozen_models_are_known_by_their_configurations(t5: Any, clip: Any, vae: Any, tmp_path: Path) -> None:
+    for name, part in (("t5", t5[0]), ("clip", clip[0]), ("vae", vae)):
+        part.config.save_pretrained(tmp_path / name) if name != "vae" else vae.save_config(tmp_path / name)
+    texts = TextEncoderConfig(str(tmp_path / "t5"), str(tmp_path / "clip"), max_length=16, dtype="bfloat16")
+    encoders = text_encoders(texts, 2)
+    for found, (model, _) in zip(encoders, (t5, clip), strict=True):
+        assert found.memory == 2 * sum(p.numel() for p in model.parameters())
+        tokens = torch.ones(1, 16, dtype=torch.long)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(tokens, torch.ones_like(tokens))
+        assert found.flops == (pytest.approx(counter.get_total_flops(), rel=0.01),) * 2
+    assert text_encoders(replace(texts, cache=True), 1)[0].flops == (0,)
+
+    settings = AutoencoderConfig(str(tmp_path / "vae"), factor=2)
+    (found,) = autoencoder(settings, [[16], [32, 16]], [4, 2])
+    assert found.memory == 4 * sum(p.numel() for p in vae.parameters())
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        vae.encode(torch.randn(1, 3, 16, 16))
+    assert found.flops[0] == pytest.approx(counter.get_total_flops(), rel=0.01)
+    assert found.flops[1] > 4.9 * found.flops[0]
+    assert found.peak > 2 * 8 * 32 * 32 * 4  # two images of eight channels, in and out of a layer
+
+    absent = text_encoders(TextEncoderConfig("nobody/nothing"), 1)[0]
+    assert (absent.memory, absent.flops) == (None, (0,))
 
 
 # --- the 2B recipe on eight ranks ------------------------------------------------------------------
