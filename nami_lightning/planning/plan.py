@@ -19,6 +19,7 @@ from itertools import accumulate
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from nami_lightning.curriculum import Phase
 from nami_lightning.flops import DEVICES, Flops, transformer_flops
@@ -148,7 +149,8 @@ def make_plan(setup: Setup) -> Plan:
     Raises:
         ValueError: a step's samples can't be split evenly over the devices.
     """
-    stages = [_stage(setup, stage) for stage in range(len(setup.resolutions))]
+    counted = tqdm(range(len(setup.resolutions)), f"planning {setup.name}", unit="stage", leave=False, disable=None)
+    stages = [_stage(setup, stage) for stage in counted]
     parameters = sum(p.numel() for p in setup.network.model.parameters())
     return Plan(
         setup=setup,

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 from nami_lightning.planning.plan import Plan, least_memory, make_plan, memory_limit
 from nami_lightning.planning.setup import Setup, Spread, largest_even
@@ -52,11 +53,12 @@ def _hopeless(setup: Setup) -> bool:
 
 
 def _attempts(setup: Setup, kinds: Sequence[Change]) -> Iterator[Attempt]:
-    """All ways to apply a combination, one after the other."""
+    """All ways to apply a combination, one after the other; a change that is made already is left out."""
     if not kinds:
         yield setup, []
         return
-    for changed, settings in kinds[0](setup):
+    ways = kinds[0](setup)
+    for changed, settings in chain([next(ways, (setup, []))], ways):
         for final, more in _attempts(changed, kinds[1:]):
             yield final, settings + more
 

@@ -113,6 +113,7 @@ def test_flux_base_is_its_own_recipes_network_and_samples() -> None:
     assert sizes == [2_022_708_544, 2_022_708_544]
 
 
+BIGGER = ["--curriculum.unit", "4"]
 SPARING = ["--model.activation_checkpointing", "1", "--data.init_args.max_micro_batch", "[1, 1, 1]"]
 
 
@@ -131,13 +132,13 @@ def test_what_does_not_fit_is_told_how_to_fit(
     """A device between what a recipe takes as it is, and with the change that must be found."""
 
     def planned(*more: str) -> dict[str, Any]:
-        assert main(["plan", str(TINY), "--devices", "2", "--device", "toy", "--json", *given, *more]) == 0
+        assert main(["plan", str(TINY), "--devices", "2", "--device", "toy", "--json", *BIGGER, *given, *more]) == 0
         answer: dict[str, Any] = json.loads(capsys.readouterr().out)
         return answer
 
     devices = "4" if key == "--devices" else "2"
     before, after = (
-        make_plan(setup_of(TINY, "--devices", n, *settings)).memory.total
+        make_plan(setup_of(TINY, "--devices", n, *BIGGER, *settings)).memory.total
         for n, settings in (("2", given), (devices, change))
     )
     toy((before + after) / 2 / USABLE)
@@ -185,9 +186,8 @@ def test_devices_are_known_by_cudas_name_and_have_lightnings_rates(called: str, 
     found = device_called(called)
     assert found is DEVICES[device]
     rates = _CUDA_FLOPS[lightnings]
-    assert found.flops("bfloat16") == rates[torch.bfloat16]
-    assert found.flops("tfloat32") == rates["tfloat32"]
-    assert found.flops("float32") == rates[torch.float32]
+    ours = [found.flops(number_type) for number_type in ("bfloat16", "tfloat32", "float32")]
+    assert ours == pytest.approx([rates[torch.bfloat16], rates["tfloat32"], rates[torch.float32]])
     assert device_called("NVIDIA Abacus") is None
 
 
