@@ -45,7 +45,7 @@ def text_encoders(config: TextEncoderConfig, stages: int) -> list[FrozenModel]:
             continue
         limit = getattr(model.config, "max_position_embeddings", config.max_length)
         tokens = torch.zeros(1, min(config.max_length, limit), dtype=torch.long, device="meta")
-        flops = 0 if config.cache else _count(partial(model, tokens, torch.ones_like(tokens)))
+        flops = 0 if config.cache else _count(partial(model, tokens))
         found.append(FrozenModel(name, _bytes(model, config.dtype), (flops,) * stages, 0, config.dtype))
     return found
 
