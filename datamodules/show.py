@@ -15,6 +15,7 @@ from nami_lightning.datamodules.remote import is_remote
 from nami_lightning.datamodules.shapes import Aspect
 from nami_lightning.datamodules.shards import Record
 from nami_lightning.grid import caption_grid, save_image
+from nami_lightning.tables import table as _table
 
 CONTACT_SHEET = "contact_sheet.png"
 CELL = 192
@@ -176,13 +177,6 @@ def spread(buckets: Sequence[tuple[Split, Bucket]], samples: int) -> Iterator[tu
 
 
 # --- text --------------------------------------------------------------------------------------
-
-
-def _table(rows: Sequence[Sequence[str]], alignments: str) -> list[str]:
-    """Rows as lines with aligned columns."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    cells = [[f"{cell:{way}{width}}" for cell, way, width in zip(row, alignments, widths, strict=True)] for row in rows]
-    return ["  ".join(row).rstrip() for row in cells]
 
 
 def _pairs(values: dict[str, Any]) -> str:

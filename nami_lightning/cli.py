@@ -7,6 +7,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 EXAMPLES = """\
 examples:
@@ -16,6 +17,7 @@ examples:
   lightning show openmoji                                  how far it is, and where its files lie
   lightning export openmoji                                its newest checkpoint as a diffusers pipeline
   lightning launch slurm recipes/nami_2b.yaml --nodes 8 --gpus 8 --output nami_2b.sh
+  lightning plan nami_2b --devices 64 --device a100-80gb   memory, operations and GPU-hours before anything is bought
   lightning data prepare --source photos/ --output shards/ --resolutions 256 512 1024
 """
 
@@ -27,6 +29,14 @@ examples:
   lightning data encode recipes/nami_0.6b.yaml             latents and text states: training without the encoders
   lightning data show shards/                              counts, captions, a contact sheet
   lightning data verify shards/                            read all, and report the damaged
+"""
+
+PLAN_EXAMPLES = """\
+examples:
+  lightning plan nami_2b --devices 64 --device a100-80gb
+  lightning plan nami_0.6b --devices 8 --device h100 --images 50000000
+  lightning plan nami_2b --devices 64 --device a100-40gb --model.activation_checkpointing 2   any recipe key
+  lightning plan nami_2b --devices 64 --json               the same for programs
 """
 
 BENCH = "Measure beside what it should be as fast as, interleaved in one run; medians and quotients."
@@ -113,6 +123,7 @@ def make_parser() -> argparse.ArgumentParser:
     sample.add_argument("--batch_size", type=int, default=16, help="images drawn at once (default 16)")
     sample.add_argument("--columns", type=int, default=8, help="images in a row of the grid (default 8)")
 
+    add_plan_command(commands)
     add_data_commands(
         commands.add_parser(
             "data",
@@ -165,6 +176,30 @@ def add_launch_commands(parser: argparse.ArgumentParser) -> None:
     slurm.add_argument("--account", help="as sbatch takes it")
     slurm.add_argument("--time", help="as sbatch takes it: 24:00:00, 2-00:00:00")
     slurm.add_argument("--output", metavar="FILE", help="where the script goes (default: the terminal)")
+
+
+def add_plan_command(commands: Any) -> None:
+    """``lightning plan``."""
+    plan = commands.add_parser(
+        "plan",
+        help="what a recipe needs: memory, operations, GPU-hours",
+        description="Say before anything is bought what RECIPE needs on given devices, beside FLUX-base, the same "
+        "network with one stage. Nothing is downloaded, prepared or trained.",
+        epilog=PLAN_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    plan.set_defaults(takes_keys=True)
+    plan.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a packaged one; keys may follow")
+    plan.add_argument("--devices", type=int, help="how many (default: the recipe's trainer.devices; 8 if that is auto)")
+    plan.add_argument("--device", default="a100-80gb", help="which: a100-40gb, h100, h200, ... (default a100-80gb)")
+    plan.add_argument(
+        "--utilization", type=float, default=0.4, help="share of the device's peak that is reached (default 0.4)"
+    )
+    plan.add_argument(
+        "--images", type=int, nargs="+", metavar="N", help="images for training: all, or those of each resolution"
+    )
+    plan.add_argument("--json", action="store_true", help="all figures for programs: bytes, operations, seconds")
 
 
 def add_data_commands(parser: argparse.ArgumentParser) -> None:

@@ -28,6 +28,7 @@ NOISE = (
     r".*Starting from v1.9.0, `tensorboardX` has been removed.*",
     r".*FSDP2-wrapped module .* returned a view tensor.*",
     r".*Checkpoint directory .* exists and is not empty.*",
+    r".*`local_dir_use_symlinks` argument is deprecated.*",
 )
 
 
@@ -119,6 +120,14 @@ def bench(options: Namespace) -> None:
     quieten_libraries()
     measure = {"step": ("bench", "step"), "data": ("bench_data", "data")}[options.what]
     getattr(import_module(f"nami_lightning.{measure[0]}"), measure[1])(options)
+
+
+def plan(options: Namespace) -> None:
+    """Say what a recipe needs."""
+    from nami_lightning.planning import command
+
+    quieten_libraries()
+    command.plan(options)
 
 
 def data(options: Namespace) -> None:

@@ -161,29 +161,26 @@ def load_text_model(name: str, dtype: str) -> tuple[Any, Any]:
     Raises:
         FileNotFoundError: it can be neither found nor fetched.
     """
-    from transformers import (
-        AltCLIPTextModel,
-        AutoConfig,
-        AutoModelForTextEncoding,
-        AutoTokenizer,
-        CLIPTextModel,
-    )
+    from transformers import AutoConfig, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     path = resolve_name(name)
     try:
-        kind = AutoConfig.from_pretrained(path).model_type
-        if kind.startswith("altclip"):
-            loader = AltCLIPTextModel
-        elif kind.startswith("clip"):
-            loader = CLIPTextModel
-        else:
-            loader = AutoModelForTextEncoding
+        loader = text_model_class(AutoConfig.from_pretrained(path).model_type)
         model = loader.from_pretrained(path, dtype=getattr(torch, dtype)).eval().requires_grad_(False)
         return model, AutoTokenizer.from_pretrained(path)
     except OSError as error:
         raise FileNotFoundError(f"text encoder {name} can't be loaded: {str(error).splitlines()[0]}") from error
+
+
+def text_model_class(model_type: str) -> Any:
+    """The class of transformers that holds the text encoder of such a model."""
+    from transformers import AltCLIPTextModel, AutoModelForTextEncoding, CLIPTextModel
+
+    if model_type.startswith("altclip"):
+        return AltCLIPTextModel
+    return CLIPTextModel if model_type.startswith("clip") else AutoModelForTextEncoding
 
 
 def resolve_name(name: str) -> str:

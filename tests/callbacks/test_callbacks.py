@@ -9,9 +9,12 @@ import pytest
 import scipy.linalg
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
+from nami_lightning.batch import MicroBatch
 from nami_lightning.bridge import BridgeFlow
 from nami_lightning.callbacks import EMA, BridgePretraining, Drawing, FrechetDistance, RunCheckpoint, Throughput
+from nami_lightning.callbacks.throughput import StageMemory
 from nami_lightning.commands import last_scalars
 from nami_lightning.datamodules import MultiResolutionDataModule
 from nami_lightning.module import NamiModule
@@ -120,10 +123,10 @@ def test_the_packaged_features_tell_pictures_from_noise() -> None:
     assert torch.dist(features(noise)[0], features(noise)[1]) < torch.dist(features(noise)[0], features(flat)[0])
 
 
-def test_throughput_counts_every_image_and_token(tiny: list[str], tmp_path: Path) -> None:
-    fit(
-        tiny, [BridgePretraining(samples=16), Throughput(every_n_steps=6)], [*SHORT, "--trainer.log_every_n_steps", "6"]
-    )
+def test_throughput_counts_every_image_token_and_operation(tiny: list[str], tmp_path: Path) -> None:
+    settings = [*SHORT, "--trainer.log_every_n_steps", "6", "--model.activation_checkpointing", "1"]
+    throughput = Throughput(every_n_steps=6, peak_flops=1e12)
+    model, _, trainer = fit(tiny, [BridgePretraining(samples=16), throughput], settings)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(tmp_path / "runs" / "tiny"))
@@ -134,6 +137,61 @@ def test_throughput_counts_every_image_and_token(tiny: list[str], tmp_path: Path
     # Stage 3: two images of 8 x 8 image tokens and 8 text tokens.
     assert rate["throughput/tokens_per_second_stage3"] * seconds == pytest.approx(2 * (64 + 8), rel=1e-4)
     assert 0 <= rate["throughput/share_waiting_for_data"] < 1
+    waited = rate["throughput/seconds_waiting_for_data"]
+    assert waited == pytest.approx(rate["throughput/share_waiting_for_data"] * seconds, rel=1e-4)
+
+    model.encode_prompts(["dog"])  # cached: encoders don't count
+    with FlopCounterMode(display=False) as counter:
+        for micro in throughput_batch(model):
+            model.flow_loss(model.transformer, micro, micro.step).backward()
+    computed = counter.get_total_flops() / 1e12 / seconds
+    assert rate["throughput/hardware_flops_utilization"] == pytest.approx(computed, rel=0.01)
+    assert rate["throughput/tflops_per_second"] == pytest.approx(rate["throughput/model_flops_utilization"])
+    assert 0.6 * computed < rate["throughput/model_flops_utilization"] < 0.9 * computed
+    assert {"images_per_second", "model_flops_utilization"} <= {
+        name.removeprefix("throughput/") for name in trainer.progress_bar_metrics
+    }
+    assert not any("peak_memory" in name for name in rate)
+
+
+def throughput_batch(model: NamiModule) -> list[MicroBatch]:
+    """Micro-batches of one step of the short recipe: 4, 2 and 2 samples."""
+    return [
+        MicroBatch(0, stage, torch.zeros(n, 3, side, side, dtype=torch.uint8), ["dog"] * n, ["a"] * n, list(range(n)))
+        for stage, (side, n) in enumerate(zip(model.resolutions, (4, 2, 2), strict=True))
+    ]
+
+
+def test_peak_memory_is_told_apart_by_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With an allocator of ours in CUDA's place."""
+    peak = 0
+
+    def reset() -> None:
+        nonlocal peak
+        peak = 0
+
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: peak)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset)
+
+    class Network(nn.Module):
+        def forward(self, size: int, text: None, pooled: None, time: None, stage: int) -> None:
+            nonlocal peak
+            peak = max(peak, size)
+
+    network = Network()
+    memory = StageMemory(network)
+    for sizes in ((7, 5, 20), (3, 9, 10)):
+        network(100, None, None, None, 0)  # drawing between steps
+        memory.start()
+        for stage, size in zip((0, 0, 2), sizes, strict=True):
+            network(size, None, None, None, stage)
+        memory.stop()
+    assert memory.peaks == {0: 9, 2: 20}
+    memory.remove()
+    memory.start()
+    network(50, None, None, None, 0)
+    memory.stop()
+    assert memory.peaks == {0: 9, 2: 20}
 
 
 @pytest.mark.parametrize(
@@ -144,8 +202,9 @@ def test_throughput_counts_every_image_and_token(tiny: list[str], tmp_path: Path
         lambda: BridgePretraining(samples=0),
         lambda: FrechetDistance(samples=1),
         lambda: Throughput(every_n_steps=0),
+        lambda: Throughput(peak_flops=0.0),
     ],
 )
 def test_settings_out_of_range_are_refused(make: Any) -> None:
-    with pytest.raises(ValueError, match=r"at least|needs"):
+    with pytest.raises(ValueError, match=r"at least|needs|above 0"):
         make()

@@ -1,0 +1,140 @@
+"""What the frozen models take, known from their configurations alone: their weights are neither read nor fetched."""
+
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+from urllib.parse import urlparse
+
+import torch
+from diffusers import AutoencoderKL
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from nami_lightning.encoders import PIXELS, AutoencoderConfig, TextEncoderConfig, resolve_name, text_model_class
+from nami_lightning.planning.memory import LiveBytes
+
+
+@dataclass(frozen=True)
+class FrozenModel:
+    """A text encoder or an autoencoder.
+
+    Attributes:
+        name: as in the recipe.
+        memory: bytes of its weights; None where its configuration could not be found.
+        flops: operations to encode one sample of each stage.
+        peak: bytes that encoding the largest micro-batch needs besides.
+        number_type: what it computes in.
+    """
+
+    name: str
+    memory: int | None
+    flops: tuple[int, ...]
+    peak: int
+    number_type: str
+
+
+def text_encoders(config: TextEncoderConfig, stages: int) -> list[FrozenModel]:
+    """The models of ``text_encoder``; with a cache each prompt is encoded once, which is not counted."""
+    found = []
+    for name in filter(None, (config.sequence, config.pooled)):
+        model = _known(partial(_text_model, name))
+        if model is None:
+            found.append(FrozenModel(name, None, (0,) * stages, 0, config.dtype))
+            continue
+        limit = getattr(model.config, "max_position_embeddings", config.max_length)
+        tokens = torch.zeros(1, min(config.max_length, limit), dtype=torch.long, device="meta")
+        flops = 0 if config.cache else _count(partial(model, tokens))
+        found.append(FrozenModel(name, _bytes(model, config.dtype), (flops,) * stages, 0, config.dtype))
+    return found
+
+
+def autoencoder(config: AutoencoderConfig, encodes: list[list[int]], micro_batches: list[int]) -> list[FrozenModel]:
+    """The autoencoder, unless the flow is in pixels.
+
+    Args:
+        config: of the recipe.
+        encodes: sides in px of the images that a sample of each stage is encoded at.
+        micro_batches: samples of each stage that are encoded at once.
+    """
+    if config.name == PIXELS:
+        return []
+    vae = _known(partial(_vae, config))
+    if vae is None:
+        return [FrozenModel(config.name, None, (0,) * len(encodes), 0, config.dtype)]
+    cost = {side: _count(partial(vae.encode, _images(1, side))) for side in {s for e in encodes for s in e}}
+    peak = max(
+        _peak(config, samples, max(sides)) for samples, sides in zip(micro_batches, encodes, strict=True) if samples
+    )
+    flops = tuple(sum(cost[side] for side in sides) for sides in encodes)
+    return [FrozenModel(config.name, _bytes(vae, config.dtype), flops, peak, config.dtype)]
+
+
+def _known(load: Callable[[bool], Any]) -> Any:
+    """A model without its numbers, by its configuration on this machine or, if that can be reached, on the hub."""
+    for local in (True, False):
+        if local or _hub_answers():
+            try:
+                with torch.device("meta"):
+                    return load(local).eval().requires_grad_(False)
+            except OSError:
+                continue
+    return None
+
+
+def _text_model(name: str, local: bool) -> Any:
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(resolve_name(name), local_files_only=local)
+    kind = text_model_class(config.model_type)
+    return kind.from_config(config) if hasattr(kind, "from_config") else kind(getattr(config, "text_config", config))
+
+
+def _vae(config: AutoencoderConfig, local: bool) -> Any:
+    settings = AutoencoderKL.load_config(config.name, subfolder=config.subfolder, local_files_only=local)
+    return AutoencoderKL.from_config(settings)
+
+
+def _hub_answers() -> bool:
+    """Whether the hub can be reached: its client would try for half a minute."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        socket.create_connection((urlparse(constants.ENDPOINT).hostname, 443), timeout=3).close()
+    except OSError:
+        return False
+    return True
+
+
+def _bytes(model: torch.nn.Module, dtype: str) -> int:
+    return sum(p.numel() for p in model.parameters()) * getattr(torch, dtype).itemsize
+
+
+def _images(samples: int, side: int) -> torch.Tensor:
+    return torch.empty(samples, 3, side, side, device="meta")
+
+
+@torch.no_grad()
+def _count(encode: Callable[[], Any]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        encode()
+    return counter.get_total_flops()
+
+
+@torch.no_grad()
+def _peak(config: AutoencoderConfig, samples: int, side: int) -> int:
+    """The most bytes alive while so many images are encoded."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, config.dtype))
+    try:
+        with FakeTensorMode():
+            settings = AutoencoderKL.load_config(config.name, subfolder=config.subfolder)
+            vae = AutoencoderKL.from_config(settings).eval()
+            with LiveBytes(vae) as live:
+                vae.encode(torch.empty(samples, 3, side, side))
+    finally:
+        torch.set_default_dtype(before)
+    return live.peak
