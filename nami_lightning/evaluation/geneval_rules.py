@@ -148,5 +148,7 @@ def _wrong_position(
     for here in found:
         for there in others:
             if relation not in (true := relations(here.box, there.box)):
-                return f"expected {entry['class']} {relation} {there.label}, found {' and '.join(true) or 'neither side'}"
+                return (
+                    f"expected {entry['class']} {relation} {there.label}, found {' and '.join(true) or 'neither side'}"
+                )
     return None
