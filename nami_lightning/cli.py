@@ -8,6 +8,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+from nami_lightning.evaluation import options as evaluation
+
 EXAMPLES = """\
 examples:
   lightning run recipes/openmoji.yaml                      train the demo; run it again to resume
@@ -117,6 +119,15 @@ def make_parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
     )
+
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="benchmarks of generation: GenEval, DPG-Bench, NAMI-1K, grids",
+        description=evaluation.DESCRIPTION,
+        epilog=evaluation.EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    evaluation.add_evaluate_options(evaluate)
 
     show = commands.add_parser("show", help="print what a run is", description="Print what a run is.")
     show.add_argument("run", metavar="RUN", help="a run (folder, or name below runs/)")

@@ -27,8 +27,8 @@ from nami_lightning.runs import RECIPE_FILE, find_run
 
 DRAWING = "drawing.json"
 SEED = 42
-"""GenEval's. Its script seeds every prompt with it and draws a prompt's images from one stream of noise; here each image
-has a seed of its own, so that neither the batch size nor an interruption changes an image."""
+"""GenEval's. Its script seeds every prompt with it and draws a prompt's images from one stream of noise; here each
+image has a seed of its own, so that neither the batch size nor an interruption changes an image."""
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,9 @@
 
     {"id": "human-003", "kind": "human", "topic": "fantasy and stories", "prompt": "A man hugging a tiger ..."}
 
-``id`` names the prompt's folder of images; ``kind`` is ``open`` (from open benchmarks), ``human`` (written by people) or
-``long`` (written by a model); ``topic`` may be left out. The paper's 1,000 prompts were not published but for 15, which
-come with the package (``nami1k_examples.jsonl``; their topics are ours).
+``id`` names the prompt's folder of images; ``kind`` is ``open`` (from open benchmarks), ``human`` (written by people)
+or ``long`` (written by a model); ``topic`` may be left out. The paper prints 15 of its 1,000 prompts, five of each
+kind: they come with the package (``nami1k_examples.jsonl``; their topics are ours).
 """
 
 import json
