@@ -1,4 +1,4 @@
-"""Images of benchmarks: drawn by ours and by diffusers' own pipelines, resumed, and the whole command on tiny models."""
+"""Images of benchmarks: drawn by ours and by diffusers' pipelines, resumed, and the whole command on tiny models."""
 
 import json
 from pathlib import Path
@@ -6,8 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline
 from PIL import Image
+from tiny_judges import FILE, make_clip, make_detector, make_vilt
+from tiny_models import MakeFlux, TextModel
 
 from nami_lightning.bridge import BridgeFlow
 from nami_lightning.cli import main
@@ -20,10 +23,6 @@ from nami_lightning.evaluation.side_by_side import side_by_side, spread
 from nami_lightning.grid import save_image
 from nami_lightning.pipeline import NamiPipeline
 from nami_lightning.transformer import NamiTransformer2DModel
-
-from test_evaluation_dpg import FILE, make_vilt
-from test_evaluation_geneval import make_clip, make_detector
-from tiny_models import MakeFlux, TextModel
 
 pytest_plugins = "tiny_models"
 
@@ -77,8 +76,6 @@ def test_an_image_depends_on_its_prompt_and_seed_alone(nami: str, tmp_path: Path
     assert json.loads((tmp_path / "images/one/metadata.jsonl").read_text()) == {"prompt": "a red cat", "kind": "open"}
 
     # Drawn alone by the pipeline itself.
-    import torch
-
     pipeline = NamiPipeline.from_pretrained(nami)
     for item in ITEMS:
         for i in range(2):
@@ -130,7 +127,7 @@ def test_any_pipeline_of_diffusers_draws(flux: str, tmp_path: Path) -> None:
     assert first.shape == (16, 16, 3)
     assert (first != second).any(), "another seed is another image"
     other = ImageFolder(tmp_path / "other", "flux")
-    with pytest.raises(ValueError, match="FluxPipeline of .* does not take solver"):
+    with pytest.raises(ValueError, match=r"FluxPipeline of .* does not take solver"):
         draw(flux, other, ITEMS, ITEMS, 2, Sampling({"solver": "heun"}))
     assert other.drawing is None, "a refused setting leaves nothing behind"
 
