@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from nami_lightning.encoders import PromptEncoder, TextEncoderConfig
 from nami_lightning.evaluation.items import Item
@@ -33,9 +34,17 @@ def describe(lists: Mapping[str, Sequence[Item]], out: Path, topic_encoder: str 
     about = {name: topics(items, topic_encoder) for name, items in lists.items()}
     write_json(out / "prompts.json", {"words": counts, "topics": about, "topics_found_by": topic_encoder})
     plot(counts, about, out / "prompts")
-    lines = ["words a prompt, % of prompts", *_shares(counts), "", "topics, % of prompts", *_shares(about), ""]
+    found_by = f" (those that are not stated: nearest by {topic_encoder})" if topic_encoder else ""
+    lines = [
+        "words a prompt, % of prompts",
+        *_shares(counts),
+        "",
+        f"topics, % of prompts{found_by}",
+        *_shares(about),
+        "",
+    ]
     if any(UNKNOWN in found for found in about.values()):
-        lines += ["Prompts whose file states no topic: --topic_encoder all-MiniLM-L6-v2 finds one of 14.", ""]
+        lines += ["Where no topic is stated, --topic_encoder all-MiniLM-L6-v2 finds the nearest of 14.", ""]
     return [*lines, f"{out / 'prompts.png'}, .svg and .json"]
 
 
@@ -59,15 +68,22 @@ def topics(items: Sequence[Item], topic_encoder: str | None) -> dict[str, int]:
 
 
 def nearest_topics(prompts: Sequence[str], encoder: str) -> list[str]:
-    """The topic whose description is nearest to each prompt, by the cosine of a text encoder's mean states."""
+    """The topic that may show the thing nearest to each prompt, by the cosine of a text encoder's mean states.
+
+    An estimate: MiniLM finds the topic of 59 in 75 of GenEval's single objects, and takes cups for food.
+    """
     encode = PromptEncoder.load(TextEncoderConfig(encoder, max_length=128))
-    names = list(TOPICS)
-    anchors = encode([TOPICS[name] for name in names]).pooled
-    anchors /= anchors.norm(dim=1, keepdim=True)
-    nearest: list[int] = []
+    owners, things = zip(*((topic, thing) for topic in TOPICS for thing in TOPICS[topic].split(", ")), strict=True)
+    anchors = _unit(encode([f"a photo of {thing}" for thing in things]).pooled)
+    nearest: list[str] = []
     for first in range(0, len(prompts), BATCH):
-        nearest += (encode(prompts[first : first + BATCH]).pooled @ anchors.T).argmax(1).tolist()
-    return [names[i] for i in nearest]
+        states = _unit(encode(prompts[first : first + BATCH]).pooled)
+        nearest += [owners[i] for i in (states @ anchors.T).argmax(1).tolist()]
+    return nearest
+
+
+def _unit(states: Tensor) -> Tensor:
+    return states / states.norm(dim=1, keepdim=True)
 
 
 def _shares(counts: Mapping[str, Mapping[str, int]]) -> list[str]:

@@ -21,22 +21,22 @@ KINDS = {"open": 360, "human": 320, "long": 320}
 """The kinds, and the paper's number of each."""
 
 TOPICS = {
-    "people": "people, portraits, faces, clothing",
-    "animals": "animals, pets, wildlife, birds, fish",
-    "food": "food, drinks, fruit, cooking",
-    "plants": "plants, flowers, trees, gardens",
-    "landscapes": "landscapes, mountains, sea, sky, weather, nature scenery",
-    "architecture": "buildings, architecture, cities, streets, castles, interiors",
-    "vehicles": "vehicles, cars, trains, ships, airplanes, bicycles",
-    "objects": "everyday objects, furniture, tools, household items, electronics",
-    "art and design": "paintings, illustrations, logos, patterns, graphic design",
-    "fantasy and stories": "fantasy, fairy tales, magic, dragons, myths, fictional characters",
-    "space and science": "space, planets, astronauts, robots, science, technology",
-    "sports and leisure": "sports, games, music, hobbies, travel",
-    "events and culture": "festivals, ceremonies, news, history, celebrities",
-    "text and ideas": "written text, signs, proverbs, abstract ideas, emotions",
+    "people": "a person, a man, a woman, a child, a portrait, a face, clothing, a couple",
+    "animals": "an animal, a pet, wildlife, a bird, a fish, a dog, a horse",
+    "food": "food, a drink, fruit, vegetables, a meal, a cake",
+    "plants": "a plant, flowers, a tree, a garden, a forest",
+    "landscapes": "a landscape, mountains, the sea, the sky, a sunset, weather, a field",
+    "architecture": "a building, architecture, a city, a street, a castle, a house, a room",
+    "vehicles": "a vehicle, a car, a train, a ship, an airplane, a bicycle, traffic",
+    "objects": "furniture, a tool, a household item, kitchenware, an electronic device, luggage, a toy, a book",
+    "art and design": "a painting, an illustration, a logo, a pattern, graphic design, a sculpture",
+    "fantasy and stories": "fantasy, a fairy tale, magic, a dragon, a dream, a fictional character",
+    "space and science": "outer space, a planet, an astronaut, a rocket, a robot, a laboratory",
+    "sports and leisure": "sports equipment, a ball game, skiing, surfing, music, dancing, a hobby",
+    "events and culture": "a festival, a ceremony, a wedding, the news, history, a celebrity",
+    "text and ideas": "written text, a proverb, advice, an abstract idea, an emotion",
 }
-"""14 topics, and what each is about. The paper's Figures 9 and 10 show 14 too, which its text does not name."""
+"""14 topics, and what a picture of each may show. The paper's Figures 9 and 10 show 14 too, which its text does not name."""
 
 
 def read_prompts(path: Path | None = None) -> list[Item]:

@@ -15,7 +15,7 @@ from scipy import stats
 
 from nami_lightning.evaluation.describe import describe, lengths, nearest_topics, topics
 from nami_lightning.evaluation.drawing import ImageFolder
-from nami_lightning.evaluation.geneval_prompts import geneval_items
+from nami_lightning.evaluation.geneval_prompts import geneval_items, object_names
 from nami_lightning.evaluation.items import Item
 from nami_lightning.evaluation.nami1k import KINDS, TOPICS, read_prompts, shares
 from nami_lightning.evaluation.rating_pages import DIMENSIONS, Plan, page, write_pages
@@ -81,6 +81,17 @@ def test_topics_are_those_stated_or_the_nearest() -> None:
     assert {name: count for name, count in counts.items() if count} == {"food": 1, "mine": 1, "not stated": 1}
     prompts = ["a photo of a dog and a horse", "spaghetti with tomatoes on a plate", "a red sports car on a road"]
     assert nearest_topics(prompts, "all-MiniLM-L6-v2") == ["animals", "food", "vehicles"]
+
+
+def test_found_topics_are_mostly_cocos_own_categories() -> None:
+    """COCO's 80 classes come in groups; the one that is no topic (street furniture) is left out."""
+    groups = {"people": 1, "vehicles": 8, "": 5, "animals": 10, "objects": 5, "sports and leisure": 10}
+    truth = [topic for topic, number in groups.items() for _ in range(number)]
+    truth += ["objects"] * 7 + ["food"] * 10 + ["objects"] * 2 + ["plants"] + ["objects"] * 21
+    found = nearest_topics([f"a photo of a {name}" for name in object_names()], "all-MiniLM-L6-v2")
+    right = [topic == true for topic, true in zip(found, truth, strict=True) if true]
+    assert len(right) == 75
+    assert sum(right) >= 55
 
 
 def test_a_description_is_written_for_people_and_programs(tmp_path: Path) -> None:
