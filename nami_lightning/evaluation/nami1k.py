@@ -36,7 +36,7 @@ TOPICS = {
     "events and culture": "a festival, a ceremony, a wedding, the news, history, a celebrity",
     "text and ideas": "written text, a proverb, advice, an abstract idea, an emotion",
 }
-"""14 topics, and what a picture of each may show. The paper's Figures 9 and 10 show 14 too, which its text does not name."""
+"""14 topics, and what a picture of each may show. Figures 9 and 10 of the paper show 14 too; its text names none."""
 
 
 def read_prompts(path: Path | None = None) -> list[Item]:
