@@ -143,12 +143,12 @@ def _difference(a: str, b: str, of_prompts: Mapping[str, Mapping[str, np.ndarray
     if not both:
         return {"models": [a, b], "prompts": 0}
     values = np.array([of_prompts[a][item][-1] - of_prompts[b][item][-1] for item in both])
-    low, high = interval([values])
+    ends = interval([values])
     return {
         "models": [a, b],
         "overall": float(values.mean()),
-        "interval": (low, high),
-        "within_noise": low <= 0 <= high,
+        "interval": ends,
+        "within_noise": None if ends is None else ends[0] <= 0 <= ends[1],
         "prompts": len(both),
     }
 
@@ -202,12 +202,23 @@ def lines(summary: Mapping[str, Any]) -> list[str]:
         text.append(_in_words(difference))
     missing = summary["ratings_wanted"] - summary["ratings"]
     raters = len(summary["raters"])
-    return [*text, f"{summary['ratings']:,} ratings of {raters} raters" + (f", {missing:,} to come" if missing else "")]
+    return [
+        *text,
+        f"{summary['ratings']:,} ratings of {raters} rater{'s' * (raters != 1)}"
+        + (f", {missing:,} to come" if missing else ""),
+    ]
 
 
 def _in_words(difference: Mapping[str, Any]) -> str:
     a, b = difference["models"]
     if not difference["prompts"]:
         return f"{a} and {b} have no prompt in common yet"
-    verdict = "within the noise of the prompts" if difference["within_noise"] else "more than the prompts' noise"
-    return f"{a} less {b}: {difference['overall']:+.2f}, 95% {span(difference['interval'], '+.2f')}: {verdict}"
+    verdicts = {
+        None: "too few prompts to tell",
+        True: "within the noise of the prompts",
+        False: "more than their noise",
+    }
+    return (
+        f"{a} less {b}: {difference['overall']:+.2f} on {difference['prompts']} prompts, "
+        f"95% {span(difference['interval'], '+.2f')}: {verdicts[difference['within_noise']]}"
+    )

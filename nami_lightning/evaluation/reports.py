@@ -4,15 +4,20 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 
+Interval: TypeAlias = tuple[float, float] | None
+"""Its ends; None if there is too little to tell."""
+
 LEVEL = 0.95
 ROUNDS = 2000
+FEWEST = 5
+"""Values below which a bootstrap says nothing: of one value it would make an interval without width."""
 
 
 def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
@@ -66,8 +71,9 @@ class Ledger:
         return hashlib.sha256(image.read_bytes() + json.dumps(task, sort_keys=True).encode()).hexdigest()
 
 
-def interval(strata: Sequence[np.ndarray], rounds: int = ROUNDS, level: float = LEVEL) -> tuple[float, float]:
-    """Percentile bootstrap interval of the unweighted mean of the strata's means, prompts drawn anew in each.
+def interval(strata: Sequence[np.ndarray], rounds: int = ROUNDS, level: float = LEVEL) -> Interval:
+    """Percentile bootstrap interval of the unweighted mean of the strata's means, prompts drawn anew in each; None if
+    any holds fewer than 5.
 
     It tells how far the score would move with other prompts of the kind, not with another training run.
 
@@ -76,6 +82,8 @@ def interval(strata: Sequence[np.ndarray], rounds: int = ROUNDS, level: float = 
         rounds: of the bootstrap; always the same draws.
         level: probability.
     """
+    if min(map(len, strata)) < FEWEST:
+        return None
     rng = np.random.default_rng(0)
     means = [values[rng.integers(len(values), size=(rounds, len(values)))].mean(axis=1) for values in strata]
     low, high = np.quantile(np.mean(means, axis=0), [(1 - level) / 2, (1 + level) / 2])
@@ -97,9 +105,9 @@ def percent(value: float) -> str:
     return f"{100 * value:.1f}"
 
 
-def span(ends: Iterable[float], form: str = ".2f", times: float = 1) -> str:
-    """An interval as text: 0.61 to 0.66."""
-    return " to ".join(f"{times * end:{form}}" for end in ends)
+def span(ends: Interval, form: str = ".2f", times: float = 1) -> str:
+    """An interval as text: ``0.61 to 0.66``."""
+    return "-" if ends is None else " to ".join(f"{times * end:{form}}" for end in ends)
 
 
 def hardware() -> str:

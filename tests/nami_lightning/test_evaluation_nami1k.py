@@ -243,6 +243,7 @@ def test_the_interval_is_scipys_percentile_bootstrap() -> None:
     assert interval([values], rounds=5000) == pytest.approx((theirs.low, theirs.high), abs=0.3)
     two = interval([values, np.full(5, 20.0)])
     assert two == pytest.approx(((theirs.low + 20) / 2, (theirs.high + 20) / 2), abs=0.3)
+    assert interval([values, np.array([1.0, 2.0])]) is None, "two values say nothing of others"
 
 
 def rate_all(pages: list[Path], key: dict[str, Any], folder: Path) -> list[Path]:
@@ -306,6 +307,8 @@ def test_two_models_of_one_quality_are_within_the_noise() -> None:
     ratings = {image: {1: rng.uniform(40, 60, 4)} for image in key["images"]}
     assert summarise(ratings, key)["differences"][0]["within_noise"] is True
     assert agreement(ratings)["overall"] is None
+    few = {image: scores for image, scores in ratings.items() if image[1:] in ("1", "2")}
+    assert lines(summarise(few, key))[-2].endswith("on 2 prompts, 95% -: too few prompts to tell")
 
 
 @pytest.mark.parametrize(
