@@ -11,7 +11,7 @@ from torch import Tensor
 from nami_lightning.encoders import PromptEncoder, TextEncoderConfig
 from nami_lightning.evaluation.items import Item
 from nami_lightning.evaluation.nami1k import TOPICS
-from nami_lightning.evaluation.reports import percent, table, write_json
+from nami_lightning.evaluation.reports import need, percent, table, write_json
 
 WORDS_A_BIN = 10
 LONGEST = 120
@@ -97,6 +97,7 @@ def _shares(counts: Mapping[str, Mapping[str, int]]) -> list[str]:
 
 def plot(counts: Mapping[str, Mapping[str, int]], about: Mapping[str, Mapping[str, int]], stem: Path) -> None:
     """Both distributions as grouped bars, to ``stem.png`` and ``stem.svg``."""
+    need("matplotlib")
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 9), layout="constrained")

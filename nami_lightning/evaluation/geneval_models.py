@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nami_lightning.evaluation.geneval_prompts import COLORS, object_names
 from nami_lightning.evaluation.geneval_rules import THRESHOLD, Box, Detection
+from nami_lightning.evaluation.reports import need
 
 DETECTOR = "facebook/mask2former-swin-small-coco-instance"
 CLIP = "openai/clip-vit-large-patch14"
@@ -36,9 +37,11 @@ class Detector:
     Raises:
         FileNotFoundError: it can be neither found nor fetched.
         ValueError: it knows other than 80 classes.
+        ModuleNotFoundError: scipy, which transformers' Mask2Former needs, is not installed.
     """
 
     def __init__(self, name: str, device: torch.device | str, sides: tuple[int, int] = (SHORTEST, LONGEST)) -> None:
+        need("scipy")
         from transformers import AutoImageProcessor, Mask2FormerForUniversalSegmentation
 
         self.model = _load(Mask2FormerForUniversalSegmentation, name, "detector").to(device)

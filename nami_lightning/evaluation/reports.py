@@ -5,6 +5,7 @@ import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -108,6 +109,16 @@ def percent(value: float) -> str:
 def span(ends: Interval, form: str = ".2f", times: float = 1) -> str:
     """An interval as text: ``0.61 to 0.66``."""
     return "-" if ends is None else " to ".join(f"{times * end:{form}}" for end in ends)
+
+
+def need(package: str) -> None:
+    """Refuse to go on without a package of the extra ``evaluate``.
+
+    Raises:
+        ModuleNotFoundError: it is not installed.
+    """
+    if find_spec(package) is None:
+        raise ModuleNotFoundError(f"{package} is needed: pip install 'nami_lightning[evaluate]'")
 
 
 def hardware() -> str:

@@ -243,7 +243,10 @@ def test_images_are_judged_once_and_anew_when_they_change(tmp_path: Path) -> Non
         seen.append(image.getpixel((0, 0)))
         return [found("cup")]
 
-    models = Judge(detect, no_colors, {"detector": "a"})
+    def colors(image: Image.Image, objects: Sequence[Detection], name: str) -> list[str]:
+        return no_colors(objects, name)
+
+    models = Judge(detect, colors, {"detector": "a"})
     assert judge_images(folder, items, 2, models)["tasks"] == {"single_object": 0.5}
     assert len(seen) == 4
     with (tmp_path / "verdicts.jsonl").open("a") as file:
@@ -254,7 +257,7 @@ def test_images_are_judged_once_and_anew_when_they_change(tmp_path: Path) -> Non
     judge_images(folder, items, 2, models)
     judge_images(folder, items, 2, models)
     assert len(seen) == 5, "but a new image is"
-    judge_images(folder, items, 2, Judge(detect, no_colors, {"detector": "b"}))
+    judge_images(folder, items, 2, Judge(detect, colors, {"detector": "b"}))
     assert len(seen) == 9, "and all are by another judge"
 
 
@@ -282,6 +285,12 @@ def test_the_detector_loads_from_a_folder_and_finds_by_cocos_numbers(tmp_path: P
 def test_a_detector_of_other_classes_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="knows 18 classes"):
         Detector(str(make_detector(tmp_path, classes=18)), "cpu")
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nami_lightning.evaluation.reports.find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=r"scipy is needed: pip install 'nami_lightning\[evaluate\]'"):
+        Detector("any", "cpu")
 
 
 def test_models_that_are_not_there_are_named() -> None:

@@ -296,7 +296,7 @@ def test_answers_make_table_5(folders: list[ImageFolder], tmp_path: Path) -> Non
 
 
 def test_two_models_of_one_quality_are_within_the_noise() -> None:
-    key = {
+    key: dict[str, Any] = {
         "models": ["A", "B"],
         "each": 1,
         "images": {
