@@ -25,5 +25,5 @@ install: .venv/installed
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -e ".[openmoji,data,test]"
+	$(BIN)/python -m pip install -e ".[openmoji,data,evaluate,test]"
 	touch $@

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from nami_lightning.evaluation import options as evaluation
+
 EXAMPLES = """\
 examples:
   lightning run recipes/openmoji.yaml                      train the demo; run it again to resume
@@ -150,6 +152,15 @@ def make_parser() -> argparse.ArgumentParser:
     add_launch_commands(
         commands.add_parser("launch", help="a script that runs a recipe on a cluster", description="Write a script.")
     )
+
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="benchmarks of generation: GenEval, DPG-Bench, NAMI-1K, grids",
+        description=evaluation.DESCRIPTION,
+        epilog=evaluation.EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    evaluation.add_evaluate_options(evaluate)
 
     show = commands.add_parser("show", help="print what a run is", description="Print what a run is.")
     show.add_argument("run", metavar="RUN", help="a run (folder, or name below runs/)")

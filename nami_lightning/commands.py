@@ -138,6 +138,14 @@ def data(options: Namespace) -> None:
     getattr(data_commands, options.what)(options)
 
 
+def evaluate(options: Namespace) -> None:
+    """Run benchmarks of generation."""
+    from nami_lightning import evaluate_commands
+
+    quieten_libraries()
+    evaluate_commands.evaluate(options)
+
+
 def load_pipeline(source: str) -> NamiPipeline:
     """The pipeline of a run's newest checkpoint (the EMA's weights), or of a saved pipeline's folder.
 

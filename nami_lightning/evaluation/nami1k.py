@@ -1,0 +1,84 @@
+"""NAMI-1K's prompt file: three kinds of prompts, one JSON object a line.
+
+    {"id": "human-003", "kind": "human", "topic": "fantasy and stories", "prompt": "A man hugging a tiger ..."}
+
+``id`` names the prompt's folder of images; ``kind`` is ``open`` (from open benchmarks), ``human`` (written by people)
+or ``long`` (written by a model); ``topic`` may be left out. The paper prints 15 of its 1,000 prompts, five of each
+kind: they come with the package (``nami1k_examples.jsonl``; their topics are ours).
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Sequence
+from importlib.resources import as_file, files
+from pathlib import Path
+
+from nami_lightning.evaluation.items import Item
+
+IMAGES = 1
+KINDS = {"open": 360, "human": 320, "long": 320}
+"""The kinds, and the paper's number of each."""
+
+TOPICS = {
+    "people": "a person, a man, a woman, a child, a portrait, a face, clothing, a couple",
+    "animals": "an animal, a pet, wildlife, a bird, a fish, a dog, a horse",
+    "food": "food, a drink, fruit, vegetables, a meal, a cake",
+    "plants": "a plant, flowers, a tree, a garden, a forest",
+    "landscapes": "a landscape, mountains, the sea, the sky, a sunset, weather, a field",
+    "architecture": "a building, architecture, a city, a street, a castle, a house, a room",
+    "vehicles": "a vehicle, a car, a train, a ship, an airplane, a bicycle, traffic",
+    "objects": "furniture, a tool, a household item, kitchenware, an electronic device, luggage, a toy, a book",
+    "art and design": "a painting, an illustration, a logo, a pattern, graphic design, a sculpture",
+    "fantasy and stories": "fantasy, a fairy tale, magic, a dragon, a dream, a fictional character",
+    "space and science": "outer space, a planet, an astronaut, a rocket, a robot, a laboratory",
+    "sports and leisure": "sports equipment, a ball game, skiing, surfing, music, dancing, a hobby",
+    "events and culture": "a festival, a ceremony, a wedding, the news, history, a celebrity",
+    "text and ideas": "written text, a proverb, advice, an abstract idea, an emotion",
+}
+"""14 topics, and what a picture of each may show. Figures 9 and 10 of the paper show 14 too; its text names none."""
+
+
+def read_prompts(path: Path | None = None) -> list[Item]:
+    """The prompts of a file, or the paper's 15 examples.
+
+    Raises:
+        ValueError: a line in another format, or an id that comes twice; named with its line.
+        FileNotFoundError: no such file.
+    """
+    if path is None:
+        with as_file(files("nami_lightning.evaluation").joinpath("nami1k_examples.jsonl")) as examples:
+            return read_prompts(examples)
+    items: dict[str, Item] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if line.strip():
+            item = _item(line, f"{path}, line {number}")
+            if item.id in items:
+                raise ValueError(f"{path}, line {number}: the id {item.id} comes twice")
+            items[item.id] = item
+    if not items:
+        raise ValueError(f"{path} holds no prompt")
+    return list(items.values())
+
+
+def _item(line: str, where: str) -> Item:
+    try:
+        entry = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON: {error}") from error
+    if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in ("id", "kind", "prompt")):
+        raise ValueError(f'{where}: must be an object with the texts "id", "kind" and "prompt"')
+    if not re.fullmatch(r"[\w.-]*\w[\w.-]*", entry["id"]):
+        raise ValueError(f"{where}: id {entry['id']!r} names a folder: letters, digits, dots, _ and - only")
+    if entry["kind"] not in KINDS:
+        raise ValueError(f"{where}: kind {entry['kind']!r} is none of {', '.join(KINDS)}")
+    if not entry["prompt"].strip():
+        raise ValueError(f"{where}: the prompt is empty")
+    topic = {"topic": entry["topic"]} if entry.get("topic") else {}
+    return Item(entry["id"], entry["prompt"].strip(), entry["kind"], {"kind": entry["kind"], **topic})
+
+
+def shares(items: Sequence[Item]) -> str:
+    """How many of the paper's numbers of each kind there are: ``open 5 of 360, ...``."""
+    counts = Counter(item.kind for item in items)
+    return ", ".join(f"{kind} {counts[kind]} of {number}" for kind, number in KINDS.items())

@@ -1,0 +1,257 @@
+"""Images of benchmarks: drawn by ours and by diffusers' pipelines, resumed, and the whole command on tiny models."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline
+from PIL import Image
+from tiny_judges import FILE, make_clip, make_detector, make_vilt
+from tiny_models import MakeFlux, TextModel
+
+from nami_lightning.bridge import BridgeFlow
+from nami_lightning.cli import main
+from nami_lightning.encoders import PixelCodec
+from nami_lightning.evaluate_commands import model_names
+from nami_lightning.evaluation.drawing import ImageFolder, Sampling, draw
+from nami_lightning.evaluation.items import Item
+from nami_lightning.evaluation.nami1k import read_prompts
+from nami_lightning.evaluation.side_by_side import side_by_side, spread
+from nami_lightning.grid import save_image
+from nami_lightning.pipeline import NamiPipeline
+from nami_lightning.transformer import NamiTransformer2DModel
+
+pytest_plugins = "tiny_models"
+
+ITEMS = [Item("one", "a red cat", "open", {"kind": "open"}), Item("two", "the big tree", "open", {"kind": "open"})]
+SAMPLING = Sampling({"num_inference_steps": 2, "guidance_scale": 2.0})
+
+
+@pytest.fixture
+def flux(tmp_path: Path, make_flux: MakeFlux, vae: AutoencoderKL, clip: TextModel, t5: TextModel) -> str:
+    """A folder with diffusers' own FLUX pipeline, tiny."""
+    pipeline = FluxPipeline(
+        FlowMatchEulerDiscreteScheduler(), vae, clip[0], clip[1], t5[0], t5[1], make_flux(1, 1, guidance_embeds=True)
+    )
+    pipeline.save_pretrained(tmp_path / "flux")
+    return str(tmp_path / "flux")
+
+
+@pytest.fixture
+def nami(tmp_path: Path, clip: TextModel, t5: TextModel) -> str:
+    """A folder with a tiny NAMI pipeline of 8 and 16 px."""
+    transformer = NamiTransformer2DModel(
+        in_channels=3,
+        patch_size=4,
+        num_layers=[1, 0],
+        num_single_layers=[0, 1],
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        pooled_projection_dim=12,
+        axes_dims_rope=[4, 6, 6],
+    )
+    bridge = BridgeFlow([1.0, 1.0], 3)
+    bridge.fitted.fill_(True)
+    pipeline = NamiPipeline(transformer, bridge, PixelCodec(), *t5, *clip, resolution=16, max_sequence_length=8)
+    pipeline.save_pretrained(tmp_path / "nami")
+    return str(tmp_path / "nami")
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.array(Image.open(path)).astype(int)
+
+
+def test_an_image_depends_on_its_prompt_and_seed_alone(nami: str, tmp_path: Path) -> None:
+    folder = ImageFolder(tmp_path / "images", "nami")
+    draw(nami, folder, ITEMS, ITEMS, 2, SAMPLING)
+    paths = [folder.path(item, i) for item in ITEMS for i in range(2)]
+    assert [str(path.relative_to(tmp_path / "images")) for path in paths[:2]] == [
+        "one/samples/00000.png",
+        "one/samples/00001.png",
+    ]
+    assert json.loads((tmp_path / "images/one/metadata.jsonl").read_text()) == {"prompt": "a red cat", "kind": "open"}
+
+    # Drawn alone by the pipeline itself.
+    pipeline = NamiPipeline.from_pretrained(nami)
+    for item in ITEMS:
+        for i in range(2):
+            alone = pipeline(
+                item.prompt,
+                num_inference_steps=2,
+                guidance_scale=2.0,
+                generator=torch.Generator().manual_seed(42 + i),
+            ).images[0]
+            assert np.abs(pixels(folder.path(item, i)) - np.array(alone).astype(int)).max() <= 1
+
+
+def test_only_what_is_missing_is_drawn_again_and_the_same(nami: str, tmp_path: Path) -> None:
+    folder = ImageFolder(tmp_path / "images", "nami")
+    draw(nami, folder, ITEMS, ITEMS, 2, SAMPLING)
+    paths = [folder.path(item, i) for item in ITEMS for i in range(2)]
+    was = {path: (path.stat().st_mtime_ns, pixels(path)) for path in paths}
+    paths[1].unlink()
+    (paths[1].parent / ".00001.png.1.partial").write_bytes(b"cut short")
+    draw(nami, folder, ITEMS, ITEMS, 2, Sampling({}, batch_size=1))  # the settings are the folder's own
+    assert np.abs(pixels(paths[1]) - was[paths[1]][1]).max() <= 1
+    assert [path for path in paths if path.stat().st_mtime_ns != was[path][0]] == [paths[1]]
+    draw(nami, folder, ITEMS, ITEMS, 3, SAMPLING)
+    assert folder.missing(ITEMS, 3) == []
+
+
+def test_images_of_two_kinds_never_mix(nami: str, tmp_path: Path) -> None:
+    folder = ImageFolder(tmp_path / "images", "nami")
+    draw(nami, folder, ITEMS, ITEMS[:1], 1, SAMPLING)
+    for sampling, message in (
+        (Sampling({"num_inference_steps": 3}), "drawn with num_inference_steps 2, not 3"),
+        (Sampling({"solver": "heun"}), "drawn with solver left to the pipeline, not heun"),
+        (Sampling({}, seed=7), "drawn with seed 42, not 7"),
+        (Sampling({}, dtype="bfloat16"), "drawn with dtype None, not bfloat16"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            draw(nami, folder, ITEMS, ITEMS, 1, sampling)
+    with pytest.raises(ValueError, match="drawn with prompts"):
+        draw(nami, folder, ITEMS[:1], ITEMS[:1], 1, SAMPLING)
+    with pytest.raises(ValueError, match="drawn with source"):
+        draw(f"{nami}/", folder, ITEMS, ITEMS, 1, SAMPLING)
+
+
+def test_any_pipeline_of_diffusers_draws(flux: str, tmp_path: Path) -> None:
+    folder = ImageFolder(tmp_path / "images", "flux")
+    sampling = Sampling({"num_inference_steps": 1, "height": 16, "width": 16, "guidance_scale": 1.0}, batch_size=3)
+    draw(flux, folder, ITEMS, ITEMS, 2, sampling)
+    first, second = pixels(folder.path(ITEMS[0], 0)), pixels(folder.path(ITEMS[0], 1))
+    assert first.shape == (16, 16, 3)
+    assert (first != second).any(), "another seed is another image"
+    other = ImageFolder(tmp_path / "other", "flux")
+    with pytest.raises(ValueError, match=r"FluxPipeline of .* does not take solver"):
+        draw(flux, other, ITEMS, ITEMS, 2, Sampling({"solver": "heun"}))
+    assert other.drawing is None, "a refused setting leaves nothing behind"
+
+
+def test_a_model_that_is_none_is_refused(tmp_path: Path) -> None:
+    folder = ImageFolder(tmp_path / "images", "model")
+    with pytest.raises(FileNotFoundError, match="nowhere/nothing is neither a run"):
+        draw("nowhere/nothing", folder, ITEMS, ITEMS, 1, SAMPLING)
+
+
+def test_models_have_different_names() -> None:
+    assert model_names(["runs/a", "black-forest-labs/FLUX.1-dev"], None) == ["a", "FLUX.1-dev"]
+    assert model_names(["a/x", "b/x"], ["first", "second"]) == ["first", "second"]
+    for runs, names, message in (
+        (["a/x", "b/x"], None, "called the same"),
+        (["a"], ["b", "c"], "--names has 2 for 1"),
+        (["a"], ["../b"], "can't be a model's folder"),
+        (["a"], ["ratings"], "can't be a model's folder"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model_names(runs, names)
+
+
+def test_side_by_side_is_a_row_a_prompt_and_a_column_a_model(tmp_path: Path) -> None:
+    items = spread(read_prompts(), 3)
+    assert [item.id for item in items] == ["open-001", "human-001", "long-001"]
+    folders = [ImageFolder(tmp_path / name, name) for name in ("a", "b")]
+    for folder, color in zip(folders, ((255, 0, 0), (0, 0, 255)), strict=True):
+        for item in items:
+            save_image(Image.new("RGB", (200, 200), color), folder.path(item, 0))
+    picture = np.array(side_by_side(folders, items, 128)).astype(int)
+    red, blue = (np.abs(picture - color).sum(2) == 0 for color in ((255, 0, 0), (0, 0, 255)))
+    assert red.sum() == blue.sum() == 3 * 128 * 128
+    assert red.any(0).nonzero()[0].max() < blue.any(0).nonzero()[0].min()
+
+
+# --- the command -------------------------------------------------------------------------------
+
+
+def test_geneval_from_drawing_to_table(
+    nami: str, flux: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "evaluation")
+    common = ["--benchmark", "geneval", "--limit", "1", "--images", "1", "--out", out]
+    small = ["--steps", "1", "--height", "16", "--width", "16", "--batch_size", "6"]
+    assert main(["evaluate", nami, *common, *small, "--draw_only"]) == 0
+    assert main(["evaluate", flux, *common, *small, "--draw_only"]) == 0
+    assert not list(Path(out).rglob("results.json"))
+    models = ["--detector", str(make_detector(tmp_path / "detector")), "--clip", str(make_clip(tmp_path / "clip"))]
+    assert main(["evaluate", nami, flux, *common, *models]) == 0
+    shown = capsys.readouterr().out
+    assert all(text in shown for text in ("Ovr", "nami", "flux", str(tmp_path / "detector"), "CPU cores", "6 prompts"))
+    saved = json.loads((Path(out) / "geneval" / "nami" / "results.json").read_text())
+    assert saved["scores"]["prompts"] == dict.fromkeys(saved["scores"]["tasks"], 1)
+    assert saved["judge"]["detector"] == str(tmp_path / "detector")
+    assert saved["drawing"]["settings"] == {"num_inference_steps": 1, "height": 16, "width": 16}
+    assert len(saved["drawing"]["prompts"]) == 64
+
+
+def test_dpg_from_questions_to_table(nami: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    questions = tmp_path / "dpg.csv"
+    questions.write_text(FILE)
+    arguments = ["evaluate", nami, "--benchmark", "dpg", "--questions", str(questions), "--out", str(tmp_path / "out")]
+    arguments += ["--images", "1", "--steps", "1"]
+    assert main([*arguments]) == 2
+    assert "the images are drawn; give --judge" in capsys.readouterr().err
+    assert main([*arguments, "--judge", str(make_vilt(tmp_path / "vilt", 1))]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split()[:7] == ["nami", *["100.0"] * 6]
+
+
+def test_nami1k_from_drawing_to_pages_grid_and_description(
+    nami: str, flux: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    common = ["--benchmark", "nami1k", "--out", str(out), "--limit", "1"]
+    small = ["--steps", "1", "--height", "16", "--width", "16"]
+    assert main(["evaluate", nami, flux, *common, *small, "--annotate", "--raters", "2"]) == 0
+    assert sorted(path.name for path in out.rglob("*.html")) == ["rater-1-part-01.html", "rater-2-part-01.html"]
+    assert main(["evaluate", nami, flux, *common, "--grid", "2"]) == 0
+    assert Image.open(out / "nami1k" / "grid.png").width > 2 * 128
+    assert main(["evaluate", "--benchmark", "nami1k", "--out", str(out), "--describe"]) == 0
+    assert (out / "nami1k" / "prompts.svg").exists()
+    assert main(["evaluate", "--benchmark", "nami1k", "--out", str(out), "--ratings", "nothing.json"]) == 2
+    assert "nothing.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--benchmark", "geneval"], "which RUN"),
+        (["a", "--benchmark", "geneval", "--describe"], "no RUN goes with --describe"),
+        (["a", "--benchmark", "geneval", "--annotate"], "--annotate is of --benchmark nami1k"),
+        (["a", "--benchmark", "nami1k", "--judge", "b"], "--judge is of --benchmark dpg"),
+        (["a", "--benchmark", "geneval", "--prompts", "b"], "GenEval's prompts are fixed"),
+        (["a", "--benchmark", "nami1k", "--raters", "3"], "--raters goes with --annotate"),
+        (["a", "--benchmark", "nami1k", "--grid_side", "3"], "--grid_side goes with --grid"),
+        (["a", "--benchmark", "nami1k", "--topic_encoder", "b"], "--topic_encoder goes with --describe"),
+        (["a", "--benchmark", "nami1k", "--annotate", "--grid", "2"], "--annotate and --grid are two commands"),
+        (["a", "--benchmark", "dpg"], "needs --questions"),
+        (["a", "--benchmark", "geneval", "--batch_size", "0"], "must be 1 or more"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_run_is_drawn_with_its_newest_checkpoint(
+    tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    phases = "[{steps: 4, ratio: [1, 1, 1], learning_rate: 1.0e-3}]"
+    assert main(["run", *tiny, "--curriculum.phases", phases]) == 0
+    run = str(tmp_path / "runs" / "tiny")
+    arguments: list[Any] = ["evaluate", run, "--benchmark", "nami1k", "--limit", "1", "--out", str(tmp_path / "out")]
+    assert main([*arguments, "--steps", "1", "2", "1", "--solver", "multistep"]) == 0
+    folder = tmp_path / "out" / "nami1k" / "tiny"
+    drawing = json.loads((folder / "drawing.json").read_text())
+    assert drawing["weights"] == "step=0000004.ckpt"
+    assert drawing["settings"] == {"num_inference_steps": [1, 2, 1], "solver": "multistep"}
+    assert Image.open(folder / "human-001" / "samples" / "00000.png").size == (32, 32)
+    (tmp_path / "runs" / "tiny" / "checkpoints" / "step=0000004.ckpt").rename(
+        tmp_path / "runs" / "tiny" / "checkpoints" / "step=0000009.ckpt"
+    )
+    assert main(arguments) == 2
+    assert "drawn with weights step=0000004.ckpt, not step=0000009.ckpt" in capsys.readouterr().err
