@@ -108,7 +108,7 @@ class ChunkCache:
         description: what the data set's ``dataset.json`` says, as it was read; another one is another data set.
 
     Attributes:
-        folder: the data set's local twin. Its ``dataset.json`` and indices are there; chunks come and go.
+        folder: the data set's local twin, where its indices stay, and chunks come and go.
         sizes: bytes of each chunk file, by its name below the folder; to be filled in by who reads the indices.
         sums: their checksums.
     """
