@@ -1,6 +1,6 @@
 # make demo    install, train the demo, show where to look
 # make test    all tests          make lint    ruff and mypy
-# make faults  kill one of two ranks twenty times, and compare with a run left alone (a quarter of an hour)
+# make faults  kill -9 of a rank, a run, a preparation, twenty times each, compared with those left alone (20 minutes)
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -15,6 +15,7 @@ test: install
 
 faults: install
 	$(BIN)/python tests/nami_lightning/kill_ranks.py --kills 20
+	NAMI_KILLS=20 $(BIN)/python -m pytest tests -k kill_9_at_random_points
 
 lint: install
 	$(BIN)/ruff check .

@@ -65,7 +65,7 @@ def recording(tiny: list[str], tmp_path: Path) -> list[str]:
     return [str(path), *tiny[1:]]
 
 
-def test_killed_at_random_points_ends_with_the_same_bits(recording: list[str], tmp_path: Path) -> None:
+def test_kill_9_at_random_points_ends_with_the_same_bits(recording: list[str], tmp_path: Path) -> None:
     whole = start([*recording, "--name", "whole"])
     whole.join()
     assert whole.exitcode == 0
