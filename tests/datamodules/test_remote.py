@@ -9,6 +9,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing import Value
 from pathlib import Path
 from threading import Thread
+from time import monotonic, sleep
 from typing import Any
 
 import fsspec
@@ -160,6 +161,19 @@ def test_workers_of_two_ranks_fetch_a_cursors_epoch_once(folder: Path, url: str,
         )[1]
     assert step == 99
     assert fetched.value <= 1.1 * bytes_read(steps, 100)
+
+
+def test_the_next_windows_are_fetched_before_they_are_read(url: str, tmp_path: Path) -> None:
+    """After a step of two samples a stage: of each bucket two windows of two chunks, for both stages alike."""
+    data = make_data(url, tmp_path)
+    steps = data.steps()
+    steps[0]
+    wanted = set(steps.ahead(0))
+    assert len(wanted) == 8
+    deadline = monotonic() + 60
+    while not all((data.dataset.folder / name).exists() for name in wanted):
+        assert monotonic() < deadline
+        sleep(0.05)
 
 
 def test_a_chunk_that_is_held_stays_until_its_process_dies(url: str, tmp_path: Path) -> None:
