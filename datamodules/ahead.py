@@ -6,13 +6,14 @@ follows are fetched. So a cursor fetches each chunk of its epoch once, whatever 
 another cursor left behind are fetched again only if they had to go.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from nami_lightning.batch import MicroBatch
 from nami_lightning.datamodules.cache import ChunkCache
+from nami_lightning.datamodules.dataset import Bucket
 from nami_lightning.datamodules.order import BucketOrder, apportion
 from nami_lightning.datamodules.stream import StepDataset
 
@@ -54,10 +55,8 @@ class RemoteStepDataset(StepDataset):
         for cursor in self.cursors(step):
             order, bucket = self.orders[cursor.bucket], self.images.buckets[cursor.bucket]
             end = order.window_end(cursor.last)
-            needed += [
-                bucket.shards.chunk_name(n) for window in order.windows(cursor.first, cursor.last) for n in window
-            ]
-            following += [bucket.shards.chunk_name(n) for window in order.windows(end, end) for n in window]
+            needed += chunk_names(bucket, order.windows(cursor.first, cursor.last))
+            following += chunk_names(bucket, order.windows(end, end))
         return needed + following
 
     def cursors(self, step: int) -> Iterator[Cursor]:
@@ -76,6 +75,11 @@ class RemoteStepDataset(StepDataset):
             self.images.aspects[stage].values(), sizes, lots.before(number), strict=True
         ):
             yield from zip(buckets, apportion(before, of_kind), strict=True)
+
+
+def chunk_names(bucket: Bucket, windows: Iterable[list[int]]) -> list[str]:
+    """The files of windows of chunks."""
+    return [bucket.shards.chunk_name(file) for window in windows for chunk in window for file in bucket.files[chunk]]
 
 
 def spread_of(workers: int, prefetch: int) -> int:
@@ -98,9 +102,14 @@ def bytes_needed(steps: RemoteStepDataset, heldout: Sequence[str]) -> int:
         for bucket, end in steps.positions(stage, curriculum.total_steps):
             # From the slowest process's position to the farthest that the fastest keeps is twice the spread.
             held = 2 * reach[stage, bucket] + lot
-            needed[bucket] += _most_kept(steps.orders[bucket], buckets[bucket].shards.chunk_bytes, held, end)
+            needed[bucket] += _most_kept(steps.orders[bucket], _bytes_of(buckets[bucket]), held, end)
     of_training = sum(min(size, sum(buckets[bucket].shards.chunk_bytes)) for bucket, size in needed.items())
     return of_training + sum(steps.cache.sizes[file] for file in heldout)
+
+
+def _bytes_of(bucket: Bucket) -> list[int]:
+    """Of each of the chunks that are shuffled."""
+    return [sum(bucket.shards.chunk_bytes[file] for file in files) for files in bucket.files]
 
 
 def _most_kept(order: BucketOrder, chunk_bytes: Sequence[int], reach: int, end: int) -> int:

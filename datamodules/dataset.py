@@ -10,6 +10,8 @@ FOLDER/encodings/NAME/             the same data set as latents and text states:
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,6 +48,13 @@ class Bucket:
 
     def __len__(self) -> int:
         return len(self.shards)
+
+    @cached_property
+    def files(self) -> list[range]:
+        """For each of the chunks that are shuffled, the numbers of the files in which its samples lie."""
+        ends = accumulate(self.chunk_sizes)
+        spans = ((end - size, end - 1) for size, end in zip(self.chunk_sizes, ends, strict=True))
+        return [range(self.shards.chunk_of(first), self.shards.chunk_of(last) + 1) for first, last in spans]
 
     @property
     def aspect(self) -> Aspect:

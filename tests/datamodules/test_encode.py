@@ -8,7 +8,10 @@ import os
 import re
 import signal
 import time
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from types import SimpleNamespace
 from typing import Any
 
@@ -186,6 +189,37 @@ def test_batches_are_those_of_the_images_and_hold_what_the_encoders_say(root: Pa
     heldout = encoded.heldout(4)
     for number in range(len(heldout)):
         assert torch.equal(heldout[number].images, images.heldout(4)[number].images)
+
+
+def test_encodings_in_a_store_give_the_batches_of_those_on_a_disk(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encode_module, "CHUNK_BYTES", 10_000)  # several files of encodings for a chunk of images
+    recipe = with_vae(root)
+    folder = encode(recipe, root / "images", tmp_path / "encoded")
+    here = data_of(recipe, folder)
+    assert any(len(files) > 1 for bucket in here.dataset.buckets("train") for files in bucket.files)
+    handler = partial(SimpleHTTPRequestHandler, directory=str(folder))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        there = make_remote(recipe, f"http://127.0.0.1:{server.server_port}/", tmp_path / "cache")
+        for step in range(STEPS):
+            for local, remote in zip(here.steps()[step], there.steps()[step], strict=True):
+                assert local.ids == remote.ids
+                assert local.encodings is not None
+                assert remote.encodings is not None
+                assert local.encodings.latents is not None
+                assert remote.encodings.latents is not None
+                assert torch.equal(local.encodings.latents.mean, remote.encodings.latents.mean)
+                assert torch.equal(local.encodings.text.sequence, remote.encodings.text.sequence)
+        server.shutdown()
+
+
+def make_remote(recipe: list[str], url: str, cache: Path) -> MultiResolutionDataModule:
+    settings = ["--data.init_args.folder", url, "--data.init_args.cache.folder", str(cache)]
+    data = Recipe(TINY, [*RECIPE, *recipe, *settings]).make_data()
+    assert isinstance(data, MultiResolutionDataModule)
+    return data
 
 
 def test_text_is_stored_without_its_padding(root: Path, tmp_path: Path) -> None:
