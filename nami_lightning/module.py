@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import cached_property
+from time import perf_counter
 from typing import Any, Literal
 
 import lightning as L
@@ -31,6 +32,7 @@ from nami_lightning.flow import LossWeighting, TauKind
 from nami_lightning.pipeline import NamiPipeline
 from nami_lightning.strategies import local_shards, parallelize, reduce_gradients, whole
 from nami_lightning.transformer import NamiTransformer2DModel
+from nami_lightning.validation import LossByTau
 
 LatentPyramid = Literal["encode", "pool"]
 VALIDATION = "validation"
@@ -107,6 +109,8 @@ class NamiModule(L.LightningModule):
 
         self.step = 0
         """Global batches consumed: the number of the next one."""
+        self.seconds_in_steps = 0.0
+        """Time spent in training steps since this process began; what the device still has to do is not in it."""
         self.use_ema = False
         self.transformer: NamiTransformer2DModel
         self.ema: NamiTransformer2DModel | None = None
@@ -169,6 +173,7 @@ class NamiModule(L.LightningModule):
 
     def training_step(self, batch: list[MicroBatch], batch_idx: int) -> None:
         """One optimizer step from the micro-batches of one global batch."""
+        begin = perf_counter()
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)
         ratio = self.curriculum.phase(self.step).ratio
@@ -190,6 +195,7 @@ class NamiModule(L.LightningModule):
         losses = self.trainer.strategy.reduce(losses, reduce_op="mean")
         self._update_running_losses(losses, ratio)
         self._log_losses(weights, losses, ratio, norm)
+        self.seconds_in_steps += perf_counter() - begin
 
     def clip_gradients_by_norm(self) -> Tensor:
         """Scale the gradient down to ``gradient_clip_norm`` if that is set; its norm before that."""
@@ -212,6 +218,16 @@ class NamiModule(L.LightningModule):
         self, transformer: torch.nn.Module, micro: MicroBatch, batch: int | str, prompt_dropout: float = 0.0
     ) -> Tensor:
         """Mean squared error of the velocity over one micro-batch; ``batch`` and the places decide all chance."""
+        velocity, target, _ = self.predict(transformer, micro, batch, prompt_dropout)
+        return F.mse_loss(velocity, target) * self._loss_scale(micro.stage)
+
+    def _loss_scale(self, stage: int) -> float:
+        return self.bridge.windows[stage].width ** 2 if self.local_velocity_loss else 1.0
+
+    def predict(
+        self, transformer: torch.nn.Module, micro: MicroBatch, batch: int | str, prompt_dropout: float = 0.0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The velocity of one micro-batch, its target, both ``(n, C, H, W)`` float32, and tau ``(n,)``."""
         stage = micro.stage
         window = self.bridge.windows[stage]
         latents, coarse_latents = self.latents(micro, batch)
@@ -224,9 +240,7 @@ class NamiModule(L.LightningModule):
         t = flow.global_time(tau, window)
         target = flow.velocity_target(start, end, window)
 
-        velocity = transformer(x, text.sequence, text.pooled, t, stage)
-        loss = F.mse_loss(velocity.float(), target)
-        return loss * window.width**2 if self.local_velocity_loss else loss
+        return transformer(x, text.sequence, text.pooled, t, stage).float(), target, tau
 
     def sample_tau(self, stage: int, draws: chance.Draws, tokens: int) -> Tensor:
         """Local times of a micro-batch; ``tokens`` counts latents, before patches."""
@@ -281,8 +295,18 @@ class NamiModule(L.LightningModule):
 
     def validation_step(self, micro: MicroBatch, batch_idx: int) -> None:
         """Loss of a held-out micro-batch at noise and tau that are the same at every validation."""
-        loss = self.flow_loss(self.sampling_transformer, micro, VALIDATION)
-        self.log(f"val/loss_stage{micro.stage + 1}", loss, batch_size=len(micro), sync_dist=True)
+        velocity, target, tau = self.predict(self.sampling_transformer, micro, VALIDATION)
+        losses = (velocity - target).square().mean((1, 2, 3)) * self._loss_scale(micro.stage)
+        self.log(f"val/loss_stage{micro.stage + 1}", losses.mean(), batch_size=len(micro), sync_dist=True)
+        self.losses_by_tau.add(micro.stage, tau, losses)
+
+    def on_validation_epoch_start(self) -> None:
+        """Start the sums by tau."""
+        self.losses_by_tau = LossByTau(self.num_stages, self.device)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the losses by tau."""
+        self.log_dict(self.losses_by_tau.means(self.trainer.strategy))
 
     # --- the frozen parts: not submodules, so neither trained nor in the checkpoint --------------
 

@@ -1,0 +1,39 @@
+"""What a training has used up to a step, in samples and operations: pure functions of the step.
+
+Nothing is counted while it runs, so no interruption can lose or double anything. Operations are those of the
+network's forward and backward passes; the frozen encoders, the optimizer and what checkpointing recomputes are left
+out, and so is the fitting of the bridges.
+"""
+
+from itertools import accumulate
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from nami_lightning.curriculum import Curriculum
+from nami_lightning.module import NamiModule
+
+
+def samples_before(curriculum: Curriculum, step: int) -> list[int]:
+    """Samples of each stage in the steps before ``step``."""
+    done = [0] * curriculum.num_stages
+    for phase, end in zip(curriculum.phases, accumulate(phase.steps for phase in curriculum.phases), strict=True):
+        steps = min(max(step - (end - phase.steps), 0), phase.steps)
+        done = [n + steps * parts * curriculum.unit for n, parts in zip(done, phase.ratio, strict=True)]
+    return done
+
+
+def flops_per_sample(module: NamiModule) -> list[int]:
+    """Operations of one sample's forward and backward pass at each stage, by torch's counter on the meta device."""
+    config, factor = module.transformer_config, module.autoencoder_config.factor
+    counts = []
+    with torch.device("meta"), torch.enable_grad():
+        network = module.make_transformer()
+        for stage, side in enumerate(module.resolutions):
+            latents = torch.zeros(1, config["in_channels"], side // factor, side // factor)
+            sequence = torch.zeros(1, module.text_encoder_config.max_length, config["joint_attention_dim"])
+            pooled = torch.zeros(1, config["pooled_projection_dim"])
+            with FlopCounterMode(display=False) as counter:
+                network(latents, sequence, pooled, torch.zeros(1), stage).sum().backward()
+            counts.append(counter.get_total_flops())
+    return counts
