@@ -52,20 +52,20 @@ class Reference:
 class Metrics(L.Callback):
     """Draws the held-out captions and logs ``metrics/NAME_FEATURES``, every ``every_n_steps`` steps and at the end.
 
-    ``frechet`` (FID on Inception), ``kid``, ``mmd`` (as CMMD), ``precision``, ``recall``; ``nearest_training``, the mean
-    distance to the nearest training image as a multiple of the held-out images' (1: no nearer than unseen
-    pictures), and ``copies``, the share that is nearer than the nearest 5% of those (0.05: no more than chance). All depend
-    on the numbers of images: compare equal ones only. Agreement with the captions is ``metrics/clip_score_MODEL``, or
-    ``probe/retrieval_at_1`` and ``_at_5``, the share of drawn images whose caption a probe finds among all drawn ones;
-    ``probe/..._of_real`` is the same for the held-out images.
+    ``frechet`` (FID on Inception), ``kid``, ``mmd`` (as CMMD), ``precision``, ``recall``; ``nearest_training``, the
+    mean distance to the nearest training image as a multiple of the held-out images' (1: no nearer than unseen
+    pictures), and ``copies``, the share that is nearer than the nearest 5% of those (0.05: no more than chance). All
+    depend on the numbers of images: compare equal ones only. Agreement with the captions is
+    ``metrics/clip_score_MODEL``, or ``probe/retrieval_at_1`` and ``_at_5``, the share of drawn images whose caption a
+    probe finds among all drawn ones; ``probe/..._of_real`` is the same for the held-out images.
 
     Args:
         samples: images on either side; at most as many as are held out.
         every_n_steps: how often; the end of training always counts. 0: only the end.
-        features: a network from uint8 images to ``(B, num_features)``, with a ``name``; the packaged EfficientNet-Lite0
-            if null. ``nami_lightning.features.Inception`` is FID's.
-        agreement: ``probe``, two linear maps on MiniLM's and the features, fitted to training images; the name or folder
-            of a CLIP; or null for none.
+        features: a network from uint8 images to ``(B, num_features)``, with a ``name``; the packaged
+            EfficientNet-Lite0 if null. ``nami_lightning.features.Inception`` is FID's.
+        agreement: ``probe``, two linear maps on MiniLM's and the features, fitted to training images; the name or
+            folder of a CLIP; or null for none.
         training_images: what the probe is fitted to and memorisation is measured against.
         drawing: settings of the sampler.
         batch_size: images drawn at once on each rank.
@@ -132,7 +132,8 @@ class Metrics(L.Callback):
             return None
         if self.module.device.type == "cuda":
             torch.cuda.synchronize(self.module.device)
-        fitting = sum(one.seconds for one in self.trainer.callbacks if isinstance(one, BridgePretraining))  # type: ignore[attr-defined]
+        callbacks: list[L.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        fitting = sum(one.seconds for one in callbacks if isinstance(one, BridgePretraining))
         waited = self.trainer.train_dataloader.seconds_waited  # type: ignore[union-attr]
         return self.seconds_before + fitting + waited + self.module.seconds_in_steps
 

@@ -79,7 +79,7 @@ class ClipScore:
             parts = AutoModel.from_pretrained(model), AutoProcessor.from_pretrained(model)
         except OSError as error:
             raise FileNotFoundError(f"CLIP {model} can't be loaded: {str(error).splitlines()[0]}") from error
-        self.metric = CLIPScore(model_name_or_path=lambda: (_Embeddings(parts[0]), parts[1]))  # type: ignore
+        self.metric = CLIPScore(model_name_or_path=lambda: (_Embeddings(parts[0]), parts[1]))
 
     def to(self, device: torch.device) -> "ClipScore":
         """Move the model."""

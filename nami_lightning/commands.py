@@ -119,6 +119,40 @@ def data(options: Namespace) -> None:
     getattr(data_commands, options.what)(options)
 
 
+def compare(options: Namespace) -> None:
+    """Put runs side by side."""
+    write_comparison([find_run(name).folder for name in options.runs], options, options.by, options.output)
+
+
+def sweep(options: Namespace) -> None:
+    """Train a list of recipes, then compare those that left a run.
+
+    Raises:
+        RuntimeError: naming the runs that failed.
+    """
+    from nami_lightning.sweep import train_all
+
+    file, failed = train_all(Path(options.file))
+    folders = [Path(file.output_dir) / run.name for run in file.runs]
+    there = [folder for folder in folders if Run(folder).recipe.exists()]
+    if there:
+        write_comparison(there, options, file.by, options.output or str(Path(file.output_dir) / "comparison"))
+    if failed:
+        raise RuntimeError(f"failed: {', '.join(failed)}; the same command goes on with what isn't finished")
+
+
+def write_comparison(folders: list[Path], options: Namespace, by: str, output: str | None) -> None:
+    """Compare the runs in ``folders``, print the tables, and say where the rest is."""
+    from nami_lightning.compare import differences, load_records
+    from nami_lightning.compare_report import write
+
+    target = Path(output or "comparison")
+    records = load_records(folders)
+    tables = write(records, by, target, differences(records, options.resamples) if options.resamples else [])
+    print("\n\n".join(table.text() for table in tables))
+    print(f"\nPage: {target / 'index.html'}  Overlay: tensorboard --logdir {target / 'tensorboard'}")
+
+
 def load_pipeline(source: str) -> NamiPipeline:
     """The pipeline of a run's newest checkpoint (the EMA's weights), or of a saved pipeline's folder.
 

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -195,7 +196,7 @@ def test_clip_score_is_the_cosine_of_transformers_clip(clip_folder: Path) -> Non
         cosines = torch.cosine_similarity(*(model(**inputs)[key] for key in ("image_embeds", "text_embeds")))
     assert score(images, captions) == pytest.approx((100 * cosines).clamp(min=0).tolist(), abs=1e-3)
     assert max(score(images, captions)) > 0
-    with pytest.raises(FileNotFoundError, match="CLIP .*nowhere can't be loaded"):
+    with pytest.raises(FileNotFoundError, match=r"CLIP .*nowhere can't be loaded"):
         ClipScore(str(clip_folder / "nowhere"))
 
 
@@ -210,7 +211,7 @@ def test_the_packaged_features_tell_pictures_from_noise() -> None:
 def test_names_of_models() -> None:
     assert name_of("openai/clip-vit-large-patch14") == "clip_vit_large_patch14"
     assert name_of(nn.Identity()) == "identity"
-    with pytest.raises(FileNotFoundError, match="Inception's weights nowhere.pth aren't there"):
+    with pytest.raises(FileNotFoundError, match=r"Inception's weights nowhere\.pth aren't there"):
         Inception("nowhere.pth")
 
 
@@ -341,7 +342,7 @@ def test_a_resume_goes_on_with_time_and_forgets_what_was_not_saved(tiny: list[st
     folder = tmp_path / "runs" / "tiny"
     first = read_entries(folder)
     assert [one.step for one in first] == [1, 2, 3, 4, 5, 6]
-    assert all(early.seconds < late.seconds for early, late in zip(first, first[1:], strict=False))  # type: ignore[operator]
+    assert all(early.seconds < late.seconds for early, late in pairwise(first))  # type: ignore[operator]
     (folder / "checkpoints" / "step=0000006.ckpt").unlink()
     fit(tiny, every_n_steps=3, steps=5)
     again = read_entries(folder)
