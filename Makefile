@@ -21,5 +21,5 @@ install: .venv/installed
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -e ".[openmoji,data,test]"
+	$(BIN)/python -m pip install -e ".[openmoji,data,compare,test]"
 	touch $@

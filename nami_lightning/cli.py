@@ -16,7 +16,7 @@ examples:
   lightning show openmoji                                  how far it is, and where its files lie
   lightning data prepare --source photos/ --output shards/ --resolutions 256 512 1024
   lightning compare nami flux_base --by flops              tables, plots, grids, one page
-  lightning sweep recipes/experiments/openmoji_components.yaml  train a list of recipes, then compare
+  lightning sweep openmoji_components                      train a list of recipes, then compare
 """
 
 DATA_EXAMPLES = """\
@@ -141,7 +141,11 @@ def make_parser() -> argparse.ArgumentParser:
         description="Train the runs that FILE lists (recipes/experiments/ has examples), each in turn, then compare "
         "them. Run again to go on: finished runs are left alone, half-done ones resume.",
     )
-    sweep.add_argument("file", metavar="FILE", help="a YAML file: output_dir, runs: [{recipe, name, overrides}]")
+    sweep.add_argument(
+        "file",
+        metavar="FILE",
+        help="a YAML file (output_dir, runs: [{recipe, name, overrides}]), or the name of a packaged one",
+    )
     add_compare_options(sweep)
 
     show = commands.add_parser("show", help="print what a run is", description="Print what a run is.")

@@ -130,9 +130,9 @@ def sweep(options: Namespace) -> None:
     Raises:
         RuntimeError: naming the runs that failed.
     """
-    from nami_lightning.sweep import train_all
+    from nami_lightning.sweep import find_sweep, train_all
 
-    file, failed = train_all(Path(options.file))
+    file, failed = train_all(find_sweep(options.file))
     folders = [Path(file.output_dir) / run.name for run in file.runs]
     there = [folder for folder in folders if Run(folder).recipe.exists()]
     if there:

@@ -19,14 +19,14 @@ from nami_lightning.grid import caption_grid, save_image
 MISSING = "—"
 NOISE_NOTE = (
     "± is half of the 95% interval when the drawn and the held-out images of the last evaluations are resampled "
-    "(bootstrap). It covers the noise of the metric, not that of training: the same recipe with another seed may differ "
-    "by more. Train each with two seeds or more before a small difference is believed."
+    "(bootstrap). It covers the noise of the metric, not that of training: the same recipe with another seed may "
+    "differ by more. Train each with two seeds or more before a small difference is believed."
 )
 BUDGET_NOTES = {
     "steps": "Steps are optimizer steps; those of different recipes cost differently.",
     "samples": "Samples are those of all stages together; one of a coarse stage costs less than one of a fine stage.",
     "flops": "FLOPs are those of the network's forward and backward passes.",
-    "time": "Time is that of training alone: steps, waiting for data, fitting the bridges; no evaluation, no checkpoint.",
+    "time": "Time is that of training alone: steps, waiting for data, fitting the bridges; not of evaluations.",
 }
 
 
@@ -109,9 +109,7 @@ def runs_table(records: Sequence[RunRecord]) -> Table:
     note = (
         ""
         if len({record.entries[-1].drawn for record in records if record.entries}) < 2
-        else (
-            "The runs drew different numbers of images: their distances can't be compared, since they depend on that number."
-        )
+        else ("The runs drew different numbers of images, on which distances depend: they can't be compared.")
     )
     return Table("Runs", ["run", "state", "steps", "samples", "operations", "time", "images drawn"], rows, note)
 

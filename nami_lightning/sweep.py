@@ -2,7 +2,7 @@
 
     output_dir: runs/components     where the runs live
     by: flops                       what the comparison is by: steps, samples, flops, time
-    overrides: {trainer: {...}}     laid over every recipe
+    overrides: {seed: 1}            laid over every recipe
     runs:
       - {recipe: ../openmoji.yaml, name: nami}
       - recipe: ../openmoji.yaml
@@ -10,7 +10,7 @@
         overrides: {model: {bridge: {init_args: {residual_noise: false}}}}
 
 A recipe is a file beside the sweep's, or the name of a packaged one; overrides are pieces of a recipe. Each run is a
-process of its own, so one that fails does not end the others; run again, finished runs are left alone and the rest go on.
+process of its own, so one that fails does not end the others. Run again, finished runs are left alone, the rest go on.
 """
 
 import json
@@ -24,7 +24,7 @@ from typing import Any
 import yaml
 
 from nami_lightning.compare import AXES
-from nami_lightning.recipe import Recipe
+from nami_lightning.recipe import RECIPES, Recipe
 from nami_lightning.runs import Run
 
 
@@ -60,15 +60,26 @@ class Sweep:
     overrides: dict[str, Any] = field(default_factory=dict)
 
 
+def find_sweep(name: str) -> Path:
+    """The sweep at the path ``name``, or the packaged one of that name.
+
+    Raises:
+        FileNotFoundError: naming the packaged ones.
+    """
+    experiments = RECIPES / "experiments"
+    for candidate in (Path(name), experiments / name, experiments / f"{name}.yaml"):
+        if candidate.is_file():
+            return candidate
+    known = ", ".join(sorted(path.stem for path in experiments.glob("*.yaml")))
+    raise FileNotFoundError(f"no sweep {name}; give a YAML file with a list of runs, or one of: {known}")
+
+
 def load_sweep(path: Path) -> Sweep:
     """Read a sweep's file.
 
     Raises:
-        FileNotFoundError: no such file.
         ValueError: it isn't YAML, has an unknown key or lacks one, or two runs share a name.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"no sweep {path}; give a YAML file with a list of runs")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
