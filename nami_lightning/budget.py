@@ -7,10 +7,8 @@ out, and so is the fitting of the bridges.
 
 from itertools import accumulate
 
-import torch
-from torch.utils.flop_counter import FlopCounterMode
-
 from nami_lightning.curriculum import Curriculum
+from nami_lightning.flops import transformer_flops
 from nami_lightning.module import NamiModule
 
 
@@ -24,16 +22,9 @@ def samples_before(curriculum: Curriculum, step: int) -> list[int]:
 
 
 def flops_per_sample(module: NamiModule) -> list[int]:
-    """Operations of one sample's forward and backward pass at each stage, by torch's counter on the meta device."""
-    config, factor = module.transformer_config, module.autoencoder_config.factor
-    counts = []
-    with torch.device("meta"), torch.enable_grad():
-        network = module.make_transformer()
-        for stage, side in enumerate(module.resolutions):
-            latents = torch.zeros(1, config["in_channels"], side // factor, side // factor)
-            sequence = torch.zeros(1, module.text_encoder_config.max_length, config["joint_attention_dim"])
-            pooled = torch.zeros(1, config["pooled_projection_dim"])
-            with FlopCounterMode(display=False) as counter:
-                network(latents, sequence, pooled, torch.zeros(1), stage).sum().backward()
-            counts.append(counter.get_total_flops())
-    return counts
+    """Operations of one square sample's forward and backward pass at each stage."""
+    text = module.text_encoder_config.max_length
+    return [
+        transformer_flops(module.transformer_config, stage, module.tokens(stage) - text, text).model
+        for stage in range(module.num_stages)
+    ]

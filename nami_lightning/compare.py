@@ -125,7 +125,8 @@ def value_at(curve: Sequence[tuple[float, float]], x: float) -> float | None:
     """The value at a budget, straight between the evaluations around it; None outside them."""
     if not curve or not curve[0][0] <= x <= curve[-1][0]:
         return None
-    return float(np.interp(x, *zip(*curve, strict=True)))
+    xs, ys = zip(*curve, strict=True)
+    return float(np.interp(x, xs, ys))
 
 
 def best(curve: Sequence[tuple[float, float]], sign: int) -> tuple[float, float] | None:
@@ -211,11 +212,13 @@ def estimators(evaluation: Evaluation) -> dict[str, Estimator]:
     found: dict[str, Estimator] = {
         f"metrics/{kind}_{evaluation.features}": distance(drawn, real) for kind, distance in metrics.DISTANCES.items()
     }
-    for name, numbers in evaluation.of_drawn.items():
-        found[name] = lambda counts, _, numbers=numbers: float(np.average(numbers, weights=counts))
-    for name, numbers in evaluation.of_real.items():
-        found[name] = lambda _, counts, numbers=numbers: float(np.average(numbers, weights=counts))
-    return found
+    found |= {name: _mean(numbers, 0) for name, numbers in evaluation.of_drawn.items()}
+    return found | {name: _mean(numbers, 1) for name, numbers in evaluation.of_real.items()}
+
+
+def _mean(numbers: np.ndarray, side: int) -> Estimator:
+    """Of one number a drawn image (side 0) or a held-out one (side 1)."""
+    return lambda *counts: float(np.average(numbers, weights=counts[side]))
 
 
 def _at_evaluation(record: RunRecord, estimate: Estimator) -> float:

@@ -60,7 +60,7 @@ def si(value: float) -> str:
     if not value:
         return "0"
     power = min(max(int(math.log10(abs(value)) // 3), 0), 7)
-    return f"{value / 1000**power:.3g}{['', ' k', ' M', ' G', ' T', ' P', ' E', ' Z'][power]}"
+    return f"{value / 1000**power:.3g} {['', 'k', 'M', 'G', 'T', 'P', 'E', 'Z'][power]}"
 
 
 def amount(value: float | None, by: str) -> str:
