@@ -42,3 +42,15 @@ def check_stages(
             f"resolutions {odd} are not multiples of {multiple} px, the patch size {transformer['patch_size']} times "
             f"the autoencoder's factor {vae.factor}"
         )
+
+
+def per_stage(value: float | list[float], stages: int) -> list[float]:
+    """One number a stage, from one for all or a list.
+
+    Raises:
+        ValueError: a list of another length.
+    """
+    values = [float(value)] * stages if isinstance(value, int | float) else value
+    if len(values) != stages:
+        raise ValueError(f"tau_mean and tau_std need one number, or {stages} (one a stage); got {value}")
+    return values

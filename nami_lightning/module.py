@@ -16,7 +16,7 @@ from torch import Tensor
 from nami_lightning import chance, flow
 from nami_lightning.batch import MicroBatch, pixels
 from nami_lightning.bridge import BridgeFlow
-from nami_lightning.checks import check_stages
+from nami_lightning.checks import check_stages, per_stage
 from nami_lightning.curriculum import Curriculum
 from nami_lightning.encoders import (
     Autoencoder,
@@ -99,8 +99,9 @@ class NamiModule(L.LightningModule):
         self.text_encoder_config, self.autoencoder_config = text_encoder, autoencoder
         self.resolutions, self.curriculum, self.seed = resolutions, curriculum, seed
         self.tau, self.tau_uniform_share = tau, tau_uniform_share
-        self.tau_mean, self.tau_std = self._per_stage(tau_mean), self._per_stage(tau_std)
-        self.loss_weighting, self.local_velocity_loss = loss_weighting, local_velocity_loss
+        self.tau_mean, self.tau_std = per_stage(tau_mean, self.num_stages), per_stage(tau_std, self.num_stages)
+        self.loss_weighting = loss_weighting
+        self.loss_scales = [window.width**2 if local_velocity_loss else 1.0 for window in self.bridge.windows]
         self.latent_pyramid, self.prompt_dropout = latent_pyramid, prompt_dropout
         self.gradient_clip_norm = gradient_clip_norm
         self.activation_checkpointing, self.compile_blocks = activation_checkpointing, compile_blocks
@@ -109,8 +110,7 @@ class NamiModule(L.LightningModule):
 
         self.step = 0
         """Global batches consumed: the number of the next one."""
-        self.seconds_in_steps = 0.0
-        """Time spent in training steps since this process began; what the device still has to do is not in it."""
+        self.seconds_in_steps = 0.0  # since this process began
         self.use_ema = False
         self.transformer: NamiTransformer2DModel
         self.ema: NamiTransformer2DModel | None = None
@@ -219,17 +219,13 @@ class NamiModule(L.LightningModule):
     ) -> Tensor:
         """Mean squared error of the velocity over one micro-batch; ``batch`` and the places decide all chance."""
         velocity, target, _ = self.predict(transformer, micro, batch, prompt_dropout)
-        return F.mse_loss(velocity, target) * self._loss_scale(micro.stage)
-
-    def _loss_scale(self, stage: int) -> float:
-        return self.bridge.windows[stage].width ** 2 if self.local_velocity_loss else 1.0
+        return F.mse_loss(velocity, target) * self.loss_scales[micro.stage]
 
     def predict(
         self, transformer: torch.nn.Module, micro: MicroBatch, batch: int | str, prompt_dropout: float = 0.0
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The velocity of one micro-batch, its target, both ``(n, C, H, W)`` float32, and tau ``(n,)``."""
-        stage = micro.stage
-        window = self.bridge.windows[stage]
+        stage, window = micro.stage, self.bridge.windows[micro.stage]
         latents, coarse_latents = self.latents(micro, batch)
         draws = chance.draw(self.seed, batch, micro.places, latents.shape[1:], self.device)
         text = self.encode_prompts(micro.captions, drop=draws.uniform[:, 2] < prompt_dropout)
@@ -239,7 +235,6 @@ class NamiModule(L.LightningModule):
         x = flow.interpolate(start, end, tau)
         t = flow.global_time(tau, window)
         target = flow.velocity_target(start, end, window)
-
         return transformer(x, text.sequence, text.pooled, t, stage).float(), target, tau
 
     def sample_tau(self, stage: int, draws: chance.Draws, tokens: int) -> Tensor:
@@ -296,7 +291,7 @@ class NamiModule(L.LightningModule):
     def validation_step(self, micro: MicroBatch, batch_idx: int) -> None:
         """Loss of a held-out micro-batch at noise and tau that are the same at every validation."""
         velocity, target, tau = self.predict(self.sampling_transformer, micro, VALIDATION)
-        losses = (velocity - target).square().mean((1, 2, 3)) * self._loss_scale(micro.stage)
+        losses = (velocity - target).square().mean((1, 2, 3)) * self.loss_scales[micro.stage]
         self.log(f"val/loss_stage{micro.stage + 1}", losses.mean(), batch_size=len(micro), sync_dist=True)
         self.losses_by_tau.add(micro.stage, tau, losses)
 
@@ -403,9 +398,3 @@ class NamiModule(L.LightningModule):
             "autoencoder.name": vae.name,
             "resolutions": list(self.resolutions),
         }
-
-    def _per_stage(self, value: float | list[float]) -> list[float]:
-        values = [float(value)] * self.num_stages if isinstance(value, int | float) else value
-        if len(values) != self.num_stages:
-            raise ValueError(f"tau_mean and tau_std need one number, or {self.num_stages} (one a stage); got {value}")
-        return values
