@@ -235,5 +235,6 @@ def last_scalars(folder: Path) -> dict[str, tuple[int, float]]:
 
     events = EventAccumulator(str(folder), size_guidance={"scalars": 1, "images": 1})
     events.Reload()
-    tags = [tag for tag in sorted(events.Tags()["scalars"]) if tag.startswith(("train/loss", "val/", "metrics/"))]
+    kinds = ("train/loss", "val/", "metrics/", "probe/")
+    tags = [tag for tag in sorted(events.Tags()["scalars"]) if tag.startswith(kinds) and "_tau_" not in tag]
     return {tag: (newest.step, newest.value) for tag in tags for newest in events.Scalars(tag)[-1:]}

@@ -73,17 +73,14 @@ class RunRecord:
 def load_records(folders: Sequence[Path]) -> list[RunRecord]:
     """The runs in ``folders``, named by their folders, and by more of the path where two are called the same."""
     names = [folder.resolve().name for folder in folders]
-    paths = [str(folder) for folder in folders]
-    return [
-        RunRecord(
-            name=path if names.count(name) > 1 else name,
-            folder=folder,
-            state=state_of(Run(folder)),
-            entries=read_entries(folder),
-            evaluation=Evaluation.load(folder),
-        )
-        for folder, name, path in zip(folders, names, paths, strict=True)
-    ]
+    records = []
+    for folder, name in zip(folders, names, strict=True):
+        entries, evaluation = read_entries(folder), Evaluation.load(folder)
+        if not entries or evaluation is None or evaluation.step != entries[-1].step:
+            evaluation = None  # of steps that a resume has not reached again
+        unique = str(folder) if names.count(name) > 1 else name
+        records.append(RunRecord(unique, folder, state_of(Run(folder)), entries, evaluation))
+    return records
 
 
 def state_of(run: Run) -> str:
@@ -183,7 +180,8 @@ def differences(records: Sequence[RunRecord], resamples: int = 200, quiet: bool 
     """The difference of every two runs in every metric that has a better, with its margin.
 
     A bootstrap over drawn and held-out images. Runs that drew the same prompts from the same noise, or were measured
-    against the same held-out images, are resampled together, so what they share cancels.
+    against the same held-out images, are resampled together, so what they share cancels. What is one number an image
+    (precision, say) is resampled as such, with the neighbourhoods that it was found with.
     """
     measured = [record for record in records if record.evaluation is not None and record.entries]
     values = [estimators(record.evaluation) for record in measured if record.evaluation is not None]

@@ -139,11 +139,11 @@ def train_all(path: Path) -> tuple[Sweep, list[str]]:
     """
     sweep = load_sweep(path)
     commands = {run.name: run_arguments(sweep, run, path.parent) for run in sweep.runs}
-    finished = {name: is_finished(Recipe(command[0], command[1:])) for name, command in commands.items()}
+    states = {name: finished(read_recipe(command, f"{path}, run {name}")) for name, command in commands.items()}
     failed = []
     for number, (name, command) in enumerate(commands.items(), 1):
-        print(f"[{number}/{len(commands)}] {name}{': finished' if finished[name] else ''}", flush=True)
-        if finished[name]:
+        print(f"[{number}/{len(commands)}] {name}{states[name]}", flush=True)
+        if states[name]:
             continue
         code = subprocess.run([sys.executable, "-m", "nami_lightning.cli", "run", *command], check=False).returncode
         if code == 130:  # stopped by hand: so is the sweep
@@ -153,8 +153,24 @@ def train_all(path: Path) -> tuple[Sweep, list[str]]:
     return sweep, failed
 
 
-def is_finished(recipe: Recipe) -> bool:
-    """Whether the run of a recipe has a checkpoint of its last step."""
-    newest = Run(recipe.folder).checkpoints[-1:]
+def read_recipe(command: list[str], where: str) -> Recipe:
+    """The recipe that ``lightning run`` would read.
+
+    Raises:
+        ValueError: it is wrong, and which run's it is.
+    """
+    try:
+        return Recipe(command[0], command[1:])
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def finished(recipe: Recipe) -> str:
+    """What there is to say of a recipe's run that has a checkpoint of its last step; nothing of any other."""
+    run = Run(recipe.folder)
     total = sum(phase.steps for phase in recipe.config.curriculum.phases)
-    return any(int(path.stem.removeprefix("step=")) >= total for path in newest)
+    if not any(int(path.stem.removeprefix("step=")) >= total for path in run.checkpoints[-1:]):
+        return ""
+    if run.recipe.read_text(encoding="utf-8") != recipe.dump():
+        return ": finished, with another recipe than it has now; remove or rename it to train it again"
+    return ": finished"

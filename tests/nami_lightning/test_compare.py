@@ -288,7 +288,7 @@ def test_a_sweep_trains_resumes_skips_and_compares(
     sweep["runs"] = [runs[0], runs[2]]
     assert main(["sweep", str(write_sweep(tmp_path, yaml.safe_dump(sweep))), "--resamples", "3"]) == 0
     told = capfd.readouterr()
-    assert "[1/2] plain: finished" in told.out
+    assert "[1/2] plain: finished\n" in told.out
     assert "from step 2 of 4" in told.err + caplog.text
     assert (tmp_path / "runs" / "plain" / "metrics.jsonl").stat().st_mtime_ns == before
     assert [entry.step for entry in read_entries(tmp_path / "runs" / "quiet")] == [2, 4]

@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -396,6 +399,36 @@ def test_validation_by_tau_adds_up_to_the_stages(tiny: list[str], tmp_path: Path
             if inside:
                 assert found[name] == pytest.approx(np.mean(inside), rel=1e-4)
         assert found[f"val/loss_stage{stage + 1}"] == pytest.approx(np.mean([loss for _, loss in rows]), rel=1e-4)
+
+
+def test_two_processes_measure_what_one_does(tiny: list[str], tmp_path: Path) -> None:
+    callback = {
+        "class_path": "nami_lightning.callbacks.Metrics",
+        "init_args": {
+            "samples": 8,
+            "training_images": 20,
+            "agreement": None,
+            "features": {"class_path": "test_metrics.MeanColours"},
+            "drawing": {"num_inference_steps": 1, "guidance_scale": 1.0},
+            "batch_size": 2,
+        },
+    }
+    callbacks = [{"class_path": "nami_lightning.callbacks.BridgePretraining", "init_args": {"samples": 64}}, callback]
+    settings = ["--curriculum.phases", "[{steps: 2, ratio: [2, 1, 1], learning_rate: 0.002}]"]
+    settings += ["--trainer.callbacks", json.dumps(callbacks), "--data.init_args.num_workers", "0"]
+    two = ["--trainer.devices", "2", "--trainer.strategy", "fsdp2", "--name", "two"]
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    for more in (["--name", "one"], two):
+        command = [sys.executable, "-m", "nami_lightning.cli", "run", *tiny, *settings, *more]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    one, other = (read_entries(tmp_path / "runs" / name)[-1] for name in ("one", "two"))
+    assert other.metrics == pytest.approx(one.metrics, rel=1e-3)
+    assert (other.samples, other.flops, other.drawn) == (one.samples, one.flops, one.drawn)
+    drawn = [Evaluation.load(tmp_path / "runs" / name) for name in ("one", "two")]
+    np.testing.assert_allclose(drawn[1].drawn, drawn[0].drawn, atol=2e-3)  # type: ignore[union-attr]
+    assert drawn[1].captions == drawn[0].captions  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("make", [lambda: Metrics(samples=1), lambda: Metrics(batch_size=0)])
