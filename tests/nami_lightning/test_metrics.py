@@ -218,6 +218,27 @@ def test_names_of_models() -> None:
         Inception("nowhere.pth")
 
 
+def test_inception_is_the_one_of_torchmetrics_fid(tmp_path: Path) -> None:
+    """With random weights, since the real ones are a download."""
+    fidelity = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3", reason="needs the extra fid")
+
+    class Unloaded(fidelity.FeatureExtractorInceptionV3):  # type: ignore[misc, name-defined]
+        def load_state_dict(self, *_: Any) -> None:
+            """Stay random."""
+
+    weights = tmp_path / "weights.pth"
+    torch.save({}, weights)
+    torch.manual_seed(0)
+    torch.save(Unloaded("inception-v3-compat", ["2048"], str(weights)).state_dict(), weights)
+    features = Inception(str(weights))
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    theirs = FrechetInceptionDistance(feature=2048, feature_extractor_weights_path=str(weights))
+    found = features(images)
+    assert found.shape == (2, features.num_features)
+    assert found.std() > 0
+    torch.testing.assert_close(found, theirs.inception(images))
+
+
 # --- on disk ---------------------------------------------------------------------------------------
 
 
