@@ -1,6 +1,7 @@
 """How well drawn images agree with their captions: CLIP score, or a probe where no CLIP can be had."""
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -34,8 +35,7 @@ class Probe:
     """
 
     def __init__(self, features: Tensor, captions: Sequence[str]) -> None:
-        self.encoder = PromptEncoder.load(TextEncoderConfig(MINILM, max_length=MAX_LENGTH, cache=True))
-        x, y = features.double(), self._texts(captions)
+        x, y = features.double(), sentences(captions)
         self.mean_x, self.mean_y = x.mean(0), y.mean(0)
         x, y = x - self.mean_x, y - self.mean_y
         white_x, white_y = _whitening(x), _whitening(y)
@@ -46,11 +46,19 @@ class Probe:
     def similarity(self, features: Tensor, captions: Sequence[str]) -> Tensor:
         """Cosines ``(n, m)`` of n images' features and m captions."""
         images = F.normalize((features.double() - self.mean_x) @ self.image_tower)
-        texts = F.normalize((self._texts(captions) - self.mean_y) @ self.text_tower)
+        texts = F.normalize((sentences(captions) - self.mean_y) @ self.text_tower)
         return images @ texts.T
 
-    def _texts(self, captions: Sequence[str]) -> Tensor:
-        return self.encoder(captions).pooled.double()
+
+@cache
+def _encoder() -> PromptEncoder:
+    """MiniLM, loaded once, with what it has encoded."""
+    return PromptEncoder.load(TextEncoderConfig(MINILM, max_length=MAX_LENGTH, cache=True))
+
+
+def sentences(captions: Sequence[str]) -> Tensor:
+    """MiniLM's sentence states ``(n, 384)`` of n captions."""
+    return _encoder()(captions).pooled.double()
 
 
 def _whitening(centred: Tensor) -> Tensor:

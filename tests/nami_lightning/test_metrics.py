@@ -24,7 +24,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from nami_lightning import metrics
-from nami_lightning.agreement import ClipScore, Probe
+from nami_lightning.agreement import ClipScore, Probe, sentences
 from nami_lightning.callbacks import BridgePretraining, Drawing, Metrics, RunCheckpoint
 from nami_lightning.datamodules import MultiResolutionDataModule
 from nami_lightning.features import EfficientNetLite0, Inception, name_of
@@ -136,7 +136,7 @@ def test_the_probe_finds_the_captions_that_features_tell() -> None:
     words = ("red", "blue", "green", "big", "small"), ("apple", "dog", "house", "flag", "heart", "sun")
     captions = [f"{colour} {thing} {other}" for colour in words[0] for thing in words[1] for other in words[1][:5]]
     generator = torch.Generator().manual_seed(0)
-    texts = Probe(torch.randn(8, 4, generator=generator), captions[:8])._texts(captions)
+    texts = sentences(captions)
     mixing = torch.randn(384, 100, generator=generator, dtype=torch.float64)
     features = texts @ mixing + 0.2 * torch.randn(len(captions), 100, generator=generator)
     unseen = torch.arange(len(captions)) % 4 == 0
@@ -222,7 +222,7 @@ def test_inception_is_the_one_of_torchmetrics_fid(tmp_path: Path) -> None:
     """With random weights, since the real ones are a download."""
     fidelity = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3", reason="needs the extra fid")
 
-    class Unloaded(fidelity.FeatureExtractorInceptionV3):  # type: ignore[misc, name-defined]
+    class Unloaded(fidelity.FeatureExtractorInceptionV3):  # type: ignore[name-defined]
         def load_state_dict(self, *_: Any) -> None:
             """Stay random."""
 
