@@ -17,10 +17,13 @@ from nami_lightning.compare import AXES, HEADLINES, Difference, RunRecord, direc
 from nami_lightning.grid import caption_grid, save_image
 
 MISSING = "—"
+COLUMNS = 8
+"""Of a grid, about: whole prompts stand beside each other."""
 NOISE_NOTE = (
     "± is half of the 95% interval when the drawn and the held-out images of the last evaluations are resampled "
     "(bootstrap). It covers the noise of the metric, not that of training: the same recipe with another seed may "
-    "differ by more. Train each with two seeds or more before a small difference is believed."
+    "differ by more. Train each with two seeds or more before a small difference is believed. Of twenty differences "
+    "that are nothing, one is beyond the noise by chance. Runs of unequal budgets are not made equal here."
 )
 BUDGET_NOTES = {
     "steps": "Steps are optimizer steps; those of different recipes cost differently.",
@@ -70,7 +73,9 @@ def amount(value: float | None, by: str) -> str:
     if by == "time":
         minutes, seconds = divmod(round(value), 60)
         hours, minutes = divmod(minutes, 60)
-        return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s"
+        if hours:
+            return f"{hours} h {minutes:02} min"
+        return f"{minutes} min {seconds:02} s" if minutes else f"{seconds} s"
     return f"{si(value)}FLOP" if by == "flops" else f"{round(value):,}"
 
 
@@ -150,16 +155,21 @@ def reach_table(records: Sequence[RunRecord], by: str, metric: str) -> Table:
             x = compare.reached(curve, goal[1], direction(metric))
             if x is None:
                 cells.append("not reached" if curve else MISSING)
+            elif of == name:
+                cells.append(amount(x, by))
             else:
-                cells.append(amount(x, by) + ("" if of == name else f" ({x / goal[0]:.2f} of it)"))
+                most = "≤ " if x == curve[0][0] else ""
+                cells.append(f"{most}{amount(x, by)} ({most}{x / goal[0]:.2f} of it)")
         rows.append([name, *cells])
-    return Table(f"What it takes to reach another's best: {metric}, by {by}", ["run", *header], rows)
+    note = "≤: already the first evaluation was as good."
+    return Table(f"What it takes to reach another's best: {metric}, by {by}", ["run", *header], rows, note)
 
 
 def differences_table(found: Sequence[Difference]) -> Table:
     """Which differences are more than the metric's noise."""
     rows = []
-    for one in found:
+    metrics = list(dict.fromkeys(one.metric for one in found))
+    for one in sorted(found, key=lambda one: metrics.index(one.metric)):
         verdict = "within the noise" if one.within_noise else f"{_better(one)} is better"
         rows.append([one.metric, f"{one.one} - {one.other}", f"{one.value:+.4g} ± {one.margin:.3g}", verdict])
     title = "Differences at the last evaluations"
@@ -176,7 +186,7 @@ def _arrow(metric: str) -> str:
 
 def _starred(values: Sequence[float | None], sign: int) -> list[str]:
     there = [value * sign for value in values if value is not None]
-    starred = len(there) > 1 and sign != 0
+    starred = len(set(there)) > 1 and sign != 0
     return [number(v) + (" *" if starred and v is not None and v * sign == max(there) else "") for v in values]
 
 
@@ -189,15 +199,19 @@ def plots(records: Sequence[RunRecord], by: str, folder: Path) -> list[Path]:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import EngFormatter
 
     written = []
     for metric in compare.metrics_of(records):
+        if metric.endswith("_of_real"):
+            continue  # a constant
         figure, axes = pyplot.subplots(figsize=(6.4, 4), layout="constrained")
         for record, marker in zip(records, itertools.cycle("os^Dv*"), strict=False):
             if curve := record.curve(metric, by):
                 axes.plot(*zip(*curve, strict=True), marker=marker, markersize=4, label=record.name)
         unit = {"time": "seconds of training", "flops": "FLOP"}.get(by, by)
         axes.set(xlabel=unit, ylabel=metric.partition("/")[2], title=_title(metric))
+        axes.xaxis.set_major_formatter(EngFormatter())
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
             axes.legend()
@@ -214,7 +228,7 @@ def _title(metric: str) -> str:
 
 
 def grid(records: Sequence[RunRecord]) -> Image.Image | None:
-    """What the runs drew of the same prompts from the same noise: a row a prompt, a column a run; None if nothing."""
+    """What the runs drew of the same prompts from the same noise, a prompt's images beside each other; None if nothing."""
     drawn = {
         record.name: dict(
             zip(
@@ -233,9 +247,10 @@ def grid(records: Sequence[RunRecord]) -> Image.Image | None:
     shared = [key for key in first if all(key in images for images in drawn.values())]
     if not shared:
         return None
+    columns = len(drawn) * max(1, COLUMNS // len(drawn))
     cells = [(name, key) for key in shared for name in drawn]
     images = [Image.fromarray(np.asarray(drawn[name][key])) for name, key in cells]
-    return caption_grid(images, [key[0] for _, key in cells], len(drawn), [name for name, _ in cells])
+    return caption_grid(images, [key[0] for _, key in cells], columns, [name for name, _ in cells])
 
 
 def tensorboard(records: Sequence[RunRecord], folder: Path) -> None:
@@ -266,7 +281,7 @@ body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem
 table { border-collapse: collapse; margin: .5rem 0; display: block; overflow-x: auto }
 th, td { padding: .25rem .8rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap }
 th:first-child, td:first-child { text-align: left }
-th { border-bottom: 2px solid #888 }
+th { border-bottom: 2px solid #888; white-space: normal; vertical-align: bottom }
 td.best { font-weight: 600; background: #eaf5ea }
 p.note { color: #666; max-width: 60rem }
 .plots { display: flex; flex-wrap: wrap; gap: 1rem }

@@ -75,8 +75,13 @@ def test_curves_are_read_between_evaluations(tmp_path: Path) -> None:
     assert compare.reached([(1, 0.1), (2, 0.5)], 0.3, 1) == pytest.approx(1.5)
     assert compare.equal_budget([one, other], "time") == 10
     table = reach_table([one, other], "time", FRECHET)
-    assert table.rows[1][1] == "0 min 09 s (0.46 of it)"  # 9.17 s of slow's 20 s
+    assert table.rows[1][1] == "9 s (0.46 of it)"  # 9.17 s of slow's 20 s
     assert table.rows[0][2] == "not reached"
+    table = reach_table([one, other], "time", RECALL)  # 1 - frechet / 99
+    assert table.rows[1][1] == "9 s (0.46 of it)"
+    early = make_run(tmp_path / "early", [10])
+    table = reach_table([one, load_records([early])[0]], "steps", FRECHET)
+    assert table.rows[1][1] == "≤ 10 (≤ 0.25 of it)"
 
 
 def test_every_way_of_naming_a_metric_has_its_direction() -> None:
