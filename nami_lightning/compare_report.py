@@ -228,7 +228,7 @@ def _title(metric: str) -> str:
 
 
 def grid(records: Sequence[RunRecord]) -> Image.Image | None:
-    """What the runs drew of the same prompts from the same noise, a prompt's images beside each other; None if nothing."""
+    """What the runs drew of the same prompts from the same noise, beside each other; None if nothing."""
     drawn = {
         record.name: dict(
             zip(
