@@ -26,5 +26,5 @@ install: .venv/installed
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -e ".[openmoji,data,evaluate,test]"
+	$(BIN)/python -m pip install -e ".[openmoji,data,compare,evaluate,test]"
 	touch $@

@@ -5,7 +5,7 @@ from nami_lightning.callbacks.checkpoint import RunCheckpoint
 from nami_lightning.callbacks.curriculum import CurriculumCallback
 from nami_lightning.callbacks.drawing import Drawing
 from nami_lightning.callbacks.ema import EMA
-from nami_lightning.callbacks.frechet import FrechetDistance
+from nami_lightning.callbacks.metrics import Metrics
 from nami_lightning.callbacks.samples import ImageSamples
 from nami_lightning.callbacks.throughput import Throughput
 from nami_lightning.callbacks.watchdog import Watchdog
@@ -15,8 +15,8 @@ __all__ = [
     "BridgePretraining",
     "CurriculumCallback",
     "Drawing",
-    "FrechetDistance",
     "ImageSamples",
+    "Metrics",
     "RunCheckpoint",
     "Throughput",
     "Watchdog",

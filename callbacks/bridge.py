@@ -1,6 +1,7 @@
 """Fits the bridges before training starts, as the paper does, in closed form or by gradients."""
 
 from collections.abc import Iterator
+from time import perf_counter
 from typing import Literal
 
 import lightning as L
@@ -42,6 +43,8 @@ class BridgePretraining(L.Callback):
         if samples < 1 or steps < 1:
             raise ValueError(f"BridgePretraining needs samples and steps of at least 1; got {samples} and {steps}")
         self.method, self.samples, self.steps, self.learning_rate = method, samples, steps, learning_rate
+        self.seconds = 0.0
+        """What the fitting took; 0 where nothing was to be fitted."""
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Fit what is not fitted."""
@@ -49,6 +52,7 @@ class BridgePretraining(L.Callback):
         bridge = pl_module.bridge
         if bridge.fitted:
             return
+        begin = perf_counter()
         data = trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(data, MultiResolutionDataModule)
         for stage in range(1, bridge.num_stages):
@@ -62,6 +66,7 @@ class BridgePretraining(L.Callback):
                 progress = tqdm(pairs, f"fitting bridge {stage}", self.steps, disable=not trainer.is_global_zero)
                 fit_by_gradient(bridge, stage, progress, self.steps, self.learning_rate)
         bridge.fitted.fill_(True)
+        self.seconds = perf_counter() - begin
         rank_zero_info(f"Fitted {bridge.num_stages - 1} bridge(s) ({self.method}).")
 
     def _solve(self, module: NamiModule, steps: StepDataset, stage: int, quiet: bool) -> None:

@@ -24,12 +24,22 @@ class Drawing:
     guidance_scale: float = 3.5
     solver: SolverKind = "euler"
 
-    def draw(self, module: NamiModule, prompts: list[str], seeds: Sequence[int], output_type: str = "pil") -> Any:
+    def draw(
+        self,
+        module: NamiModule,
+        prompts: list[str],
+        seeds: Sequence[int],
+        output_type: str = "pil",
+        height: int | None = None,
+        width: int | None = None,
+    ) -> Any:
         """Images of ``prompts`` with the EMA's weights if there are any; image i from the noise of ``seeds[i]``."""
         with module.averaged:
             output = module.pipeline()(
                 prompt_states=module.encode_prompts(prompts),
                 negative_prompt_states=module.encode_prompts([""]),
+                height=height,
+                width=width,
                 num_inference_steps=self.num_inference_steps,
                 guidance_scale=self.guidance_scale,
                 solver=self.solver,

@@ -21,6 +21,8 @@ examples:
   lightning launch slurm recipes/nami_2b.yaml --nodes 8 --gpus 8 --output nami_2b.sh
   lightning plan nami_2b --devices 64 --device a100-80gb   memory, operations and GPU-hours before anything is bought
   lightning data prepare --source photos/ --output shards/ --resolutions 256 512 1024
+  lightning compare nami flux_base --by flops              tables, plots, grids, one page
+  lightning sweep openmoji_components                      train a list of recipes, then compare
 """
 
 DATA_EXAMPLES = """\
@@ -162,6 +164,34 @@ def make_parser() -> argparse.ArgumentParser:
     )
     evaluation.add_evaluate_options(evaluate)
 
+    compare = commands.add_parser(
+        "compare",
+        help="runs side by side: tables, plots, grids",
+        description="Put runs side by side: final values, values at an equal budget, what one needs to reach another's "
+        "best, and which differences are more than the metric's noise. Their recipes need the callback Metrics.",
+    )
+    compare.add_argument("runs", nargs="+", metavar="RUN", help="a run (folder, or name below runs/)")
+    compare.add_argument(
+        "--by",
+        choices=["steps", "samples", "flops", "time"],
+        default="flops",
+        help="what budget is counted in: the x-axis of the plots too (default flops)",
+    )
+    add_compare_options(compare)
+
+    sweep = commands.add_parser(
+        "sweep",
+        help="train a list of recipes, then compare",
+        description="Train the runs that FILE lists (recipes/experiments/ has examples), each in turn, then compare "
+        "them. Run again to go on: finished runs are left alone, half-done ones resume.",
+    )
+    sweep.add_argument(
+        "file",
+        metavar="FILE",
+        help="a YAML file (output_dir, runs: [{recipe, name, overrides}]), or the name of a packaged one",
+    )
+    add_compare_options(sweep)
+
     show = commands.add_parser("show", help="print what a run is", description="Print what a run is.")
     show.add_argument("run", metavar="RUN", help="a run (folder, or name below runs/)")
     return parser
@@ -211,6 +241,17 @@ def add_plan_command(commands: Any) -> None:
         "--images", type=int, nargs="+", metavar="N", help="images for training: all, or those of each resolution"
     )
     plan.add_argument("--json", action="store_true", help="all figures for programs: bytes, operations, seconds")
+
+
+def add_compare_options(parser: argparse.ArgumentParser) -> None:
+    """What ``compare`` and ``sweep`` share."""
+    parser.add_argument(
+        "--output",
+        metavar="DIR",
+        help="where index.html, comparison.md, plots and grid.png go (default: comparison, "
+        "or for a sweep its output_dir/comparison)",
+    )
+    parser.add_argument("--resamples", type=int, default=200, help="of the bootstrap; 0 leaves it out (default 200)")
 
 
 def add_data_commands(parser: argparse.ArgumentParser) -> None:

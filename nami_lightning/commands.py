@@ -17,7 +17,7 @@ from nami_lightning.curriculum import Curriculum
 from nami_lightning.grid import caption_grid, save_image
 from nami_lightning.module import NamiModule
 from nami_lightning.pipeline import NamiPipeline
-from nami_lightning.ranks import output_of_rank
+from nami_lightning.ranks import join_after_restart, output_of_rank
 from nami_lightning.recipe import Recipe
 from nami_lightning.runs import Run, about, find_run, load_weights
 from nami_lightning.strategies import FSDP2Strategy
@@ -81,6 +81,7 @@ def train(
         rank_zero_info(f"Resuming {this.folder} from {where}, checkpoint {path.name}")
 
     write_recipe(this, recipe.dump())
+    join_after_restart(trainer.strategy)
     trainer.fit(model, data, ckpt_path=newest[0] if newest else None, weights_only=True)
     if model.step < model.curriculum.total_steps:
         rank_zero_info(f"Stopped at {describe(model.curriculum, model.step)}. The same command goes on.")
@@ -144,6 +145,40 @@ def evaluate(options: Namespace) -> None:
 
     quieten_libraries()
     evaluate_commands.evaluate(options)
+
+
+def compare(options: Namespace) -> None:
+    """Put runs side by side."""
+    write_comparison([find_run(name).folder for name in options.runs], options, options.by, options.output)
+
+
+def sweep(options: Namespace) -> None:
+    """Train a list of recipes, then compare those that left a run.
+
+    Raises:
+        RuntimeError: naming the runs that failed.
+    """
+    from nami_lightning.evidence.sweep import find_sweep, train_all
+
+    file, failed = train_all(find_sweep(options.file))
+    folders = [Path(file.output_dir) / run.name for run in file.runs]
+    there = [folder for folder in folders if Run(folder).recipe.exists()]
+    if there:
+        write_comparison(there, options, file.by, options.output or str(Path(file.output_dir) / "comparison"))
+    if failed:
+        raise RuntimeError(f"failed: {', '.join(failed)}; the same command goes on with what isn't finished")
+
+
+def write_comparison(folders: list[Path], options: Namespace, by: str, output: str | None) -> None:
+    """Compare the runs in ``folders``, print the tables, and say where the rest is."""
+    from nami_lightning.evidence.compare import differences, load_records
+    from nami_lightning.evidence.report import write
+
+    target = Path(output or "comparison")
+    records = load_records(folders)
+    tables = write(records, by, target, differences(records, options.resamples) if options.resamples else [])
+    print("\n\n".join(table.text() for table in tables))
+    print(f"\nPage: {target / 'index.html'}  Overlay: tensorboard --logdir {target / 'tensorboard'}")
 
 
 def load_pipeline(source: str) -> NamiPipeline:
@@ -257,5 +292,6 @@ def last_scalars(folder: Path) -> dict[str, tuple[int, float]]:
 
     events = EventAccumulator(str(folder), size_guidance={"scalars": 1, "images": 1})
     events.Reload()
-    tags = [tag for tag in sorted(events.Tags()["scalars"]) if tag.startswith(("train/loss", "val/", "metrics/"))]
+    kinds = ("train/loss", "val/", "metrics/", "probe/")
+    tags = [tag for tag in sorted(events.Tags()["scalars"]) if tag.startswith(kinds) and "_tau_" not in tag]
     return {tag: (newest.step, newest.value) for tag in tags for newest in events.Scalars(tag)[-1:]}

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import cached_property
+from time import perf_counter
 from typing import Any, Literal
 
 import lightning as L
@@ -34,6 +35,7 @@ from nami_lightning.flow import LossWeighting, TauKind
 from nami_lightning.pipeline import NamiPipeline
 from nami_lightning.strategies import parallelize, reduce_gradients, whole
 from nami_lightning.transformer import NamiTransformer2DModel
+from nami_lightning.validation import LossByTau
 
 LatentPyramid = Literal["encode", "pool"]
 VALIDATION = "validation"
@@ -103,7 +105,8 @@ class NamiModule(L.LightningModule):
         self.resolutions, self.curriculum, self.seed = resolutions, curriculum, seed
         self.tau, self.tau_uniform_share = tau, tau_uniform_share
         self.tau_mean, self.tau_std = (per_stage(value, self.num_stages) for value in (tau_mean, tau_std))
-        self.loss_weighting, self.local_velocity_loss = loss_weighting, local_velocity_loss
+        self.loss_weighting = loss_weighting
+        self.loss_scales = [window.width**2 if local_velocity_loss else 1.0 for window in self.bridge.windows]
         self.latent_pyramid, self.prompt_dropout = latent_pyramid, prompt_dropout
         self.gradient_clip_norm, self.max_skipped_steps = gradient_clip_norm, max_skipped_steps
         self.activation_checkpointing, self.compile_blocks = activation_checkpointing, compile_blocks
@@ -114,6 +117,7 @@ class NamiModule(L.LightningModule):
 
         self.step = 0
         """Global batches consumed: the number of the next one."""
+        self.seconds_in_steps = 0.0  # since this process began
         self.skipped = SkippedSteps()
         self.told_to_stop = self.stopping = False
         """This rank was told to; all ranks agreed to, after this step."""
@@ -181,6 +185,7 @@ class NamiModule(L.LightningModule):
 
     def training_step(self, batch: list[MicroBatch], batch_idx: int) -> None:
         """One optimizer step from the micro-batches of one global batch."""
+        begin = perf_counter()
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)
         ratio = self.curriculum.phase(self.step).ratio
@@ -211,6 +216,8 @@ class NamiModule(L.LightningModule):
             self._log_metrics({"train/skipped": self.skipped.total})
         optimizer.zero_grad()
 
+        self.seconds_in_steps += perf_counter() - begin
+
     def on_train_batch_end(self, outputs: Any, batch: list[MicroBatch], batch_idx: int) -> None:
         """End a run that only skips, once the callbacks have seen the step."""
         self.begin("waiting for data")
@@ -240,8 +247,14 @@ class NamiModule(L.LightningModule):
         self, transformer: torch.nn.Module, micro: MicroBatch, batch: int | str, prompt_dropout: float = 0.0
     ) -> Tensor:
         """Mean squared error of the velocity over one micro-batch; ``batch`` and the places decide all chance."""
-        stage = micro.stage
-        window = self.bridge.windows[stage]
+        velocity, target, _ = self.predict(transformer, micro, batch, prompt_dropout)
+        return F.mse_loss(velocity, target) * self.loss_scales[micro.stage]
+
+    def predict(
+        self, transformer: torch.nn.Module, micro: MicroBatch, batch: int | str, prompt_dropout: float = 0.0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The velocity of one micro-batch, its target, both ``(n, C, H, W)`` float32, and tau ``(n,)``."""
+        stage, window = micro.stage, self.bridge.windows[micro.stage]
         latents, coarse_latents = self.latents(micro, batch)
         draws = chance.draw(self.seed, batch, micro.places, latents.shape[1:], self.device)
         text = self.text_states(micro, drop=draws.uniform[:, 2] < prompt_dropout)
@@ -251,10 +264,7 @@ class NamiModule(L.LightningModule):
         x = flow.interpolate(start, end, tau)
         t = flow.global_time(tau, window)
         target = flow.velocity_target(start, end, window)
-
-        velocity = transformer(x, text.sequence, text.pooled, t, stage)
-        loss = F.mse_loss(velocity.float(), target)
-        return loss * window.width**2 if self.local_velocity_loss else loss
+        return transformer(x, text.sequence, text.pooled, t, stage).float(), target, tau
 
     def sample_tau(self, stage: int, draws: chance.Draws, tokens: int) -> Tensor:
         """Local times of a micro-batch; ``tokens`` counts latents, before patches."""
@@ -324,8 +334,18 @@ class NamiModule(L.LightningModule):
     def validation_step(self, micro: MicroBatch, batch_idx: int) -> None:
         """Loss of a held-out micro-batch at noise and tau that are the same at every validation."""
         self.begin(f"validation, stage {micro.stage + 1}")
-        loss = self.flow_loss(self.sampling_transformer, micro, VALIDATION)
-        self.log(f"val/loss_stage{micro.stage + 1}", loss, batch_size=len(micro), sync_dist=True)
+        velocity, target, tau = self.predict(self.sampling_transformer, micro, VALIDATION)
+        losses = (velocity - target).square().mean((1, 2, 3)) * self.loss_scales[micro.stage]
+        self.log(f"val/loss_stage{micro.stage + 1}", losses.mean(), batch_size=len(micro), sync_dist=True)
+        self.losses_by_tau.add(micro.stage, tau, losses)
+
+    def on_validation_epoch_start(self) -> None:
+        """Start the sums by tau."""
+        self.losses_by_tau = LossByTau(self.num_stages, self.device)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the losses by tau."""
+        self.log_dict(self.losses_by_tau.means(self.trainer.strategy))
 
     # --- the frozen parts: not submodules, so neither trained nor in the checkpoint --------------
 

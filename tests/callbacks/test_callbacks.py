@@ -4,19 +4,15 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import numpy as np
 import pytest
-import scipy.linalg
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from nami_lightning.batch import MicroBatch
 from nami_lightning.bridge import BridgeFlow
-from nami_lightning.callbacks import EMA, BridgePretraining, Drawing, FrechetDistance, RunCheckpoint, Throughput
+from nami_lightning.callbacks import EMA, BridgePretraining, Metrics, RunCheckpoint, Throughput
 from nami_lightning.callbacks.throughput import StageMemory
-from nami_lightning.commands import last_scalars
-from nami_lightning.datamodules import MultiResolutionDataModule
 from nami_lightning.module import NamiModule
 from nami_lightning.recipe import Recipe
 
@@ -82,45 +78,6 @@ def test_both_methods_fit_the_same_bridges_and_fitted_ones_are_left_alone(tiny: 
     BridgePretraining(samples=8).on_fit_start(trainer, solved)
     assert torch.equal(outputs(solved.bridge, 1), before)
     assert not any(parameter.requires_grad for parameter in solved.bridge.parameters())
-
-
-class MeanColours(nn.Module):
-    """Six numbers an image: means and deviations of its colours."""
-
-    name = "mean_colours"
-    num_features = 6
-
-    def forward(self, images: Tensor) -> Tensor:
-        images = images.double() / 255
-        return torch.cat([images.mean((2, 3)), images.std((2, 3))], 1)
-
-
-def test_frechet_distance_against_scipy(tiny: list[str], tmp_path: Path) -> None:
-    features, drawing = MeanColours(), Drawing(num_inference_steps=2, guidance_scale=2.0)
-    callback = FrechetDistance(samples=8, features=features, drawing=drawing, batch_size=3, seed=5)
-    model, data, _ = fit(tiny, [BridgePretraining(samples=64), callback])
-    assert isinstance(data, MultiResolutionDataModule)
-    heldout = data.heldout(8, micro_batch=[8, 8, 8])
-    finest = next(heldout[i] for i in range(len(heldout)) if heldout[i].stage == 2)
-    drawn = drawing.draw(model, finest.captions, [5 + i for i in range(len(finest))], output_type="pt")
-    real, fake = (features(images).numpy() for images in (finest.images, (drawn * 255).round().byte()))
-    means = real.mean(0) - fake.mean(0)
-    covariances = np.cov(real.T), np.cov(fake.T)
-    root = scipy.linalg.sqrtm(covariances[0] @ covariances[1]).real
-    expected = means @ means + np.trace(covariances[0] + covariances[1] - 2 * root)
-    logged = last_scalars(tmp_path / "runs" / "tiny")["metrics/frechet_mean_colours"]
-    assert logged[0] == 6
-    assert logged[1] == pytest.approx(expected, rel=2e-3, abs=1e-5)
-
-
-def test_the_packaged_features_tell_pictures_from_noise() -> None:
-    from nami_lightning.callbacks.frechet import EfficientNetLite0
-
-    features = EfficientNetLite0()
-    noise = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    flat = torch.full((2, 3, 32, 32), 128, dtype=torch.uint8)
-    assert features(noise).shape == (2, 1280)
-    assert torch.dist(features(noise)[0], features(noise)[1]) < torch.dist(features(noise)[0], features(flat)[0])
 
 
 def test_throughput_counts_every_image_token_and_operation(tiny: list[str], tmp_path: Path) -> None:
@@ -200,7 +157,7 @@ def test_peak_memory_is_told_apart_by_stage(monkeypatch: pytest.MonkeyPatch) -> 
         lambda: EMA(decay=1.0),
         lambda: RunCheckpoint(keep=0),
         lambda: BridgePretraining(samples=0),
-        lambda: FrechetDistance(samples=1),
+        lambda: Metrics(samples=1),
         lambda: Throughput(every_n_steps=0),
         lambda: Throughput(peak_flops=0.0),
     ],

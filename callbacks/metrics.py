@@ -1,0 +1,298 @@
+"""Measures what a run draws, every so often: held-out captions, fixed noise, the EMA's weights.
+
+From one set of drawn images and one network of features: Frechet distance, KID, CMMD's distance, precision and recall,
+how near they are to training images, and how well they agree with their captions. All go to the loggers and, with what
+the training had used by then, to the run's ``metrics.jsonl``.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+import torch.distributed as dist
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from nami_lightning.callbacks.bridge import BridgePretraining
+from nami_lightning.callbacks.drawing import Drawing
+from nami_lightning.datamodules.multires import MultiResolutionDataModule
+from nami_lightning.evidence import metrics
+from nami_lightning.evidence.budget import flops_per_sample, samples_before
+from nami_lightning.evidence.features import EfficientNetLite0, name_of
+from nami_lightning.evidence.probe import ClipScore, Probe
+from nami_lightning.evidence.record import Entry, Evaluation, read_entries, write_entries
+from nami_lightning.module import NamiModule
+
+COPIES = 0.05
+"""Quantile of the held-out images' distances to training images below which a drawn image counts as a copy."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What drawn images are measured against, the same on all ranks.
+
+    Attributes:
+        real: features of the held-out images.
+        captions: of each.
+        ids: of each.
+        training: features of training images, and their captions.
+    """
+
+    real: Tensor
+    captions: list[str]
+    ids: list[str]
+    training: tuple[Tensor, list[str]]
+
+
+class Metrics(L.Callback):
+    """Draws the held-out captions and logs ``metrics/NAME_FEATURES``, every ``every_n_steps`` steps and at the end.
+
+    ``frechet`` (FID on Inception), ``kid``, ``mmd`` (as CMMD), ``precision``, ``recall``; ``nearest_training``, the
+    mean distance to the nearest training image as a multiple of the held-out images' (1: no nearer than unseen
+    pictures), and ``copies``, the share that is nearer than the nearest 5% of those (0.05: no more than chance). All
+    depend on the numbers of images: compare equal ones only. Agreement with the captions is
+    ``metrics/clip_score_MODEL``, or ``probe/retrieval_at_1`` and ``_at_5``, the share of drawn images whose caption a
+    probe finds among all drawn ones; ``probe/..._of_real`` is the same for the held-out images.
+
+    Args:
+        samples: images on either side; at most as many as are held out.
+        every_n_steps: how often; the end of training always counts. 0: only the end.
+        features: a network from uint8 images to ``(B, num_features)``, with a ``name``; the packaged
+            EfficientNet-Lite0 if null. ``nami_lightning.evidence.features.Inception`` is FID's.
+        agreement: ``probe``, two linear maps on MiniLM's and the features, fitted to training images; the name or
+            folder of a CLIP; or null for none.
+        training_images: what the probe is fitted to and memorisation is measured against.
+        drawing: settings of the sampler.
+        batch_size: images drawn at once on each rank.
+        seed: of the noise; sample i uses ``seed + i``.
+        shown: the first so many drawn images are kept for comparisons.
+
+    Raises:
+        ValueError: a number out of its range.
+    """
+
+    def __init__(
+        self,
+        samples: int = 400,
+        every_n_steps: int = 0,
+        features: nn.Module | None = None,
+        agreement: str | None = "probe",
+        training_images: int = 1000,
+        drawing: Drawing = Drawing(),
+        batch_size: int = 16,
+        seed: int = 0,
+        shown: int = 16,
+    ) -> None:
+        if samples < 4 or training_images < 4 or every_n_steps < 0 or batch_size < 1 or shown < 0:
+            raise ValueError(
+                "Metrics needs samples and training_images of at least 4, batch_size of at least 1, and "
+                "every_n_steps and shown not below 0"
+            )
+        self.samples, self.every_n_steps, self.features = samples, every_n_steps, features
+        self.agreement, self.training_images = agreement, training_images
+        self.drawing, self.batch_size, self.seed, self.shown = drawing, batch_size, seed, shown
+        self.reference: Reference | None = None
+        self.probe: Probe | None = None
+        self.clip: ClipScore | None = None
+        self.seconds_before: float | None = None
+
+    # --- what the training has used --------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The time of training, to go on from after a resume."""
+        return {"seconds": self.seconds()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint's time."""
+        self.seconds_before = state_dict["seconds"]
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Count from here; forget what was measured after the checkpoint that this run goes on from."""
+        assert isinstance(pl_module, NamiModule)
+        self.trainer, self.module = trainer, pl_module
+        self.flops = flops_per_sample(pl_module)
+        if pl_module.step == 0:
+            self.seconds_before = 0.0
+        elif self.seconds_before is None:
+            rank_zero_warn("Metrics was not in the recipe from the start: the time of training is not recorded.")
+        if trainer.is_global_zero:
+            folder = Path(trainer.default_root_dir)
+            entries = read_entries(folder)
+            if kept := [entry for entry in entries if entry.step <= pl_module.step]:
+                write_entries(folder, kept)
+
+    def seconds(self) -> float | None:
+        """Time of training so far, over all resumes, without evaluations and checkpoints; None if unknown."""
+        if self.seconds_before is None:
+            return None
+        if self.module.device.type == "cuda":
+            torch.cuda.synchronize(self.module.device)
+        callbacks: list[L.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        fitting = sum(one.seconds for one in callbacks if isinstance(one, BridgePretraining))
+        waited = self.trainer.train_dataloader.seconds_waited  # type: ignore[union-attr]
+        return self.seconds_before + fitting + waited + self.module.seconds_in_steps
+
+    # --- measuring ---------------------------------------------------------------------------------
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Measure when it is time."""
+        assert isinstance(pl_module, NamiModule)
+        step = pl_module.step
+        due = self.every_n_steps and step % self.every_n_steps == 0
+        if due or step == pl_module.curriculum.total_steps:
+            self.measure(trainer, pl_module)
+
+    @torch.no_grad()
+    def measure(self, trainer: L.Trainer, module: NamiModule) -> None:
+        """Draw on all ranks, each its share; compute and write on the first."""
+        seconds = self.seconds()
+        self.features = (self.features or EfficientNetLite0()).to(module.device)
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        assert isinstance(data, MultiResolutionDataModule)
+        self.reference = reference = self.reference or self._reference(trainer, data)
+        rows = gather(self._draw(trainer, module, data))
+        if not trainer.is_global_zero:
+            return
+        evaluation = self._evaluate(module.step, reference, rows)
+        values = self._summary(evaluation, reference)
+        counts = samples_before(module.curriculum, module.step)
+        flops = sum(count * each for count, each in zip(counts, self.flops, strict=True))
+        entry = Entry(module.step, sum(counts), flops, seconds, len(rows), values)
+        folder = Path(trainer.default_root_dir)
+        evaluation.save(folder)
+        write_entries(folder, [*(old for old in read_entries(folder) if old.step < entry.step), entry])
+        used = {"samples": entry.samples, "flops": entry.flops, "seconds": entry.seconds}
+        for logger in trainer.loggers:
+            logger.log_metrics(
+                values | {f"used/{name}": float(value) for name, value in used.items() if value is not None},
+                step=module.step,
+            )
+        listing = ", ".join(f"{name.partition('/')[2]} {value:.4g}" for name, value in values.items())
+        rank_zero_info(f"Step {module.step}, {len(rows)} images drawn: {listing}")
+
+    def _draw(self, trainer: L.Trainer, module: NamiModule, data: MultiResolutionDataModule) -> list[dict[str, Any]]:
+        """Draw this rank's share of the held-out captions, one row an image."""
+        assert self.features is not None
+        rows: list[dict[str, Any]] = []
+        for micro in tqdm(self._heldout(trainer, data), "drawing", leave=False, disable=not trainer.is_global_zero):
+            seeds = [self.seed + place for place in micro.places]
+            height, width = micro.images.shape[-2:]
+            images = self.drawing.draw(module, micro.captions, seeds, "pt", height, width)
+            images = (images * 255).round().byte()
+            features = self.features(images).float().cpu()
+            scores = self.clip(images, micro.captions) if self.clip else [0.0] * len(micro)
+            for i, place in enumerate(micro.places):
+                shown = images[i].permute(1, 2, 0).cpu().numpy() if place < self.shown else None
+                row = {"place": place, "caption": micro.captions[i], "id": micro.ids[i], "seed": seeds[i]}
+                rows.append(row | {"features": features[i], "clip": scores[i], "image": shown})
+        return rows
+
+    def _evaluate(self, step: int, reference: Reference, rows: Sequence[dict[str, Any]]) -> Evaluation:
+        """All that is one number a sample."""
+        drawn, real, training = torch.stack([row["features"] for row in rows]), reference.real, reference.training[0]
+        name = name_of(self.features)  # type: ignore[arg-type]
+        neighbours = min(3, len(drawn) - 1)
+        precision, recall = metrics.precision_recall(drawn, real, neighbours)
+        near, near_real = metrics.nearest(drawn, training)[0], metrics.nearest(real, training)[0]
+        of_drawn = {
+            f"metrics/precision_{name}": precision,
+            f"metrics/nearest_training_{name}": near / near_real.mean(),
+            f"metrics/copies_{name}": (near < near_real.quantile(COPIES)).double(),
+        }
+        captions = [row["caption"] for row in rows]
+        if self.clip:
+            of_drawn[f"metrics/clip_score_{self.clip.name}"] = torch.tensor([row["clip"] for row in rows])
+        elif self.probe:
+            similarity = self.probe.similarity(drawn, captions)
+            for k in (1, 5):
+                of_drawn[f"probe/retrieval_at_{k}"] = metrics.retrieval(similarity, captions, k)
+        return Evaluation(
+            step=step,
+            features=name,
+            drawn=drawn.numpy(),
+            real=real.numpy(),
+            captions=captions,
+            seeds=[row["seed"] for row in rows],
+            real_ids=reference.ids,
+            of_drawn={metric: values.numpy() for metric, values in of_drawn.items()},
+            of_real={f"metrics/recall_{name}": recall.numpy()},
+            images=[row["image"] for row in rows if row["image"] is not None],
+        )
+
+    def _summary(self, evaluation: Evaluation, reference: Reference) -> dict[str, float]:
+        """Every metric's value."""
+        drawn, real = torch.from_numpy(evaluation.drawn), torch.from_numpy(evaluation.real)
+        values = {
+            f"metrics/{kind}_{evaluation.features}": distance(drawn, real)(metrics.once(drawn), metrics.once(real))
+            for kind, distance in metrics.DISTANCES.items()
+        }
+        per_sample = evaluation.of_drawn | evaluation.of_real
+        values |= {name: float(np.mean(numbers)) for name, numbers in per_sample.items()}
+        if self.probe:
+            similarity = self.probe.similarity(reference.real, reference.captions)
+            for k in (1, 5):
+                found = metrics.retrieval(similarity, reference.captions, k)
+                values[f"probe/retrieval_at_{k}_of_real"] = float(found.mean())
+        return values
+
+    # --- what is measured against ------------------------------------------------------------------
+
+    def _heldout(self, trainer: L.Trainer, data: MultiResolutionDataModule) -> list[Any]:
+        """This rank's held-out micro-batches of the finest stage."""
+        last = len(data.resolutions) - 1
+        rank, ranks = trainer.global_rank, trainer.world_size
+        heldout = data.heldout(self.samples, rank, ranks, [self.batch_size] * (last + 1))
+        return [heldout[number] for number, part in enumerate(heldout.parts) if part[0] == last]
+
+    def _reference(self, trainer: L.Trainer, data: MultiResolutionDataModule) -> Reference:
+        """Features of held-out and of training images, computed once, and what agreement is measured with."""
+        quiet = not trainer.is_global_zero
+        real = gather(self._rows(tqdm(self._heldout(trainer, data), "held-out images", leave=False, disable=quiet)))
+        if len(real) < 4:
+            raise ValueError(f"Metrics needs at least 4 held-out images of the finest stage, but there are {len(real)}")
+        steps, last = data.steps(trainer.global_rank, trainer.world_size), len(data.resolutions) - 1
+        there = sum(sum(steps.images.sizes(last, aspect)) for aspect in steps.images.aspects[last])
+        wanted = min(self.training_images, there)
+        batches = range(-(-wanted // (steps.max_micro_batch[last] * trainer.world_size)))
+        micros = (steps.stage_batch(number, last) for number in batches)
+        training = gather(self._rows(tqdm(micros, "training images", len(batches), leave=False, disable=quiet)))[
+            :wanted
+        ]
+        features = torch.stack([row["features"] for row in training])
+        captions = [row["caption"] for row in training]
+        if self.agreement == "probe":
+            self.probe = Probe(features, captions)
+        elif self.agreement is not None:
+            self.clip = ClipScore(self.agreement).to(self.module.device)
+        return Reference(
+            real=torch.stack([row["features"] for row in real]),
+            captions=[row["caption"] for row in real],
+            ids=[row["id"] for row in real],
+            training=(features, captions),
+        )
+
+    def _rows(self, micros: Any) -> list[dict[str, Any]]:
+        """Images' features, captions and names."""
+        assert self.features is not None
+        rows = []
+        for micro in micros:
+            features = self.features(micro.images.to(self.module.device)).float().cpu()
+            for place, caption, name, row in zip(micro.places, micro.captions, micro.ids, features, strict=True):
+                rows.append({"place": place, "caption": caption, "id": name, "features": row})
+        return rows
+
+
+def gather(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of all ranks, by their places: the same on any number of ranks."""
+    if dist.is_available() and dist.is_initialized():
+        of_ranks: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(of_ranks, rows)
+        rows = [row for of_rank in of_ranks for row in of_rank]
+    return sorted(rows, key=lambda row: row["place"])

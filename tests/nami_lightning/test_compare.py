@@ -1,0 +1,326 @@
+"""Comparisons of runs as they are found on disk, and sweeps of real ones; figures against ones worked out by hand."""
+
+import base64
+import os
+import re
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from nami_lightning.evidence import compare
+from nami_lightning.cli import main
+from nami_lightning.evidence.compare import differences, load_records
+from nami_lightning.evidence.record import Entry, Evaluation, read_entries, write_entries
+from nami_lightning.evidence.report import amount, reach_table, si
+from nami_lightning.evidence.sweep import load_sweep, run_arguments
+from nami_lightning.recipe import RECIPES, Recipe
+
+FRECHET, RECALL = "metrics/frechet_x", "metrics/recall_x"
+
+
+def make_run(
+    folder: Path, values: list[float], shift: float = 0.0, total: int = 60, seconds: bool = True, seed: int = 0
+) -> Path:
+    """A run's folder with an evaluation every ten steps, the drawn images ``shift`` from the real ones."""
+    folder.mkdir(parents=True)
+    recipe = {"curriculum": {"phases": [{"steps": total, "ratio": [1], "learning_rate": 1e-3}], "unit": 2}}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    steps = [10 * (i + 1) for i in range(len(values))]
+    write_entries(
+        folder,
+        [
+            Entry(
+                step, 2 * step, 1_000_000 * step, 0.5 * step if seconds else None, 100, {FRECHET: y, RECALL: 1 - y / 99}
+            )
+            for step, y in zip(steps, values, strict=True)
+        ],
+    )
+    if values:
+        chance = np.random.default_rng(seed)
+        real = np.random.default_rng(99).normal(size=(100, 4))
+        Evaluation(
+            step=steps[-1],
+            features="x",
+            drawn=chance.normal(size=(100, 4)) + shift,
+            real=real,
+            captions=[f"prompt {i}" for i in range(100)],
+            seeds=list(range(100)),
+            real_ids=[str(i) for i in range(100)],
+            of_drawn={"probe/retrieval_at_1": (chance.random(100) < 0.5 - shift / 10).astype(float)},
+            of_real={RECALL: np.ones(100)},
+            images=[np.full((8, 8, 3), 60 * i, np.uint8) for i in range(3)],
+        ).save(folder)
+    return folder
+
+
+def test_curves_are_read_between_evaluations(tmp_path: Path) -> None:
+    slow = make_run(tmp_path / "slow", [90, 50, 40, 30, 35, 30])
+    fast = make_run(tmp_path / "fast", [80, 20])
+    one, other = load_records([slow, fast])
+    curve = one.curve(FRECHET, "flops")
+    assert curve[:2] == [(10e6, 90), (20e6, 50)]
+    assert compare.value_at(curve, 15e6) == 70
+    assert compare.value_at(curve, 5e6) is None
+    assert compare.value_at(curve, 65e6) is None
+    assert compare.best(curve, -1) == (40e6, 30)
+    assert compare.reached(other.curve(FRECHET, "flops"), 30, -1) == pytest.approx(10e6 + 10e6 * 50 / 60)
+    assert compare.reached(curve, 20, -1) is None
+    assert compare.reached(curve, 95, -1) == 10e6
+    assert compare.reached([(1, 0.1), (2, 0.5)], 0.3, 1) == pytest.approx(1.5)
+    assert compare.equal_budget([one, other], "time") == 10
+    table = reach_table([one, other], "time", FRECHET)
+    assert table.rows[1][1] == "9 s (0.46 of it)"  # 9.17 s of slow's 20 s
+    assert table.rows[0][2] == "not reached"
+    table = reach_table([one, other], "time", RECALL)  # 1 - frechet / 99
+    assert table.rows[1][1] == "9 s (0.46 of it)"
+    early = make_run(tmp_path / "early", [10])
+    table = reach_table([one, load_records([early])[0]], "steps", FRECHET)
+    assert table.rows[1][1] == "≤ 10 (≤ 0.25 of it)"
+
+
+def test_every_way_of_naming_a_metric_has_its_direction() -> None:
+    for name, sign in {
+        "metrics/frechet_inception_v3": -1,
+        "metrics/kid_x": -1,
+        "metrics/mmd_x": -1,
+        "metrics/precision_x": 1,
+        "metrics/clip_score_vit": 1,
+        "probe/retrieval_at_5": 1,
+        "probe/retrieval_at_5_of_real": 0,
+        "metrics/copies_x": 0,
+        "metrics/nearest_training_x": 0,
+    }.items():
+        assert compare.direction(name) == sign, name
+
+
+def test_the_bootstrap_tells_noise_from_a_difference(tmp_path: Path) -> None:
+    folders = [
+        make_run(tmp_path / name, [2.0], shift, seed=seed)
+        for name, shift, seed in (("a", 0.0, 1), ("b", 0.0, 2), ("far", 2.0, 3))
+    ]
+    found = {(d.one, d.other, d.metric): d for d in differences(load_records(folders), 100, quiet=True)}
+    assert found["a", "b", FRECHET].within_noise
+    assert not found["a", "far", FRECHET].within_noise
+    # Two coordinates more than the same images by 2 in each of 4: a distance of about 16.
+    assert (
+        found["far", "b", FRECHET].value if ("far", "b", FRECHET) in found else -found["b", "far", FRECHET].value > 12
+    )
+    # A share's interval is known in closed form: the difference of two independent ones of about 1/2, 100 each.
+    drawn = [np.asarray(e.of_drawn["probe/retrieval_at_1"]) for e in map(Evaluation.load, folders[:2]) if e]
+    exact = 1.96 * np.std(drawn[0] - drawn[1], ddof=1) / 10
+    margin = np.mean([found["a", "b", "probe/retrieval_at_1"].margin])
+    assert margin == pytest.approx(exact, rel=0.25)
+
+
+def test_the_same_images_of_two_runs_never_differ(tmp_path: Path) -> None:
+    folders = [make_run(tmp_path / name, [2.0], 1.0, seed=1) for name in ("a", "again")]
+    for one in differences(load_records(folders), 5, quiet=True):
+        assert (one.value, one.margin) == (0, 0)
+
+
+def run_compare(*arguments: str) -> int:
+    return main(["compare", *arguments])
+
+
+def test_the_command_writes_a_page_that_needs_nothing_else(tmp_path: Path, capsys: Any) -> None:
+    slow = make_run(tmp_path / "slow", [90, 50, 40, 30, 35, 30], 1.0)
+    fast = make_run(tmp_path / "fast", [80, 20], 0.5, total=20)
+    assert run_compare(str(slow), str(fast), "--output", str(tmp_path / "out"), "--resamples", "20") == 0
+    shown = capsys.readouterr().out
+    assert "finished, 20 steps" in shown
+    assert "At equal flops: 20 MFLOP" in shown
+    assert "It covers the noise of the metric, not that of training" in shown
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert not re.search(r"(src|href)=['\"](?!data:|#)", page)
+    assert page.count("<svg") == 2
+    names = re.findall(r' id="([^"]+)"', page)
+    assert len(names) == len(set(names))
+    encoded = re.search(r"data:image/png;base64,([^']+)", page)
+    assert encoded
+    (tmp_path / "grid.png").write_bytes(base64.b64decode(encoded[1]))
+    assert Image.open(tmp_path / "grid.png").size == Image.open(tmp_path / "out" / "grid.png").size
+    for name in ("metrics_frechet_x.png", "metrics_frechet_x.svg", "metrics_recall_x.png"):
+        assert (tmp_path / "out" / name).stat().st_size > 1000
+    markdown = (tmp_path / "out" / "comparison.md").read_text()
+    assert "| metrics/frechet_x ↓ | 30 | 20 * |" in markdown
+    assert "| metrics/frechet_x ↓ | 50 | 20 * |" in markdown
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "out" / "tensorboard" / "slow"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars(f"{FRECHET} by seconds")][:2] == [(5, 90), (10, 50)]
+    assert f"{FRECHET} by gigaflops" in events.Tags()["scalars"]
+
+
+def test_all_states_of_runs_are_shown_without_a_traceback(tmp_path: Path, capsys: Any) -> None:
+    folders = [
+        make_run(tmp_path / "done", [9, 8, 7, 6, 5, 4]),
+        make_run(tmp_path / "running", [9, 8]),
+        make_run(tmp_path / "crashed", [9]),
+        make_run(tmp_path / "untimed", [9, 7], seconds=False),
+        make_run(tmp_path / "bare", []),
+        make_run(tmp_path / "elsewhere" / "done", [9, 3]),
+    ]
+    with (folders[2] / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 20, "samp')
+    long_ago = time.time() - 3600
+    for path in folders[2].iterdir():
+        os.utime(path, (long_ago, long_ago))
+    output = ["--output", str(tmp_path / "out"), "--resamples", "3"]
+    for by in ("steps", "time"):
+        assert run_compare(*map(str, folders), "--by", by, *output) == 0
+    shown = capsys.readouterr().out
+    assert "finished, 60 steps" in shown
+    assert "running, step 20 of 60" in shown
+    assert "stopped at step 10 of 60 (last written" in shown
+    assert "no metrics: its recipe lacks the callback Metrics" in shown
+    assert str(folders[5]) in shown
+    assert run_compare(str(folders[4]), *output) == 0
+    assert run_compare(str(folders[0]), str(tmp_path / "nowhere"), *output) == 2
+    assert "nowhere is not a run" in capsys.readouterr().err
+    (folders[1] / "recipe.yaml").write_text("{}")
+    assert run_compare(str(folders[1]), *output) == 2
+    assert "can't be read as a resolved recipe" in capsys.readouterr().err
+
+
+def test_amounts_are_for_people() -> None:
+    assert [si(value) for value in (0, 5, 1234, 17.1e12)] == ["0", "5 ", "1.23 k", "17.1 T"]
+    assert amount(852, "time") == "14 min 12 s"
+    assert amount(7265, "time") == "2 h 01 min"
+    assert amount(17.1e12, "flops") == "17.1 TFLOP"
+    assert amount(12345, "samples") == "12,345"
+
+
+# --- sweeps ----------------------------------------------------------------------------------------
+
+
+def write_sweep(folder: Path, text: str) -> Path:
+    path = folder / "sweep.yaml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("output_dir: x\nruns: []", "runs must be a list of at least one run"),
+        ("output_dir: x\nrun: []", "unknown key run; the keys are output_dir, runs, by, overrides"),
+        ("output_dir: x\nruns: [{recipe: openmoji}]", r"runs\[0\] lacks the key name"),
+        ("output_dir: x\nruns: [{recipe: openmoji, name: a, sed: 1}]", r"runs\[0\]: unknown key sed"),
+        ("output_dir: x\nruns: [{recipe: o, name: a}, {recipe: o, name: a}]", "several runs are called a"),
+        ("output_dir: x\nby: money\nruns: [{recipe: o, name: a}]", "by must be one of steps, samples, flops, time"),
+        ("output_dir: x\nruns: [", "is not YAML"),
+        ("output_dir: x\nruns: [{recipe: o, name: a, overrides: 3}]", "overrides must be a piece of a recipe"),
+        ("nothing", "must be a mapping"),
+    ],
+)
+def test_a_wrong_sweep_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_sweep(write_sweep(tmp_path, text))
+
+
+def test_a_misspelt_override_is_refused_before_anything_is_trained(tmp_path: Path, capsys: Any) -> None:
+    run = "{recipe: openmoji, name: a, overrides: {model: {taau: uniform}}}"
+    text = f"output_dir: {tmp_path / 'runs'}\nruns: [{run}]"
+    assert main(["sweep", str(write_sweep(tmp_path, text))]) == 2
+    assert "did you mean model.tau?" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+    assert main(["sweep", "openmoji_nothing"]) == 2
+    assert "no sweep openmoji_nothing" in capsys.readouterr().err
+
+
+def test_a_sweep_trains_resumes_skips_and_compares(
+    tiny: list[str], tmp_path: Path, capfd: Any, caplog: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    callbacks = [
+        {"class_path": "nami_lightning.callbacks.BridgePretraining", "init_args": {"samples": 64}},
+        {
+            "class_path": "nami_lightning.callbacks.Metrics",
+            "init_args": {
+                "samples": 8,
+                "training_images": 12,
+                "every_n_steps": 2,
+                "agreement": None,
+                "features": {"class_path": "test_metrics.MeanColours"},
+                "drawing": {"num_inference_steps": 1, "guidance_scale": 1.0},
+            },
+        },
+        {"class_path": "nami_lightning.callbacks.RunCheckpoint", "init_args": {"every_n_steps": 2}},
+    ]
+    common = {
+        "data": {"init_args": {"folder": tiny[4], "num_workers": 0}},
+        "curriculum": {"phases": [{"steps": 4, "ratio": [2, 1, 1], "learning_rate": 1e-3}]},
+        "trainer": {"callbacks": callbacks},
+    }
+    quiet = {"model": {"bridge": {"init_args": {"residual_noise": False}}}}
+    uneven = {"curriculum": {"unit": 5}}  # 10 samples in micro-batches of at most 4
+    runs = [
+        {"recipe": tiny[0], "name": "plain"},
+        {"recipe": tiny[0], "name": "wrong", "overrides": uneven},
+        {"recipe": tiny[0], "name": "quiet", "overrides": quiet},
+    ]
+    sweep = {"output_dir": str(tmp_path / "runs"), "by": "steps", "overrides": common, "runs": runs}
+    path = write_sweep(tmp_path, yaml.safe_dump(sweep))
+    real_run = subprocess.run
+
+    def run_here(command: list[str], check: bool) -> Any:
+        """In this process, which has imported everything; the one that fails in its own, as in earnest."""
+        if "wrong" in command:
+            return real_run(command, check=check)
+        return subprocess.CompletedProcess(command, main(command[3:]))
+
+    monkeypatch.setattr(subprocess, "run", run_here)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+
+    assert main(["sweep", str(path), "--resamples", "3"]) == 2
+    told = capfd.readouterr()
+    assert "failed: wrong" in told.err
+    assert [entry.step for entry in read_entries(tmp_path / "runs" / "quiet")] == [2, 4]
+    assert Recipe(tmp_path / "runs" / "quiet" / "recipe.yaml").config.model.bridge.init_args.residual_noise is False
+    assert "Traceback" not in told.err
+    page = (tmp_path / "runs" / "comparison" / "index.html").read_text()
+    assert all(name in page for name in ("plain", "quiet", "frechet_mean_colours"))
+
+    (tmp_path / "runs" / "quiet" / "checkpoints" / "step=0000004.ckpt").unlink()
+    before = (tmp_path / "runs" / "plain" / "metrics.jsonl").stat().st_mtime_ns
+    sweep["runs"] = [runs[0], runs[2]]
+    assert main(["sweep", str(write_sweep(tmp_path, yaml.safe_dump(sweep))), "--resamples", "3"]) == 0
+    told = capfd.readouterr()
+    assert "[1/2] plain: finished\n" in told.out
+    assert "from step 2 of 4" in told.err + caplog.text
+    assert (tmp_path / "runs" / "plain" / "metrics.jsonl").stat().st_mtime_ns == before
+    assert [entry.step for entry in read_entries(tmp_path / "runs" / "quiet")] == [2, 4]
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (RECIPES / "experiments").glob("*.yaml")))
+def test_every_packaged_sweep_describes_models_that_measure_the_same(name: str) -> None:
+    path = RECIPES / "experiments" / f"{name}.yaml"
+    sweep = load_sweep(path)
+    measured = set()
+    for run in sweep.runs:
+        first, *rest = run_arguments(sweep, run, path.parent)
+        recipe = Recipe(first, rest)
+        model = recipe.make_model()
+        assert model.curriculum.num_stages == len(model.resolutions)
+        settings = [c.init_args for c in recipe.config.trainer.callbacks if c.class_path.endswith(".Metrics")]
+        assert len(settings) == 1
+        solver_steps = settings[0].drawing.num_inference_steps * model.num_stages
+        features = settings[0].features and settings[0].features.class_path
+        measured.add((settings[0].samples, settings[0].seed, features, settings[0].agreement, solver_steps))
+    assert len(measured) == 1
+
+
+def test_equal_budgets_of_the_packaged_comparison() -> None:
+    """Flow-only and FLUX-base have NAMI's samples in the paper's setting."""
+    totals = set()
+    for name in ("nami_0.6b", "flux_base_0.6b"):
+        curriculum = Recipe(RECIPES / "experiments" / "measured" / f"{name}.yaml").make_model().curriculum
+        totals.add(sum(phase.steps * sum(phase.ratio) * curriculum.unit for phase in curriculum.phases))
+    assert len(totals) == 1
