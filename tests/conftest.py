@@ -22,7 +22,7 @@ LIMIT = 80
 def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the tiny recipe's data set lies, prepared once."""
     root = tmp_path_factory.mktemp("data")
-    source, preparation = OpenMoji(["en", "de"], LIMIT, size=32), Preparation([32], heldout_percent=10, format="png")
+    source, preparation = OpenMoji(["en", "de"], LIMIT, size=32), Preparation([32], heldout_percent=10.0, format="png")
     prepare(source, root / fingerprint(settings_of(source, preparation)), preparation, workers=1)
     return root
 

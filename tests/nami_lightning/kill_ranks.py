@@ -150,7 +150,7 @@ def main() -> int:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        source, preparation = OpenMoji(["en", "de"], 80, size=32), Preparation([32], heldout_percent=10, format="png")
+        source, preparation = OpenMoji(["en", "de"], 80, size=32), Preparation([32], heldout_percent=10.0, format="png")
         data = folder / "data"
         prepare(source, data / fingerprint(settings_of(source, preparation)), preparation, workers=1)
         different = check(folder, options.kills, options.steps or 6 * options.kills, options.seed, data)
