@@ -13,8 +13,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from nami_lightning.evidence import compare
 from nami_lightning.cli import main
+from nami_lightning.evidence import compare
 from nami_lightning.evidence.compare import differences, load_records
 from nami_lightning.evidence.record import Entry, Evaluation, read_entries, write_entries
 from nami_lightning.evidence.report import amount, reach_table, si
