@@ -144,7 +144,7 @@ def _phases(plan: Plan, base: Plan | None) -> list[str]:
     stages = [f"stage {k + 1}" for k in range(len(plan.stages))]
     rows = [["phase", "steps", "ratio", *(f"{s} PFLOP" for s in stages), "s a step", "days", "GPU-hours"]]
     if base:
-        rows[0].append("FLUX-base")
+        rows[0].append("FLUX-base's")
     for number, phase in enumerate(plan.phases, 1):
         cells = [str(number), f"{phase.steps:,}", ":".join(map(str, phase.ratio))]
         cells += [f"{flops / 1e15:,.4g}" for flops in phase.flops]
@@ -157,7 +157,9 @@ def _phases(plan: Plan, base: Plan | None) -> list[str]:
     lines = table(rows, ">" * len(rows[0]))
     if base:
         less = 1 - plan.gpu_hours / base.gpu_hours
-        lines.append(f"{abs(less):.1%} {'less' if less >= 0 else 'more'} than FLUX-base for as many samples.")
+        lines.append(
+            f"{abs(less):.1%} {'fewer' if less >= 0 else 'more'} GPU-hours than FLUX-base for as many samples."
+        )
     return lines
 
 
