@@ -9,16 +9,22 @@ from typing import Any
 import lightning as L
 import torch
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 from nami_lightning.batch import MicroBatch
 from nami_lightning.module import NamiModule
 from nami_lightning.recipe import Recipe
+from nami_lightning.strategies import FSDP2Strategy
+from nami_lightning.transformer import NamiTransformer2DModel
 
 WARM_UP = 3
 """Steps at the start of each phase that don't count."""
 
 PARTS_OF_A_STEP = ("CurriculumCallback", "BridgePretraining")
 """The callbacks without which a step is not the recipe's."""
+
+STRATEGIES = {"ddp": "ddp_find_unused_parameters_true", "fsdp": "fsdp2"}
 
 
 class Fetched:
@@ -41,16 +47,22 @@ class BareLoop(L.Callback):
     step. The bare step's is the step alone.
 
     Args:
-        twin: the same model with an optimizer of its own.
+        twin: the same model, which gets an optimizer of its own.
     """
 
     def __init__(self, twin: NamiModule) -> None:
         self.twin = twin
-        self.optimizer = twin.configure_optimizers()
         self.times: list[tuple[int, float, float]] = []
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the clock."""
+        """Spread the twin as the strategy spreads its model, by hand, and start the clock."""
+        self.twin.to(pl_module.device)
+        self.network: nn.Module = self.twin.transformer
+        if isinstance(trainer.strategy, FSDP2Strategy):
+            shard(self.twin.transformer, trainer.strategy)
+        elif trainer.world_size > 1:
+            self.network = DistributedDataParallel(self.twin.transformer, find_unused_parameters=True)
+        self.optimizer = self.twin.configure_optimizers()
         self.clock = perf_counter()
 
     def on_train_batch_end(
@@ -70,7 +82,7 @@ class BareLoop(L.Callback):
         twin = self.twin
         ratio = twin.curriculum.phase(batch[0].step).ratio
         for micro in batch:
-            loss = twin.flow_loss(twin.transformer, micro, micro.step, twin.prompt_dropout)
+            loss = twin.flow_loss(self.network, micro, micro.step, twin.prompt_dropout)
             (loss * ratio[micro.stage] / sum(ratio)).backward()
         if twin.gradient_clip_norm is not None:
             nn.utils.clip_grad_norm_(twin.transformer.parameters(), twin.gradient_clip_norm)
@@ -78,9 +90,24 @@ class BareLoop(L.Callback):
         self.optimizer.zero_grad()
 
 
+def shard(model: NamiTransformer2DModel, strategy: FSDP2Strategy) -> None:
+    """FSDP2 as torch's own tutorial applies it: every block, every head, and the root."""
+    settings: dict[str, Any] = {"mesh": strategy.device_mesh["shard"], "mp_policy": strategy.policy}
+    for block in (*model.transformer_blocks, *model.single_transformer_blocks, *model.heads):
+        fully_shard(block, **settings)
+    fully_shard(model, **settings)
+
+
 def step(options: Namespace) -> None:
     """Step time of a recipe in each of its phases, beside a bare PyTorch loop over the same modules and batches."""
-    recipe = Recipe(options.recipe, options.overrides)
+    overrides = list(options.overrides)
+    if options.recipe is None and options.devices:  # the demo has one sample of stage 3 a step: one for each device
+        overrides = ["--curriculum.unit", str(options.devices), *overrides]
+    if options.strategy:
+        overrides += ["--trainer.strategy", STRATEGIES[options.strategy]]
+    if options.devices:
+        overrides += ["--trainer.devices", str(options.devices)]
+    recipe = Recipe(options.recipe or "openmoji", overrides)
     for phase in recipe.config.curriculum.phases:
         phase.steps, phase.warmup_steps = options.steps + WARM_UP, 0
     settings = recipe.config.trainer
@@ -89,11 +116,13 @@ def step(options: Namespace) -> None:
     model, data, trainer = recipe.make()
     twin = recipe.make_model()
     twin.configure_model()
-    bare = BareLoop(twin.to(trainer.strategy.root_device))
+    bare = BareLoop(twin)
     trainer.callbacks.append(bare)  # type: ignore[attr-defined]
-    fetched = Fetched(data.steps())  # type: ignore[attr-defined]
+    fetched = Fetched(data.steps(trainer.global_rank, trainer.world_size))  # type: ignore[attr-defined]
     data.train_dataloader = lambda: fetched  # type: ignore[method-assign]
     trainer.fit(model, data)
+    if not trainer.is_global_zero:
+        return
 
     print(f"\n{'phase':>5}  {'ratio':>10}  {'samples':>7}  {'Lightning':>10}  {'bare loop':>10}  {'quotient':>8}")
     for index, phase in enumerate(model.curriculum.phases):
@@ -104,8 +133,8 @@ def step(options: Namespace) -> None:
         ratio = ":".join(map(str, phase.ratio))
         samples = sum(phase.ratio) * model.curriculum.unit
         print(f"{index + 1:>5}  {ratio:>10}  {samples:>7}  {ours:>8.3f} s  {theirs:>8.3f} s  {quotient:>8.3f}")
-    threads = f"{torch.get_num_threads()} thread(s)"
-    print(f"Medians of {options.steps} interleaved steps a phase, on {twin.device} with {threads}.")
+    ranks = f"{trainer.world_size} process(es) with {torch.get_num_threads()} thread(s) each"
+    print(f"Medians of {options.steps} interleaved steps a phase, on {twin.device}, {ranks}.")
 
 
 def _synchronise(device: torch.device) -> None:

@@ -46,6 +46,8 @@ def data(options: Namespace) -> None:
     Raises:
         ValueError: the data set has too few images for a batch.
     """
+    if options.recipe is None:
+        raise ValueError("bench data needs a data set: lightning bench data DIR")
     dataset = _open(options.recipe, options.overrides)
     bucket = _largest(dataset)
     factors = [1] + [COARSER] * all(side % COARSER == 0 for side in (bucket.resolution, *bucket.shape))

@@ -102,9 +102,12 @@ def make_parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "recipe",
         metavar="RECIPE",
-        help="a YAML file, or the name of a packaged one, keys may follow; for data also DIR",
+        nargs="?",
+        help="a YAML file, or the name of a packaged one, keys may follow (default openmoji); for data also DIR",
     )
     bench.add_argument("--steps", type=int, default=20, help="step: steps of each phase that count (default 20)")
+    bench.add_argument("--strategy", choices=["ddp", "fsdp"], help="step: spread both so (default: as the recipe says)")
+    bench.add_argument("--devices", type=int, help="step: processes, or GPUs (default: as the recipe says)")
     bench.add_argument("--images", metavar="DIR", help="data: the same images as torchvision's ImageFolder takes them")
     bench.add_argument("--workers", type=int, default=2, help="data: processes of each loader (default 2)")
     bench.add_argument("--batch_size", type=int, default=32, help="data: images a batch (default 32)")

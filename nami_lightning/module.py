@@ -33,7 +33,7 @@ from nami_lightning.encoders import (
 )
 from nami_lightning.flow import LossWeighting, TauKind
 from nami_lightning.pipeline import NamiPipeline
-from nami_lightning.strategies import parallelize, reduce_gradients, whole
+from nami_lightning.strategies import parallelize, reduce_gradients, shard_text_encoder, whole
 from nami_lightning.transformer import NamiTransformer2DModel
 from nami_lightning.validation import LossByTau
 
@@ -354,9 +354,11 @@ class NamiModule(L.LightningModule):
         """Loaded at its first use.
 
         Raises:
-            ValueError: its widths are not those that the transformer takes.
+            ValueError: its widths are not those that the transformer takes, or the strategy can't shard it.
         """
-        encoder = PromptEncoder.load(self.text_encoder_config).to(self.device)
+        encoder = PromptEncoder.load(self.text_encoder_config)
+        shard_text_encoder(encoder, self._strategy)
+        encoder.to(self.device)
         expected = tuple(self.transformer_config[key] for key in ("joint_attention_dim", "pooled_projection_dim"))
         if encoder.dims != expected:
             raise ValueError(

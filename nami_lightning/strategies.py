@@ -23,12 +23,13 @@ import torch
 import torch.distributed.checkpoint as dcp
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
+from nami_lightning.encoders import PromptEncoder
 from nami_lightning.transformer import NamiTransformer2DModel
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -46,6 +47,8 @@ class FSDP2Strategy(ModelParallelStrategy):
             gather.
         reduce_gradients: after each ``micro_batch``, or once a ``step``, which keeps unsharded gradients until its last
             micro-batch: P numbers of memory for fewer bytes.
+        shard_text_encoder: shard the frozen text encoders too. All ranks must then encode at the same time, so that
+            ``text_encoder.cache`` can't be on.
         timeout_minutes: of a collective; then the process ends with a message.
 
     Raises:
@@ -60,6 +63,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         reduce_dtype: DTypeName = "float32",
         reshard_after_forward: bool = True,
         reduce_gradients: Literal["step", "micro_batch"] = "micro_batch",
+        shard_text_encoder: bool = False,
         timeout_minutes: float = 30,
     ) -> None:
         super().__init__(timeout=timedelta(minutes=timeout_minutes))
@@ -72,7 +76,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         self.policy = MixedPrecisionPolicy(
             param_dtype=DTYPES[param_dtype], reduce_dtype=DTYPES[reduce_dtype], cast_forward_inputs=False
         )
-        self.reshard_after_forward = reshard_after_forward
+        self.reshard_after_forward, self.shard_text_encoder = reshard_after_forward, shard_text_encoder
         self.reduce_each_micro_batch = reduce_gradients == "micro_batch"
 
     def setup_environment(self) -> None:
@@ -107,10 +111,22 @@ class FSDP2Strategy(ModelParallelStrategy):
         if self.is_global_zero:
             torch.save(checkpoint, Path(filepath) / "meta.pt")
 
+    @property
+    def weights_mesh(self) -> DeviceMesh:
+        """The devices over which weights are spread: in two dimensions, if some of them are replicas."""
+        mesh: DeviceMesh = self.device_mesh if self.replicate > 1 else self.device_mesh["shard"]
+        return mesh
+
+    def shard_frozen(self, model: nn.Module) -> None:
+        """Shard a model that is only run, in place: the layers of its longest list, then the rest at the root."""
+        lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+        for layer in max(lists, key=len, default=()):
+            fully_shard(layer, mesh=self.weights_mesh)
+        fully_shard(model, mesh=self.weights_mesh, reshard_after_forward=True)
+
     def shard(self, model: NamiTransformer2DModel) -> None:
         """Shard a network's blocks, heads and root, in place."""
-        mesh = self.device_mesh if self.replicate > 1 else self.device_mesh["shard"]
-        settings: dict[str, Any] = {"mesh": mesh, "mp_policy": self.policy}
+        settings: dict[str, Any] = {"mesh": self.weights_mesh, "mp_policy": self.policy}
         for part in [*model.transformer_blocks, *model.single_transformer_blocks, *model.heads]:
             fully_shard(part, reshard_after_forward=self.reshard_after_forward, **settings)
         # The root too: it is gathered again in every forward pass, but sampling between steps then needs no care.
@@ -139,6 +155,20 @@ def parallelize(
                 block.compile(dynamic=False)
     if isinstance(strategy, FSDP2Strategy):
         strategy.shard(model)
+
+
+def shard_text_encoder(encoder: PromptEncoder, strategy: object) -> None:
+    """Shard the models of a text encoder, on the CPU so far, if the strategy says so.
+
+    Raises:
+        ValueError: it remembers encodings, so that ranks would run it at different times.
+    """
+    if not (isinstance(strategy, FSDP2Strategy) and strategy.shard_text_encoder):
+        return
+    if encoder.cache is not None:
+        raise ValueError("shard_text_encoder needs model.text_encoder.cache: false; ranks remember different prompts")
+    for model in filter(None, (encoder.sequence, encoder.pooled)):
+        strategy.shard_frozen(model)
 
 
 def fill_state(optimizer: Optimizer) -> None:

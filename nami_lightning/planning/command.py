@@ -59,9 +59,10 @@ def read_setup(name: str, objects: Any, options: Namespace) -> Setup:
     precision = str(trainer.precision or "32-true")
     with torch.device("meta"):
         kind = type(module.make_transformer())
+    network = Network.of(kind, module.transformer_config)
     setup = Setup(
         name=name,
-        network=Network.of(kind, module.transformer_config),
+        network=network,
         resolutions=tuple(module.resolutions),
         factor=module.autoencoder_config.factor,
         text_tokens=module.text_encoder_config.max_length,
@@ -74,7 +75,7 @@ def read_setup(name: str, objects: Any, options: Namespace) -> Setup:
         precision=ALIASES.get(precision, precision),
         spread=spread_of(trainer.strategy),
         ema=any(isinstance(callback, EMA) for callback in trainer.callbacks or []),
-        optimizer=optimizer_state(module),
+        optimizer=optimizer_state(module, network),
     )
     return with_frozen(setup, module, data)
 
@@ -107,6 +108,7 @@ def spread_of(strategy: Any) -> Spread:
             names[policy.reduce_dtype],
             strategy.reshard_after_forward,
             strategy.reduce_each_micro_batch,
+            shard_text_encoder=strategy.shard_text_encoder,
         )
     if isinstance(strategy, DDPStrategy):
         return Spread(gradient_as_bucket_view=bool(strategy._ddp_kwargs.get("gradient_as_bucket_view")))
@@ -115,14 +117,19 @@ def spread_of(strategy: Any) -> Spread:
     raise ValueError(f"a plan knows trainer.strategy ddp and fsdp2; the recipe has {strategy}")
 
 
-def optimizer_state(module: NamiModule) -> float:
-    """Bytes of the optimizer's state for each byte of weights, found by one step on a small matrix."""
-    weight = torch.nn.Parameter(torch.zeros(64, 64))
-    optimizer = module.make_optimizer([weight])
-    weight.grad = torch.ones_like(weight)
+def optimizer_state(module: NamiModule, network: Network) -> float:
+    """Bytes of the optimizer's state for each byte of weights, found by one step on small ones with the same names."""
+    real = dict(network.model.named_parameters())
+    small = {name: torch.nn.Parameter(torch.zeros([2] * weight.ndim)) for name, weight in real.items()}
+    optimizer = module.make_optimizer(small.items())
+    for weight in small.values():
+        weight.grad = torch.ones_like(weight)
     optimizer.step()
-    state = [value for value in optimizer.state[weight].values() if isinstance(value, torch.Tensor) and value.dim()]
-    return sum(value.nbytes for value in state) / weight.nbytes
+    held = 0.0
+    for name, weight in small.items():
+        state = [value for value in optimizer.state[weight].values() if isinstance(value, torch.Tensor) and value.dim()]
+        held += sum(value.nbytes for value in state) / weight.nbytes * real[name].numel()
+    return held / sum(weight.numel() for weight in real.values())
 
 
 def with_frozen(setup: Setup, module: NamiModule, data: MultiResolutionDataModule) -> Setup:
@@ -135,6 +142,9 @@ def with_frozen(setup: Setup, module: NamiModule, data: MultiResolutionDataModul
         encodes = [[finest] for _ in module.resolutions]
     micro_batches = [setup.micro_batch(stage) for stage in range(len(encodes))]
     models = frozen.text_encoders(module.text_encoder_config, len(encodes))
+    if setup.spread.shard_text_encoder:
+        shards = setup.spread.shards(setup.devices)
+        models = [replace(model, memory=model.memory and -(-model.memory // shards)) for model in models]
     models += frozen.autoencoder(module.autoencoder_config, encodes, micro_batches)
     return replace(setup, frozen=tuple(models))
 

@@ -26,6 +26,7 @@ class Spread:
     reshard_after_forward: bool = True
     reduce_each_micro_batch: bool = True
     gradient_as_bucket_view: bool = False
+    shard_text_encoder: bool = False
 
     def shards(self, devices: int) -> int:
         """Devices that share one copy of the weights."""

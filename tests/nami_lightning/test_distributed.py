@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from nami_lightning.commands import load_module
+from nami_lightning.encoders import PromptEncoder
 from nami_lightning.runs import Run
-from nami_lightning.strategies import FSDP2Strategy
+from nami_lightning.strategies import FSDP2Strategy, shard_text_encoder
 
 PHASES = (
     "{steps: 6, ratio: [2, 4, 0], learning_rate: 0.002, warmup_steps: 2}",  # stage 3 is not touched yet
@@ -27,6 +28,7 @@ STRATEGIES: dict[str, list[str]] = {
     "hsdp": [
         *("--trainer.devices", "4", "--trainer.strategy.class_path", "nami_lightning.strategies.FSDP2Strategy"),
         *("--trainer.strategy.init_args.replicate", "2", "--trainer.strategy.init_args.reduce_gradients", "step"),
+        *("--trainer.strategy.init_args.shard_text_encoder", "true", "--model.text_encoder.cache", "false"),
     ],
 }
 
@@ -106,6 +108,23 @@ def test_muon_trains_on_shards_as_on_one_process(tiny_module: list[str], alone: 
     # Muon computes in bfloat16, whose sums over shards round differently.
     assert two == {step: pytest.approx(loss, rel=0.02) for step, loss in one.items()}
     assert one != losses(alone)["train/loss"]
+
+
+def test_bench_step_measures_shards_beside_a_bare_loop(tiny_module: list[str]) -> None:
+    command = [sys.executable, "-m", "nami_lightning.cli", "bench", "step", *tiny_module, "--steps", "1"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    spread = ["--strategy", "fsdp", "--devices", "2"]
+    done = subprocess.run([*command, *spread], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines() if " s  " in line]
+    assert [row[1] for row in rows] == ["4:2:1", "2:4:1", "0:2:4"]
+    assert "2 process(es)" in done.stdout
+
+
+def test_a_text_encoder_that_remembers_is_not_sharded() -> None:
+    encoder = PromptEncoder(None, None, cache=True)
+    with pytest.raises(ValueError, match=r"shard_text_encoder needs model.text_encoder.cache: false"):
+        shard_text_encoder(encoder, FSDP2Strategy(shard_text_encoder=True))
 
 
 def test_kept_gradients_of_another_number_type_are_refused() -> None:
