@@ -65,6 +65,7 @@ class NamiModule(L.LightningModule):
         max_skipped_steps: the run ends after so many steps in a row whose loss or gradient isn't finite.
         activation_checkpointing: recompute every so many-th block in the backward pass; 1 is every block, 0 none.
         compile_blocks: compile each block: one graph a kind of block and shape.
+        float8: multiply in float8 in the blocks' linear layers; worth it on large ones, compiled.
         pretrained: folder or hub name of a NamiTransformer2DModel to start from.
 
     Raises:
@@ -93,6 +94,7 @@ class NamiModule(L.LightningModule):
         max_skipped_steps: int = 10,
         activation_checkpointing: int = 0,
         compile_blocks: bool = False,
+        float8: bool = False,
         pretrained: str | None = None,
     ) -> None:
         super().__init__()
@@ -109,7 +111,8 @@ class NamiModule(L.LightningModule):
         self.loss_scales = [window.width**2 if local_velocity_loss else 1.0 for window in self.bridge.windows]
         self.latent_pyramid, self.prompt_dropout = latent_pyramid, prompt_dropout
         self.gradient_clip_norm, self.max_skipped_steps = gradient_clip_norm, max_skipped_steps
-        self.activation_checkpointing, self.compile_blocks = activation_checkpointing, compile_blocks
+        self.activation_checkpointing = activation_checkpointing
+        self.compile_blocks, self.float8 = compile_blocks, float8
         self.pretrained = pretrained
         if max_skipped_steps < 1:
             raise ValueError(f"model.max_skipped_steps must be at least 1; got {max_skipped_steps}")
@@ -160,7 +163,7 @@ class NamiModule(L.LightningModule):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             self.transformer = self._new_transformer()
-        parallelize(self.transformer, self._strategy, self.activation_checkpointing, self.compile_blocks)
+        parallelize(self.transformer, self._strategy, self.activation_checkpointing, self.compile_blocks, self.float8)
         if self.use_ema:
             self.ema = twin(self.transformer, self.make_transformer, self._strategy, self.ema_on_host)
 

@@ -2,11 +2,12 @@
 
 :func:`parallelize` does it in the one order that works:
 
-1. activation checkpointing wraps each (n-th) block: the backward pass recomputes it;
-2. ``torch.compile`` compiles each block, its recomputation included: one graph a kind of block and shape;
-3. FSDP2 (``fully_shard``) shards every block, every stage's head, then the rest at the root, over the mesh's ``shard``
+1. float8: the blocks' linear layers multiply in it, with torchao's scales; weights stay as they are;
+2. activation checkpointing wraps each (n-th) block: the backward pass recomputes it;
+3. ``torch.compile`` compiles each block, its recomputation included: one graph a kind of block and shape;
+4. FSDP2 (``fully_shard``) shards every block, every stage's head, then the rest at the root, over the mesh's ``shard``
    dimension, and replicates over its ``replicate`` dimension (HSDP) if that is larger than one;
-4. its mixed precision computes in ``param_dtype`` and reduces gradients in ``reduce_dtype``; the weights that the
+5. its mixed precision computes in ``param_dtype`` and reduces gradients in ``reduce_dtype``; the weights that the
    optimizer steps, and its moments, stay as they are (float32).
 
 What FSDP2 sends for P parameters over N shards, each rank, a step: an all-gather of (N-1)/N * P in ``param_dtype`` for
@@ -137,7 +138,11 @@ StrategyRegistry.register("fsdp2", FSDP2Strategy, "FSDP2 over all processes")
 
 
 def parallelize(
-    model: NamiTransformer2DModel, strategy: object, activation_checkpointing: int = 0, compile: bool = False
+    model: NamiTransformer2DModel,
+    strategy: object,
+    activation_checkpointing: int = 0,
+    compile: bool = False,
+    float8: bool = False,
 ) -> None:
     """Prepare a network for training under a strategy, in place; see the top of this file for the order.
 
@@ -146,7 +151,10 @@ def parallelize(
         strategy: Lightning's; sharding is an :class:`FSDP2Strategy`'s, any other leaves the network whole.
         activation_checkpointing: recompute every so many-th block; 1 is every block, 0 none.
         compile: compile each block.
+        float8: multiply in float8 in the blocks' linear layers.
     """
+    if float8:
+        to_float8(model)
     for blocks in (model.transformer_blocks, model.single_transformer_blocks):
         for index, block in enumerate(blocks):
             if activation_checkpointing and index % activation_checkpointing == 0:
@@ -155,6 +163,29 @@ def parallelize(
                 block.compile(dynamic=False)
     if isinstance(strategy, FSDP2Strategy):
         strategy.shard(model)
+
+
+def to_float8(model: NamiTransformer2DModel) -> None:
+    """Let the blocks' linear layers multiply in float8, in place (torchao, a scale a tensor, found anew in each step).
+
+    Weights keep their names and number type. Where the device has no float8 (CPUs, GPUs before Ada) it is emulated:
+    slow, with the same rounding.
+
+    Raises:
+        ModuleNotFoundError: torchao is not installed.
+    """
+    try:
+        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"model.float8 needs torchao: pip install '.[float8]' ({error})") from error
+
+    def fits(layer: nn.Module, name: str) -> bool:
+        """Whether it is a layer between hidden features, of sizes that the hardware's kernels take."""
+        multiple = isinstance(layer, nn.Linear) and layer.in_features % 16 == layer.out_features % 16 == 0
+        return multiple and "blocks." in name and ".norm" not in name
+
+    emulate = not (torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9))
+    convert_to_float8_training(model, module_filter_fn=fits, config=Float8LinearConfig(emulate=emulate))
 
 
 def shard_text_encoder(encoder: PromptEncoder, strategy: object) -> None:
