@@ -146,7 +146,9 @@ def device_peak(trainer: L.Trainer, device: torch.device) -> float | None:
     strategy = trainer.strategy
     param_dtype = strategy.policy.param_dtype if isinstance(strategy, FSDP2Strategy) else torch.float32
     known = device_called(torch.cuda.get_device_name(device))
-    return known and known.flops(number_type(trainer.precision, str(param_dtype).removeprefix("torch.")))
+    if known is None:
+        return None
+    return known.flops(number_type(trainer.precision, str(param_dtype).removeprefix("torch.")))
 
 
 class StageMemory:

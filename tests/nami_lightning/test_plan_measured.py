@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
+from nami_lightning.batch import MicroBatch
 from nami_lightning.flops import transformer_flops
 from nami_lightning.planning.memory import MicroBatchShape, activations
 from nami_lightning.planning.setup import Network
@@ -173,10 +174,10 @@ def test_a_step_of_three_stages_keeps_as_much_as_its_largest_micro_batch(tiny: l
     steps: list[Saved] = []
     original = model.training_step
 
-    def training_step(*arguments: Any) -> None:
+    def training_step(batch: list[MicroBatch], batch_idx: int) -> None:
         steps.append(Saved(model))
         with steps[-1].counted():
-            original(*arguments)
+            original(batch, batch_idx)
 
     model.training_step = training_step  # type: ignore[method-assign]
     trainer.fit(model, data)
