@@ -155,8 +155,11 @@ def test_losses_with_and_without_encodings_agree(
     assert len(found.of_steps) == STEPS
     assert np.ptp(expected.of_steps) > 0.1
     np.testing.assert_allclose(found.of_steps, expected.of_steps, atol=1e-3)
-    assert len(expected.heldout) == 3
-    assert found.heldout == pytest.approx(expected.heldout, abs=1e-3)
+    assert found.heldout.keys() == expected.heldout.keys()
+    for stage in (1, 2, 3):
+        name = f"val/loss_stage{stage}"
+        assert found.heldout[name] == pytest.approx(expected.heldout[name], abs=1e-3)
+    assert found.heldout == pytest.approx(expected.heldout, rel=1e-3)  # parts of a window too: means of a few samples
 
 
 def data_of(overrides: list[str], folder: Path) -> MultiResolutionDataModule:
