@@ -221,6 +221,17 @@ class NamiModule(L.LightningModule):
 
         self.seconds_in_steps += perf_counter() - begin
 
+    def on_train_start(self) -> None:
+        """Refuse bridges that nobody has fitted.
+
+        Raises:
+            ValueError: naming the callback that does.
+        """
+        if not self.bridge.fitted:
+            raise ValueError(
+                "the bridges are not fitted: trainer.callbacks needs nami_lightning.callbacks.BridgePretraining"
+            )
+
     def on_train_batch_end(self, outputs: Any, batch: list[MicroBatch], batch_idx: int) -> None:
         """End a run that only skips, once the callbacks have seen the step."""
         self.begin("waiting for data")

@@ -237,6 +237,10 @@ def reduce_gradients(model: nn.Module, strategy: object, last: bool) -> None:
 @torch.no_grad()
 def local_shards(model: nn.Module) -> list[torch.Tensor]:
     """The parameters' numbers on this rank: their shards under FSDP2, all of them otherwise."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # With reshard_after_forward: false, a forward pass without a backward leaves them whole.
+            module.reshard()
     return [p.to_local() if isinstance(p, DTensor) else p.data for p in model.parameters()]
 
 

@@ -14,7 +14,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nami_lightning import NamiTransformer2DModel
-from nami_lightning.strategies import parallelize
+from nami_lightning.strategies import local_shards, parallelize
 
 RANKS = 4
 
@@ -84,6 +84,18 @@ def ranks() -> Iterator[None]:
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=RANKS)
     yield
     dist.destroy_process_group()
+
+
+def test_shards_are_shards_after_a_pass_that_left_weights_whole(ranks: None) -> None:
+    model = make_model()
+    whole = [p.numel() for p in model.parameters()]
+    for block in model.single_transformer_blocks:
+        fully_shard(block, mesh=init_device_mesh("cpu", (RANKS,)), reshard_after_forward=False)
+    fully_shard(model, mesh=init_device_mesh("cpu", (RANKS,)), reshard_after_forward=False)
+    with torch.no_grad():
+        model(torch.zeros(2, 4, 8, 8), torch.zeros(2, 8, 64), torch.zeros(2, 64), torch.zeros(2), 1)
+    shards = [shard.numel() for shard in local_shards(model)]
+    assert sum(shards) == pytest.approx(sum(whole) / RANKS, rel=0.03)
 
 
 @pytest.mark.parametrize("stage", [0, 1])
