@@ -156,6 +156,19 @@ class NamiModule(L.LightningModule):
         side = self.resolutions[stage] // self.autoencoder_config.factor // self.transformer_config["patch_size"]
         return side**2 + self.text_encoder_config.max_length
 
+    def setup(self, stage: str) -> None:
+        """Refuse a precision that Lightning converts whole batches for.
+
+        Raises:
+            ValueError: naming those that work.
+        """
+        precision = str(self.trainer.precision)
+        if precision.endswith("true") and precision != "32-true":
+            raise ValueError(
+                f"trainer.precision {precision} is not supported: use 32-true, or bf16-mixed; with FSDP2Strategy its "
+                "param_dtype computes in bfloat16"
+            )
+
     def configure_model(self) -> None:
         """Build the network (and its EMA twin), once; the weights are a pure function of the seed."""
         if hasattr(self, "transformer"):

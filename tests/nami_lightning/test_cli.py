@@ -202,6 +202,10 @@ def test_show_tells_what_a_run_is(finished: Path, capsys: Any) -> None:
         (["run", str(TINY), "--model.transformer.init_args.num_layers", "[1, 0]"], "need one number a stage"),
         (["run", str(TINY), "--model.transformer.init_args.num_layers", "[1, -1, 0]"], "must not be negative"),
         (["run", str(TINY), "--curriculum.unit", "0"], "unit must be at least 1"),
+        (
+            ["run", str(TINY), "--trainer.precision", "16-true"],
+            "trainer.precision 16-true is not supported: use 32-true",
+        ),
         (["run", str(TINY), "--curriculum.phases", "[]"], "needs at least one phase"),
         (["run", str(TINY), "--model.bridge.init_args.channels", "4"], "both are the channels of the latents"),
         (["run", str(TINY), "--model.text_encoder.sequence", "no/such-model"], "no/such-model"),
