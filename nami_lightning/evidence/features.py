@@ -44,6 +44,10 @@ class EfficientNetLite0(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         """Pooled features."""
+        # a CPU is twice as fast on a few at once: larger activations are returned to the system after every layer
+        return torch.cat([self._features(few) for few in images.split(4 if images.device.type == "cpu" else 64)])
+
+    def _features(self, images: Tensor) -> Tensor:
         x = F.interpolate(images.float() / 255, size=(224, 224), mode="bilinear", antialias=True)
         x = (x - self.mean) / self.std
         return self.network.extract_features(x).mean((2, 3))
