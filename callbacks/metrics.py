@@ -57,7 +57,10 @@ class Metrics(L.Callback):
     pictures), and ``copies``, the share that is nearer than the nearest 5% of those (0.05: no more than chance). All
     depend on the numbers of images: compare equal ones only. Agreement with the captions is
     ``metrics/clip_score_MODEL``, or ``probe/retrieval_at_1`` and ``_at_5``, the share of drawn images whose caption a
-    probe finds among all drawn ones; ``probe/..._of_real`` is the same for the held-out images.
+    probe finds among all drawn ones.
+
+    ``..._of_real`` is the same for real images in place of the drawn ones: held-out ones for the probe, at most as many
+    training images for the distances. It is about what a perfect model would get.
 
     Args:
         samples: images on either side; at most as many as are held out.
@@ -229,10 +232,12 @@ class Metrics(L.Callback):
     def _summary(self, evaluation: Evaluation, reference: Reference) -> dict[str, float]:
         """Every metric's value."""
         drawn, real = torch.from_numpy(evaluation.drawn), torch.from_numpy(evaluation.real)
-        values = {
-            f"metrics/{kind}_{evaluation.features}": distance(drawn, real)(metrics.once(drawn), metrics.once(real))
-            for kind, distance in metrics.DISTANCES.items()
-        }
+        perfect = reference.training[0][: len(drawn)]
+        values = {}
+        for kind, distance in metrics.DISTANCES.items():
+            for images, of in ((drawn, ""), (perfect, "_of_real")):
+                value = distance(images, real)(metrics.once(images), metrics.once(real))
+                values[f"metrics/{kind}_{evaluation.features}{of}"] = value
         per_sample = evaluation.of_drawn | evaluation.of_real
         values |= {name: float(np.mean(numbers)) for name, numbers in per_sample.items()}
         if self.probe:

@@ -252,7 +252,7 @@ def add_compare_options(parser: argparse.ArgumentParser) -> None:
         "--output",
         metavar="DIR",
         help="where index.html, comparison.md, plots and grid.png go (default: comparison, "
-        "or for a sweep its output_dir/comparison)",
+        "or for a sweep its output_dir/comparisons/FILE)",
     )
     parser.add_argument("--resamples", type=int, default=200, help="of the bootstrap; 0 leaves it out (default 200)")
 

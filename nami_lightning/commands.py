@@ -160,11 +160,13 @@ def sweep(options: Namespace) -> None:
     """
     from nami_lightning.evidence.sweep import find_sweep, train_all
 
-    file, failed = train_all(find_sweep(options.file))
+    path = find_sweep(options.file)
+    file, failed = train_all(path)
     folders = [Path(file.output_dir) / run.name for run in file.runs]
     there = [folder for folder in folders if Run(folder).recipe.exists()]
     if there:
-        write_comparison(there, options, file.by, options.output or str(Path(file.output_dir) / "comparison"))
+        output = options.output or str(Path(file.output_dir) / "comparisons" / path.stem)
+        write_comparison(there, options, file.by, output)
     if failed:
         raise RuntimeError(f"failed: {', '.join(failed)}; the same command goes on with what isn't finished")
 
@@ -172,7 +174,7 @@ def sweep(options: Namespace) -> None:
 def write_comparison(folders: list[Path], options: Namespace, by: str, output: str | None) -> None:
     """Compare the runs in ``folders``, print the tables, and say where the rest is."""
     from nami_lightning.evidence.compare import differences, load_records
-    from nami_lightning.evidence.report import write
+    from nami_lightning.evidence.page import write
 
     target = Path(output or "comparison")
     records = load_records(folders)

@@ -46,6 +46,8 @@ class RunRecord:
         name: unique among the compared.
         folder: of the run.
         state: for people: finished, running or stopped, and where.
+        recipe: the resolved recipe, without what tells apart runs of one: name, folder and seed.
+        seed: of its training; None if its recipe states none.
         entries: its evaluations, by step.
         evaluation: the numbers behind the newest; None if there is none.
     """
@@ -53,6 +55,8 @@ class RunRecord:
     name: str
     folder: Path
     state: str
+    recipe: str
+    seed: int | None
     entries: list[Entry]
     evaluation: Evaluation | None
 
@@ -60,10 +64,14 @@ class RunRecord:
         """At the last evaluation."""
         return self.entries[-1].metrics.get(metric) if self.entries else None
 
+    def points(self, metric: str, by: str) -> dict[int, tuple[float, float]]:
+        """Step to ``(x, value)``, of the evaluations that have both."""
+        points = {entry.step: (AXES[by](entry), entry.metrics.get(metric)) for entry in self.entries}
+        return {step: (x, y) for step, (x, y) in points.items() if x is not None and y is not None}
+
     def curve(self, metric: str, by: str) -> list[tuple[float, float]]:
         """``(x, value)`` of the evaluations that have both."""
-        points = ((AXES[by](entry), entry.metrics.get(metric)) for entry in self.entries)
-        return [(x, y) for x, y in points if x is not None and y is not None]
+        return list(self.points(metric, by).values())
 
     def end(self, by: str) -> float | None:
         """What it had used at its last evaluation."""
@@ -79,17 +87,30 @@ def load_records(folders: Sequence[Path]) -> list[RunRecord]:
         if not entries or evaluation is None or evaluation.step != entries[-1].step:
             evaluation = None  # of steps that a resume has not reached again
         unique = str(folder) if names.count(name) > 1 else name
-        records.append(RunRecord(unique, folder, state_of(Run(folder)), entries, evaluation))
+        recipe, total = read_recipe(Run(folder))
+        seed = recipe.pop("seed", None)
+        for key in ("name", "output_dir"):
+            recipe.pop(key, None)
+        state = state_of(Run(folder), total)
+        records.append(RunRecord(unique, folder, state, yaml.safe_dump(recipe), seed, entries, evaluation))
     return records
 
 
-def state_of(run: Run) -> str:
-    """``finished, 60 steps``, ``running, step 20 of 60`` or ``stopped at step 20 of 60 (last written ...)``."""
+def read_recipe(run: Run) -> tuple[dict[str, Any], int]:
+    """A run's resolved recipe, and how many steps it asks for.
+
+    Raises:
+        ValueError: its file isn't one.
+    """
     try:
         recipe = yaml.safe_load(run.recipe.read_text(encoding="utf-8"))
-        total = sum(phase["steps"] for phase in recipe["curriculum"]["phases"])
+        return recipe, sum(phase["steps"] for phase in recipe["curriculum"]["phases"])
     except (yaml.YAMLError, KeyError, TypeError) as error:
         raise ValueError(f"{run.recipe} can't be read as a resolved recipe ({error!r})") from error
+
+
+def state_of(run: Run, total: int) -> str:
+    """``finished, 60 steps``, ``running, step 20 of 60`` or ``stopped at step 20 of 60 (last written ...)``."""
     entries = read_entries(run.folder)
     steps = [int(path.stem.removeprefix("step=")) for path in run.checkpoints[-1:]] + [e.step for e in entries[-1:]]
     step = max(steps, default=0)

@@ -1,29 +1,30 @@
-"""A comparison for people: tables on the terminal and in Markdown, plots, grids, TensorBoard events, one HTML page."""
+"""A comparison as tables, for a terminal, for Markdown and for the page."""
 
-import base64
-import html
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from io import BytesIO
-from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from nami_lightning.evidence import compare
 from nami_lightning.evidence.compare import AXES, HEADLINES, Difference, RunRecord, direction
-from nami_lightning.grid import caption_grid, save_image
+from nami_lightning.evidence.seeds import groups, seed_differences
+from nami_lightning.tables import table as aligned
 
 MISSING = "—"
-COLUMNS = 8
-"""Of a grid, about: whole prompts stand beside each other."""
 NOISE_NOTE = (
     "± is half of the 95% interval when the drawn and the held-out images of the last evaluations are resampled "
     "(bootstrap). It covers the noise of the metric, not that of training: the same recipe with another seed may "
     "differ by more. Train each with two seeds or more before a small difference is believed. Of twenty differences "
     "that are nothing, one is beyond the noise by chance. Runs of unequal budgets are not made equal here."
+)
+SEEDS_NOTE = (
+    "Means of the last evaluations; ± is the standard deviation from seed to seed: training's own chance and the noise "
+    "of the metric together. Of two or three seeds it is itself known only roughly."
+)
+SEED_DIFFERENCES_NOTE = (
+    "If two recipes were equally good, every order of their seeds would be as likely: the last column is how often one "
+    "would then lie all on one side of the other (one case in three with two seeds each, one in ten with three)."
 )
 BUDGET_NOTES = {
     "steps": "Steps are optimizer steps; those of different recipes cost differently.",
@@ -44,11 +45,7 @@ class Table:
 
     def text(self) -> str:
         """For a terminal."""
-        widths = [max(map(len, column)) for column in zip(self.header, *self.rows, strict=True)]
-        lines = [
-            "  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(cells))
-            for cells in (list(zip(row, widths, strict=True)) for row in (self.header, *self.rows))
-        ]
+        lines = aligned([self.header, *self.rows], "<" + ">" * (len(self.header) - 1))
         return "\n".join([self.title, *lines, *([self.note] if self.note else [])])
 
     def markdown(self) -> str:
@@ -92,6 +89,7 @@ def tables(records: Sequence[RunRecord], by: str, found: Sequence[Difference]) -
     return [
         runs_table(records),
         values_table(records),
+        *seed_tables(records),
         budget_table(records, by),
         *(reach_table(records, by, metric) for metric in compare.metrics_of(records) if is_headline(metric)),
         *([differences_table(found)] if found else []),
@@ -109,7 +107,7 @@ def runs_table(records: Sequence[RunRecord]) -> Table:
     for record in records:
         used = [amount(record.end(axis), axis) for axis in AXES]
         drawn = str(record.entries[-1].drawn) if record.entries else MISSING
-        state = record.state if record.entries else f"{record.state}; no metrics: its recipe lacks the callback Metrics"
+        state = record.state if record.entries else f"{record.state}; {_unmeasured(record)}"
         rows.append([record.name, state, *used, drawn])
     note = (
         ""
@@ -119,6 +117,11 @@ def runs_table(records: Sequence[RunRecord]) -> Table:
     return Table("Runs", ["run", "state", "steps", "samples", "operations", "time", "images drawn"], rows, note)
 
 
+def _unmeasured(record: RunRecord) -> str:
+    """Why a run has no evaluation."""
+    return "not measured yet" if "callbacks.Metrics" in record.recipe else "its recipe lacks the callback Metrics"
+
+
 def values_table(records: Sequence[RunRecord]) -> Table:
     """Every metric at each run's last evaluation; the best of a row with a star."""
     rows = []
@@ -126,6 +129,31 @@ def values_table(records: Sequence[RunRecord]) -> Table:
         rows.append([_arrow(metric), *_starred([record.value(metric) for record in records], direction(metric))])
     note = "* the best. ↓ smaller is better, ↑ larger is better, · a check without a better." if rows else ""
     return Table("At each run's last evaluation", ["metric", *(record.name for record in records)], rows, note)
+
+
+def seed_tables(records: Sequence[RunRecord]) -> list[Table]:
+    """What each recipe's seeds gave on average, and which recipes differ by more than seeds do; none without seeds."""
+    of_recipes = groups(records)
+    if all(len(group.records) == 1 for group in of_recipes):
+        return []
+    metrics = [metric for metric in compare.metrics_of(records) if not metric.endswith("_of_real")]
+    rows = [[_arrow(metric), *(_over_seeds(group.values(metric)) for group in of_recipes)] for metric in metrics]
+    tables = [Table("Over seeds", ["metric", *(group.name for group in of_recipes)], rows, SEEDS_NOTE)]
+    rows = []
+    for one in seed_differences(records):
+        verdict = f"all of {one.better} are better" if one.better else "the seeds overlap"
+        by_chance = f"{one.chance:.0%}" if one.better else MISSING
+        rows.append([one.metric, f"{one.one} - {one.other}", f"{one.value:+.4g}", verdict, by_chance])
+    if rows:
+        header = ["metric", "recipes", "difference of means", "verdict", "as likely by chance"]
+        tables.append(Table("Differences over seeds", header, rows, SEED_DIFFERENCES_NOTE))
+    return tables
+
+
+def _over_seeds(values: Sequence[float]) -> str:
+    if len(values) < 2:
+        return number(values[0] if values else None)
+    return f"{number(float(np.mean(values)))} ± {np.std(values, ddof=1):.2g}"
 
 
 def budget_table(records: Sequence[RunRecord], by: str) -> Table:
@@ -142,8 +170,8 @@ def budget_table(records: Sequence[RunRecord], by: str) -> Table:
 
 
 def reach_table(records: Sequence[RunRecord], by: str, metric: str) -> Table:
-    """What each run (row) needed to be as good as each other's best (column), and as a share of what that one used."""
-    curves = {record.name: record.curve(metric, by) for record in records}
+    """What each (row) needed to be as good as each other's best (column), and as a share of what that one used."""
+    curves = {group.name: group.curve(metric, by) for group in groups(records)}
     goals = {name: compare.best(curve, direction(metric)) for name, curve in curves.items()}
     header = [f"{name}'s best: {number(goal[1])} at {amount(goal[0], by)}" for name, goal in goals.items() if goal]
     rows = []
@@ -161,7 +189,7 @@ def reach_table(records: Sequence[RunRecord], by: str, metric: str) -> Table:
                 most = "≤ " if x == curve[0][0] else ""
                 cells.append(f"{most}{amount(x, by)} ({most}{x / goal[0]:.2f} of it)")
         rows.append([name, *cells])
-    note = "≤: already the first evaluation was as good."
+    note = "≤: already the first evaluation was as good. Seeds of one recipe are averaged."
     return Table(f"What it takes to reach another's best: {metric}, by {by}", ["run", *header], rows, note)
 
 
@@ -188,157 +216,3 @@ def _starred(values: Sequence[float | None], sign: int) -> list[str]:
     there = [value * sign for value in values if value is not None]
     starred = len(set(there)) > 1 and sign != 0
     return [number(v) + (" *" if starred and v is not None and v * sign == max(there) else "") for v in values]
-
-
-# --- pictures --------------------------------------------------------------------------------------
-
-
-def plots(records: Sequence[RunRecord], by: str, folder: Path) -> list[Path]:
-    """A curve a run for each metric, PNG and SVG; the SVGs' paths."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    from matplotlib.ticker import EngFormatter
-
-    written = []
-    for metric in compare.metrics_of(records):
-        if metric.endswith("_of_real"):
-            continue  # a constant
-        figure, axes = pyplot.subplots(figsize=(6.4, 4), layout="constrained")
-        for record, marker in zip(records, itertools.cycle("os^Dv*"), strict=False):
-            if curve := record.curve(metric, by):
-                axes.plot(*zip(*curve, strict=True), marker=marker, markersize=4, label=record.name)
-        unit = {"time": "seconds of training", "flops": "FLOP"}.get(by, by)
-        axes.set(xlabel=unit, ylabel=metric.partition("/")[2], title=_title(metric))
-        axes.xaxis.set_major_formatter(EngFormatter())
-        axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend()
-        name = metric.replace("/", "_")
-        for suffix in (".png", ".svg"):
-            figure.savefig(folder / f"{name}{suffix}", dpi=120)
-        pyplot.close(figure)
-        written.append(folder / f"{name}.svg")
-    return written
-
-
-def _title(metric: str) -> str:
-    return metric + {-1: " (smaller is better)", 0: "", 1: " (larger is better)"}[direction(metric)]
-
-
-def grid(records: Sequence[RunRecord]) -> Image.Image | None:
-    """What the runs drew of the same prompts from the same noise, beside each other; None if nothing."""
-    drawn = {
-        record.name: dict(
-            zip(
-                zip(record.evaluation.captions, record.evaluation.seeds, strict=True),
-                record.evaluation.images,
-                strict=False,
-            )
-        )
-        for record in records
-        if record.evaluation is not None
-    }
-    drawn = {name: images for name, images in drawn.items() if images}
-    if not drawn:
-        return None
-    first = next(iter(drawn.values()))
-    shared = [key for key in first if all(key in images for images in drawn.values())]
-    if not shared:
-        return None
-    columns = len(drawn) * max(1, COLUMNS // len(drawn))
-    cells = [(name, key) for key in shared for name in drawn]
-    images = [Image.fromarray(np.asarray(drawn[name][key])) for name, key in cells]
-    return caption_grid(images, [key[0] for _, key in cells], columns, [name for name, _ in cells])
-
-
-def tensorboard(records: Sequence[RunRecord], folder: Path) -> None:
-    """Every metric along every axis, a folder a run, so that TensorBoard lays the runs over each other."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    units = {
-        "steps": ("steps", 1.0),
-        "samples": ("samples", 1.0),
-        "flops": ("gigaflops", 1e-9),
-        "time": ("seconds", 1.0),
-    }
-    for record in records:
-        target = folder / record.name.replace("/", "_")
-        for old in target.glob("events.out.tfevents.*"):
-            old.unlink()
-        with SummaryWriter(str(target)) as writer:
-            for metric in compare.metrics_of([record]):
-                for by, (unit, scale) in units.items():
-                    for x, y in record.curve(metric, by):
-                        writer.add_scalar(f"{metric} by {unit}", y, round(x * scale))
-
-
-# --- the page --------------------------------------------------------------------------------------
-
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem; color: #222 }
-table { border-collapse: collapse; margin: .5rem 0; display: block; overflow-x: auto }
-th, td { padding: .25rem .8rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap }
-th:first-child, td:first-child { text-align: left }
-th { border-bottom: 2px solid #888; white-space: normal; vertical-align: bottom }
-td.best { font-weight: 600; background: #eaf5ea }
-p.note { color: #666; max-width: 60rem }
-.plots { display: flex; flex-wrap: wrap; gap: 1rem }
-.plots svg { width: 36rem; max-width: 100%; height: auto }
-img { max-width: 100% }
-"""
-
-
-def page(title: str, shown: Sequence[Table], svgs: Sequence[Path], picture: Image.Image | None) -> str:
-    """One HTML page that needs no other file."""
-    parts = [f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{html.escape(title)}</title>"]
-    parts += [f"<style>{STYLE}</style></head><body><h1>{html.escape(title)}</h1>"]
-    parts += [_html_table(table) for table in shown]
-    if svgs:
-        parts += ["<h2>Curves</h2><div class='plots'>", *(_svg(path) for path in svgs), "</div>"]
-    if picture is not None:
-        parts += ["<h2>The same prompts from the same noise</h2>", _inline(picture)]
-    return "\n".join([*parts, "</body></html>"])
-
-
-def _html_table(table: Table) -> str:
-    def cell(kind: str, text: str) -> str:
-        best = " class='best'" if text.endswith(" *") else ""
-        return f"<{kind}{best}>{html.escape(text.removesuffix(' *'))}</{kind}>"
-
-    head = "".join(cell("th", text) for text in table.header)
-    body = "\n".join(f"<tr>{''.join(cell('td', text) for text in row)}</tr>" for row in table.rows)
-    note = f"<p class='note'>{html.escape(table.note)}</p>" if table.note else ""
-    return f"<h2>{html.escape(table.title)}</h2><table><tr>{head}</tr>{body}</table>{note}"
-
-
-def _svg(path: Path) -> str:
-    """The drawing alone, without the head of an XML file; its names made its own, since all share one page."""
-    text = path.read_text(encoding="utf-8")
-    text = text[text.index("<svg") :]
-    for mark in ('id="', 'href="#', "url(#"):
-        text = text.replace(mark, f"{mark}{path.stem}-")
-    return text
-
-
-def _inline(picture: Image.Image) -> str:
-    buffer = BytesIO()
-    picture.save(buffer, "PNG", optimize=True)
-    return f"<img alt='drawn images' src='data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}'>"
-
-
-def write(records: Sequence[RunRecord], by: str, output: Path, found: Sequence[Difference]) -> list[Table]:
-    """Write all into ``output``: index.html, comparison.md, plots, grid.png and tensorboard/; the tables."""
-    output.mkdir(parents=True, exist_ok=True)
-    shown = tables(records, by, found)
-    title = " · ".join(record.name for record in records)
-    svgs, picture = plots(records, by, output), grid(records)
-    if picture is not None:
-        save_image(picture, output / "grid.png")
-    tensorboard(records, output / "tensorboard")
-    (output / "comparison.md").write_text(
-        f"# {title}\n\n" + "\n".join(table.markdown() for table in shown), encoding="utf-8"
-    )
-    (output / "index.html").write_text(page(title, shown, svgs, picture), encoding="utf-8")
-    return shown

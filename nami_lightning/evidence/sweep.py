@@ -11,6 +11,7 @@
 
 A recipe is a file beside the sweep's, or the name of a packaged one; overrides are pieces of a recipe. Each run is a
 process of its own, so one that fails does not end the others. Run again, finished runs are left alone, the rest go on.
+Sweeps of one output_dir share the runs that they call the same.
 """
 
 import json

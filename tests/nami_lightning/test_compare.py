@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import time
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from nami_lightning.evidence import compare
 from nami_lightning.evidence.compare import differences, load_records
 from nami_lightning.evidence.record import Entry, Evaluation, read_entries, write_entries
 from nami_lightning.evidence.report import amount, reach_table, si
+from nami_lightning.evidence.seeds import groups, seed_differences
 from nami_lightning.evidence.sweep import load_sweep, run_arguments
 from nami_lightning.recipe import RECIPES, Recipe
 
@@ -25,11 +27,18 @@ FRECHET, RECALL = "metrics/frechet_x", "metrics/recall_x"
 
 
 def make_run(
-    folder: Path, values: list[float], shift: float = 0.0, total: int = 60, seconds: bool = True, seed: int = 0
+    folder: Path,
+    values: list[float],
+    shift: float = 0.0,
+    total: int = 60,
+    seconds: bool = True,
+    seed: int = 0,
+    learning_rate: float = 1e-3,
 ) -> Path:
     """A run's folder with an evaluation every ten steps, the drawn images ``shift`` from the real ones."""
     folder.mkdir(parents=True)
-    recipe = {"curriculum": {"phases": [{"steps": total, "ratio": [1], "learning_rate": 1e-3}], "unit": 2}}
+    phases = [{"steps": total, "ratio": [1], "learning_rate": learning_rate}]
+    recipe = {"name": folder.name, "seed": seed, "curriculum": {"phases": phases, "unit": 2}}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     steps = [10 * (i + 1) for i in range(len(values))]
     write_entries(
@@ -118,6 +127,35 @@ def test_the_bootstrap_tells_noise_from_a_difference(tmp_path: Path) -> None:
     assert margin == pytest.approx(exact, rel=0.25)
 
 
+def test_seeds_of_a_recipe_are_taken_together(tmp_path: Path, capsys: Any) -> None:
+    folders = [
+        make_run(tmp_path / "a", [50, 20], seed=0),
+        make_run(tmp_path / "b", [60, 44], seed=0, learning_rate=2e-3),
+        make_run(tmp_path / "a1", [70, 30, 28], seed=1),
+        make_run(tmp_path / "b1", [80, 40], seed=1, learning_rate=2e-3),
+        make_run(tmp_path / "a_again", [50, 25], seed=0),  # not a third sample of chance
+    ]
+    records = load_records(folders)
+    a, b, again = groups(records)
+    assert [group.name for group in (a, b, again)] == ["a (2 seeds)", "b (2 seeds)", "a_again"]
+    assert a.values(FRECHET) == [20, 28]
+    assert a.curve(FRECHET, "time") == [(5, 60), (10, 25)]  # step 30 is one's alone
+    assert a.curve("metrics/none", "time") == []
+
+    found = {one.metric: one for one in seed_differences(records)}
+    assert (found[FRECHET].value, found[FRECHET].better) == (-18, "a (2 seeds)")
+    assert found[FRECHET].chance == pytest.approx(2 / len(list(combinations(range(4), 2))))
+    assert found[RECALL].better == "a (2 seeds)"  # larger is better
+    overlapping = [*records[1:4], load_records([make_run(tmp_path / "a2", [45], seed=2)])[0]]
+    assert [one.better for one in seed_differences(overlapping)] == [None, None]
+    assert seed_differences(records[:2]) == []
+
+    assert run_compare(*map(str, folders), "--output", str(tmp_path / "out"), "--resamples", "3") == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"frechet_x ↓ +24 ± 5.7 +42 ± 2.8 +25\n", shown)
+    assert re.search(r"frechet_x +a \(2 seeds\) - b \(2 seeds\) +-18 +all of a \(2 seeds\) are better +33%", shown)
+
+
 def test_the_same_images_of_two_runs_never_differ(tmp_path: Path) -> None:
     folders = [make_run(tmp_path / name, [2.0], 1.0, seed=1) for name in ("a", "again")]
     for one in differences(load_records(folders), 5, quiet=True):
@@ -167,7 +205,11 @@ def test_all_states_of_runs_are_shown_without_a_traceback(tmp_path: Path, capsys
         make_run(tmp_path / "untimed", [9, 7], seconds=False),
         make_run(tmp_path / "bare", []),
         make_run(tmp_path / "elsewhere" / "done", [9, 3]),
+        make_run(tmp_path / "young", []),
     ]
+    recipe = yaml.safe_load((folders[6] / "recipe.yaml").read_text())
+    recipe["trainer"] = {"callbacks": [{"class_path": "nami_lightning.callbacks.Metrics"}]}
+    (folders[6] / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     with (folders[2] / "metrics.jsonl").open("a") as file:
         file.write('{"step": 20, "samp')
     long_ago = time.time() - 3600
@@ -180,7 +222,8 @@ def test_all_states_of_runs_are_shown_without_a_traceback(tmp_path: Path, capsys
     assert "finished, 60 steps" in shown
     assert "running, step 20 of 60" in shown
     assert "stopped at step 10 of 60 (last written" in shown
-    assert "no metrics: its recipe lacks the callback Metrics" in shown
+    assert "running, step 0 of 60; its recipe lacks the callback Metrics" in shown
+    assert "running, step 0 of 60; not measured yet" in shown
     assert str(folders[5]) in shown
     assert run_compare(str(folders[4]), *output) == 0
     assert run_compare(str(folders[0]), str(tmp_path / "nowhere"), *output) == 2
@@ -285,7 +328,7 @@ def test_a_sweep_trains_resumes_skips_and_compares(
     assert [entry.step for entry in read_entries(tmp_path / "runs" / "quiet")] == [2, 4]
     assert Recipe(tmp_path / "runs" / "quiet" / "recipe.yaml").config.model.bridge.init_args.residual_noise is False
     assert "Traceback" not in told.err
-    page = (tmp_path / "runs" / "comparison" / "index.html").read_text()
+    page = (tmp_path / "runs" / "comparisons" / "sweep" / "index.html").read_text()
     assert all(name in page for name in ("plain", "quiet", "frechet_mean_colours"))
 
     (tmp_path / "runs" / "quiet" / "checkpoints" / "step=0000004.ckpt").unlink()

@@ -344,8 +344,12 @@ def test_the_callback_measures_what_the_pipeline_draws(tiny: list[str], tmp_path
     assert found["metrics/mmd_mean_colours"] == pytest.approx(
         metrics.mmd(fake.float(), real.float())(once(fake), once(real)), rel=1e-3
     )
+    training = torch.cat([data.steps().stage_batch(number, 2).images for number in range(2)])  # 4 each
+    perfect = metrics.frechet(MeanColours()(training).float(), real.float())
+    assert found["metrics/frechet_mean_colours_of_real"] == pytest.approx(perfect(once(fake), once(real)), rel=1e-3)
     assert {
-        *(f"metrics/{kind}_mean_colours" for kind in ("frechet", "kid", "mmd", "precision", "recall", "copies")),
+        *(f"metrics/{kind}_mean_colours{of}" for kind in ("frechet", "kid", "mmd") for of in ("", "_of_real")),
+        *(f"metrics/{kind}_mean_colours" for kind in ("precision", "recall", "copies")),
         "metrics/nearest_training_mean_colours",
         *(f"probe/retrieval_at_{k}{of}" for k in (1, 5) for of in ("", "_of_real")),
     } == set(found)

@@ -1,0 +1,81 @@
+"""A comparison on disk: one HTML page that needs no other file, so that it can be sent, and what it is made of."""
+
+import base64
+import html
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+
+from PIL import Image
+
+from nami_lightning.evidence.compare import Difference, RunRecord
+from nami_lightning.evidence.pictures import grid, plots, tensorboard
+from nami_lightning.evidence.report import Table, tables
+from nami_lightning.grid import save_image
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem; color: #222 }
+table { border-collapse: collapse; margin: .5rem 0; display: block; overflow-x: auto }
+th, td { padding: .25rem .8rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap }
+th:first-child, td:first-child { text-align: left }
+th { border-bottom: 2px solid #888; white-space: normal; vertical-align: bottom }
+td.best { font-weight: 600; background: #eaf5ea }
+p.note { color: #666; max-width: 60rem }
+.plots { display: flex; flex-wrap: wrap; gap: 1rem }
+.plots svg { width: 36rem; max-width: 100%; height: auto }
+img { max-width: 100% }
+"""
+
+
+def page(title: str, shown: Sequence[Table], svgs: Sequence[Path], picture: Image.Image | None) -> str:
+    """One HTML page that needs no other file."""
+    parts = [f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{html.escape(title)}</title>"]
+    parts += [f"<style>{STYLE}</style></head><body><h1>{html.escape(title)}</h1>"]
+    parts += [_html_table(table) for table in shown]
+    if svgs:
+        parts += ["<h2>Curves</h2><div class='plots'>", *(_svg(path) for path in svgs), "</div>"]
+    if picture is not None:
+        parts += ["<h2>The same prompts from the same noise</h2>", _inline(picture)]
+    return "\n".join([*parts, "</body></html>"])
+
+
+def _html_table(table: Table) -> str:
+    def cell(kind: str, text: str) -> str:
+        best = " class='best'" if text.endswith(" *") else ""
+        return f"<{kind}{best}>{html.escape(text.removesuffix(' *'))}</{kind}>"
+
+    head = "".join(cell("th", text) for text in table.header)
+    body = "\n".join(f"<tr>{''.join(cell('td', text) for text in row)}</tr>" for row in table.rows)
+    note = f"<p class='note'>{html.escape(table.note)}</p>" if table.note else ""
+    return f"<h2>{html.escape(table.title)}</h2><table><tr>{head}</tr>{body}</table>{note}"
+
+
+def _svg(path: Path) -> str:
+    """The drawing alone, without the head of an XML file; its names made its own, since all share one page."""
+    text = path.read_text(encoding="utf-8")
+    text = text[text.index("<svg") :]
+    for mark in ('id="', 'href="#', "url(#"):
+        text = text.replace(mark, f"{mark}{path.stem}-")
+    return text
+
+
+def _inline(picture: Image.Image) -> str:
+    buffer = BytesIO()
+    picture.save(buffer, "PNG", optimize=True)
+    return f"<img alt='drawn images' src='data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}'>"
+
+
+def write(records: Sequence[RunRecord], by: str, output: Path, found: Sequence[Difference]) -> list[Table]:
+    """Write all into ``output``: index.html, comparison.md, plots, grid.png and tensorboard/; the tables."""
+    output.mkdir(parents=True, exist_ok=True)
+    shown = tables(records, by, found)
+    title = " · ".join(record.name for record in records)
+    svgs, picture = plots(records, by, output), grid(records)
+    if picture is not None:
+        save_image(picture, output / "grid.png")
+    tensorboard(records, output / "tensorboard")
+    (output / "comparison.md").write_text(
+        f"# {title}\n\n" + "\n".join(table.markdown() for table in shown), encoding="utf-8"
+    )
+    (output / "index.html").write_text(page(title, shown, svgs, picture), encoding="utf-8")
+    return shown

@@ -1,0 +1,102 @@
+"""What a comparison shows: curves, what was drawn of the same prompts, TensorBoard's overlay."""
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from nami_lightning.evidence import compare
+from nami_lightning.evidence.compare import RunRecord, direction
+from nami_lightning.evidence.seeds import groups
+from nami_lightning.grid import caption_grid
+
+COLUMNS = 8
+"""Of a grid, about: whole prompts stand beside each other."""
+
+
+def plots(records: Sequence[RunRecord], by: str, folder: Path) -> list[Path]:
+    """A curve a run for each metric, seeds of one recipe in one colour, PNG and SVG; the SVGs' paths."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.ticker import EngFormatter
+
+    written = []
+    for metric in compare.metrics_of(records):
+        if metric.endswith("_of_real"):
+            continue  # a constant
+        figure, axes = pyplot.subplots(figsize=(6.4, 4), layout="constrained")
+        for number, (group, marker) in enumerate(zip(groups(records), itertools.cycle("os^Dv*"), strict=False)):
+            label: str | None = group.name
+            for record, line in zip(group.records, itertools.cycle(("-", "--", ":")), strict=False):
+                if curve := record.curve(metric, by):
+                    style: dict[str, Any] = {"linestyle": line, "marker": marker, "markersize": 4}
+                    axes.plot(*zip(*curve, strict=True), label=label, color=f"C{number % 10}", **style)
+                    label = None  # one entry of the legend for all seeds
+        unit = {"time": "seconds of training", "flops": "FLOP"}.get(by, by)
+        axes.set(xlabel=unit, ylabel=metric.partition("/")[2], title=_title(metric))
+        axes.xaxis.set_major_formatter(EngFormatter())
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend()
+        name = metric.replace("/", "_")
+        for suffix in (".png", ".svg"):
+            figure.savefig(folder / f"{name}{suffix}", dpi=120)
+        pyplot.close(figure)
+        written.append(folder / f"{name}.svg")
+    return written
+
+
+def _title(metric: str) -> str:
+    return metric + {-1: " (smaller is better)", 0: "", 1: " (larger is better)"}[direction(metric)]
+
+
+def grid(records: Sequence[RunRecord]) -> Image.Image | None:
+    """What the runs drew of the same prompts from the same noise, beside each other; None if nothing."""
+    drawn = {
+        record.name: dict(
+            zip(
+                zip(record.evaluation.captions, record.evaluation.seeds, strict=True),
+                record.evaluation.images,
+                strict=False,
+            )
+        )
+        for record in records
+        if record.evaluation is not None
+    }
+    drawn = {name: images for name, images in drawn.items() if images}
+    if not drawn:
+        return None
+    first = next(iter(drawn.values()))
+    shared = [key for key in first if all(key in images for images in drawn.values())]
+    if not shared:
+        return None
+    columns = len(drawn) * max(1, COLUMNS // len(drawn))
+    cells = [(name, key) for key in shared for name in drawn]
+    images = [Image.fromarray(np.asarray(drawn[name][key])) for name, key in cells]
+    return caption_grid(images, [key[0] for _, key in cells], columns, [name for name, _ in cells])
+
+
+def tensorboard(records: Sequence[RunRecord], folder: Path) -> None:
+    """Every metric along every axis, a folder a run, so that TensorBoard lays the runs over each other."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    units = {
+        "steps": ("steps", 1.0),
+        "samples": ("samples", 1.0),
+        "flops": ("gigaflops", 1e-9),
+        "time": ("seconds", 1.0),
+    }
+    for record in records:
+        target = folder / record.name.replace("/", "_")
+        for old in target.glob("events.out.tfevents.*"):
+            old.unlink()
+        with SummaryWriter(str(target)) as writer:
+            for metric in compare.metrics_of([record]):
+                for by, (unit, scale) in units.items():
+                    for x, y in record.curve(metric, by):
+                        writer.add_scalar(f"{metric} by {unit}", y, round(x * scale))
