@@ -4,44 +4,33 @@ from collections.abc import Callable
 from dataclasses import asdict
 from functools import cached_property
 from time import perf_counter
-from typing import Any, Literal
+from typing import Any
 
-import lightning as L
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 
 from nami_lightning import chance, flow
 from nami_lightning.agreement import SkippedSteps, agree
 from nami_lightning.averaging import Exchange, twin
-from nami_lightning.batch import MicroBatch, pixels
+from nami_lightning.batch import MicroBatch
 from nami_lightning.bridge import BridgeFlow
 from nami_lightning.checks import check_checkpoint, check_stages, identity, per_stage
 from nami_lightning.curriculum import Curriculum
-from nami_lightning.encoders import (
-    Autoencoder,
-    AutoencoderConfig,
-    Posterior,
-    PromptEncoder,
-    TextEncoderConfig,
-    TextStates,
-    encode_posterior,
-    load_autoencoder,
-)
+from nami_lightning.encoders import AutoencoderConfig, TextEncoderConfig
+from nami_lightning.encoding import EncodingModule, LatentPyramid
 from nami_lightning.flow import LossWeighting, TauKind
 from nami_lightning.pipeline import NamiPipeline
-from nami_lightning.strategies import parallelize, reduce_gradients, shard_text_encoder, whole
+from nami_lightning.strategies import parallelize, reduce_gradients, whole
 from nami_lightning.transformer import NamiTransformer2DModel
 from nami_lightning.validation import LossByTau
 
-LatentPyramid = Literal["encode", "pool"]
 VALIDATION = "validation"
 
 
-class NamiModule(L.LightningModule):
+class NamiModule(EncodingModule):
     """The nested stages and the bridges, and how they are trained.
 
     Args:
@@ -97,19 +86,21 @@ class NamiModule(L.LightningModule):
         float8: bool = False,
         pretrained: str | None = None,
     ) -> None:
-        super().__init__()
-        self.automatic_optimization = False
         with torch.device("meta"):
-            self.transformer_config = dict(transformer().config)
-        self.bridge = bridge()
+            config = dict(transformer().config)
+        windows_and_bridges = bridge()
+        text_dims = config["joint_attention_dim"], config["pooled_projection_dim"]
+        num_stages = windows_and_bridges.num_stages
+        super().__init__(text_encoder, autoencoder, text_dims, latent_pyramid, num_stages, seed)
+        self.automatic_optimization = False
+        self.transformer_config, self.bridge = config, windows_and_bridges
         self.make_transformer, self.make_optimizer = transformer, optimizer
-        self.text_encoder_config, self.autoencoder_config = text_encoder, autoencoder
-        self.resolutions, self.curriculum, self.seed = resolutions, curriculum, seed
+        self.resolutions, self.curriculum = resolutions, curriculum
         self.tau, self.tau_uniform_share = tau, tau_uniform_share
         self.tau_mean, self.tau_std = (per_stage(value, self.num_stages) for value in (tau_mean, tau_std))
         self.loss_weighting = loss_weighting
         self.loss_scales = [window.width**2 if local_velocity_loss else 1.0 for window in self.bridge.windows]
-        self.latent_pyramid, self.prompt_dropout = latent_pyramid, prompt_dropout
+        self.prompt_dropout = prompt_dropout
         self.gradient_clip_norm, self.max_skipped_steps = gradient_clip_norm, max_skipped_steps
         self.activation_checkpointing = activation_checkpointing
         self.compile_blocks, self.float8 = compile_blocks, float8
@@ -131,11 +122,6 @@ class NamiModule(L.LightningModule):
         self.ema: NamiTransformer2DModel | None = None
         self.running_losses: Tensor
         self.register_buffer("running_losses", torch.full((self.num_stages,), torch.nan))
-
-    @property
-    def num_stages(self) -> int:
-        """K."""
-        return self.bridge.num_stages
 
     @property
     def sampling_transformer(self) -> NamiTransformer2DModel:
@@ -179,11 +165,6 @@ class NamiModule(L.LightningModule):
         parallelize(self.transformer, self._strategy, self.activation_checkpointing, self.compile_blocks, self.float8)
         if self.use_ema:
             self.ema = twin(self.transformer, self.make_transformer, self._strategy, self.ema_on_host)
-
-    @property
-    def _strategy(self) -> Strategy | None:
-        """Lightning's, in a run."""
-        return None if self._trainer is None else self._trainer.strategy
 
     def _new_transformer(self) -> NamiTransformer2DModel:
         transformer = self.make_transformer()
@@ -306,42 +287,6 @@ class NamiModule(L.LightningModule):
         mu = self.bridge.time_shift(tokens // self.transformer_config["patch_size"] ** 2)
         return tau if mu is None else flow.shift_tau(tau, mu)
 
-    def latents(self, micro: MicroBatch, batch: int | str) -> tuple[Tensor, Tensor]:
-        """Clean latents of the micro-batch's stage and of the one before it (which stage 0 does not use)."""
-        own, coarse = self._posteriors(micro)
-        latents = self._draw(own, micro, batch, "latents")
-        if self.latent_pyramid == "pool":
-            levels = flow.pyramid(latents, self.num_stages)
-            return levels[micro.stage], levels[max(micro.stage - 1, 0)]
-        return latents, latents if coarse is None else self._draw(coarse, micro, batch, "coarse latents")
-
-    def _posteriors(self, micro: MicroBatch) -> tuple[Posterior, Posterior | None]:
-        """Of the stage's images, and of those at half their resolution where they are needed."""
-        if micro.encodings is not None and micro.encodings.latents is not None:
-            return micro.encodings.latents, micro.encodings.coarse_latents
-        images = pixels(micro.images)
-        alone = self.latent_pyramid == "pool" or micro.stage == 0
-        return encode_posterior(self.vae, images), None if alone else encode_posterior(self.vae, flow.pool(images))
-
-    def _draw(self, posterior: Posterior, micro: MicroBatch, batch: int | str, purpose: str) -> Tensor:
-        mean, std = posterior
-        if std is None:
-            return mean.float()
-        noise = chance.draw_normal(self.seed, batch, micro.places, purpose, mean.shape[1:], self.device)
-        return Posterior(mean.float(), std.float()).draw(noise)
-
-    def text_states(self, micro: MicroBatch, drop: Tensor) -> TextStates:
-        """Text states of the captions, those where ``drop`` (bool, ``(B,)``) is set replaced by the empty prompt's."""
-        if micro.encodings is None:
-            return self.encode_prompts(micro.captions, drop)
-        text, empty = (TextStates(*map(Tensor.float, states)) for states in micro.encodings[2:])
-        return text.replaced(drop, empty)
-
-    def encode_prompts(self, prompts: list[str], drop: Tensor | None = None) -> TextStates:
-        """Text states of ``prompts``, those where ``drop`` (bool, ``(B,)``) is set replaced by the empty prompt's."""
-        states = self.text_encoder(prompts)
-        return states if drop is None else states.replaced(drop, self._empty_prompt)
-
     def _update_running_losses(self, losses: Tensor, ratio: list[int], momentum: float = 0.99) -> None:
         """Running mean of each trained stage's loss; a stage's first loss starts its mean."""
         trained = torch.tensor([parts > 0 for parts in ratio], device=losses.device)
@@ -374,34 +319,7 @@ class NamiModule(L.LightningModule):
         """Log the losses by tau."""
         self.log_dict(self.losses_by_tau.means(self.trainer.strategy))
 
-    # --- the frozen parts: not submodules, so neither trained nor in the checkpoint --------------
-
-    @cached_property
-    def text_encoder(self) -> PromptEncoder:
-        """Loaded at its first use.
-
-        Raises:
-            ValueError: its widths are not those that the transformer takes, or the strategy can't shard it.
-        """
-        encoder = PromptEncoder.load(self.text_encoder_config)
-        shard_text_encoder(encoder, self._strategy)
-        encoder.to(self.device)
-        expected = tuple(self.transformer_config[key] for key in ("joint_attention_dim", "pooled_projection_dim"))
-        if encoder.dims != expected:
-            raise ValueError(
-                f"model.text_encoder gives states {encoder.dims[0]} wide and pooled states {encoder.dims[1]} wide, but "
-                f"model.transformer's joint_attention_dim and pooled_projection_dim are {expected[0]} and {expected[1]}"
-            )
-        return encoder
-
-    @cached_property
-    def _empty_prompt(self) -> TextStates:
-        return self.text_encoder([""])
-
-    @cached_property
-    def vae(self) -> Autoencoder:
-        """Loaded at its first use."""
-        return load_autoencoder(self.autoencoder_config).to(self.device)
+    # --- drawing -----------------------------------------------------------------------------
 
     def pipeline(self) -> NamiPipeline:
         """What has been trained so far as a diffusers pipeline, sharing this module's weights; see :meth:`averaged`."""

@@ -148,7 +148,7 @@ def test_losses_with_and_without_encodings_agree(
         raise AssertionError("training on encodings has built an encoder")
 
     if autoencoder == "vae":
-        monkeypatch.setattr("nami_lightning.module.load_autoencoder", built)
+        monkeypatch.setattr("nami_lightning.encoding.load_autoencoder", built)
     monkeypatch.setattr(PromptEncoder, "load", built)
     found, module = train(recipe, encoded)
     assert vars(module).keys() & {"vae", "text_encoder"} == ({"vae"} if autoencoder == "pixels" else set())

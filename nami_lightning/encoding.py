@@ -1,0 +1,119 @@
+"""What a step's samples become before the network sees them: latents and text states, by frozen models."""
+
+from functools import cached_property
+from typing import Literal
+
+import lightning as L
+from lightning.pytorch.strategies import Strategy
+from torch import Tensor
+
+from nami_lightning import chance, flow
+from nami_lightning.batch import MicroBatch, pixels
+from nami_lightning.encoders import (
+    Autoencoder,
+    AutoencoderConfig,
+    Posterior,
+    PromptEncoder,
+    TextEncoderConfig,
+    TextStates,
+    encode_posterior,
+    load_autoencoder,
+)
+from nami_lightning.strategies import shard_text_encoder
+
+LatentPyramid = Literal["encode", "pool"]
+
+
+class EncodingModule(L.LightningModule):
+    """A module's frozen models. They are not submodules, so neither trained nor in the checkpoint.
+
+    Args:
+        text_encoder: which models encode prompts.
+        autoencoder: which model makes latents.
+        text_dims: widths of the text states and of the pooled state that the network takes.
+        latent_pyramid: ``encode`` the image at each stage's resolution, or ``pool`` the finest latents.
+        num_stages: K.
+        seed: of the posteriors' draws.
+    """
+
+    def __init__(
+        self,
+        text_encoder: TextEncoderConfig,
+        autoencoder: AutoencoderConfig,
+        text_dims: tuple[int, int],
+        latent_pyramid: LatentPyramid,
+        num_stages: int,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.text_encoder_config, self.autoencoder_config = text_encoder, autoencoder
+        self.text_dims, self.latent_pyramid = text_dims, latent_pyramid
+        self.num_stages, self.seed = num_stages, seed
+
+    @property
+    def _strategy(self) -> Strategy | None:
+        """Lightning's, in a run."""
+        return None if self._trainer is None else self._trainer.strategy
+
+    @cached_property
+    def text_encoder(self) -> PromptEncoder:
+        """Loaded at its first use.
+
+        Raises:
+            ValueError: its widths are not those that the transformer takes, or the strategy can't shard it.
+        """
+        encoder = PromptEncoder.load(self.text_encoder_config)
+        shard_text_encoder(encoder, self._strategy)
+        encoder.to(self.device)
+        if encoder.dims != self.text_dims:
+            raise ValueError(
+                f"model.text_encoder gives states {encoder.dims[0]} wide and pooled states {encoder.dims[1]} wide, but "
+                f"model.transformer's joint_attention_dim and pooled_projection_dim are {self.text_dims[0]} and "
+                f"{self.text_dims[1]}"
+            )
+        return encoder
+
+    @cached_property
+    def _empty_prompt(self) -> TextStates:
+        return self.text_encoder([""])
+
+    @cached_property
+    def vae(self) -> Autoencoder:
+        """Loaded at its first use."""
+        return load_autoencoder(self.autoencoder_config).to(self.device)
+
+    def latents(self, micro: MicroBatch, batch: int | str) -> tuple[Tensor, Tensor]:
+        """Clean latents of the micro-batch's stage and of the one before it (which stage 0 does not use)."""
+        own, coarse = self._posteriors(micro)
+        latents = self._draw(own, micro, batch, "latents")
+        if self.latent_pyramid == "pool":
+            levels = flow.pyramid(latents, self.num_stages)
+            return levels[micro.stage], levels[max(micro.stage - 1, 0)]
+        return latents, latents if coarse is None else self._draw(coarse, micro, batch, "coarse latents")
+
+    def _posteriors(self, micro: MicroBatch) -> tuple[Posterior, Posterior | None]:
+        """Of the stage's images, and of those at half their resolution where they are needed."""
+        if micro.encodings is not None and micro.encodings.latents is not None:
+            return micro.encodings.latents, micro.encodings.coarse_latents
+        images = pixels(micro.images)
+        alone = self.latent_pyramid == "pool" or micro.stage == 0
+        return encode_posterior(self.vae, images), None if alone else encode_posterior(self.vae, flow.pool(images))
+
+    def _draw(self, posterior: Posterior, micro: MicroBatch, batch: int | str, purpose: str) -> Tensor:
+        mean, std = posterior
+        if std is None:
+            return mean.float()
+        noise = chance.draw_normal(self.seed, batch, micro.places, purpose, mean.shape[1:], self.device)
+        return Posterior(mean.float(), std.float()).draw(noise)
+
+    def text_states(self, micro: MicroBatch, drop: Tensor) -> TextStates:
+        """Text states of the captions, those where ``drop`` (bool, ``(B,)``) is set replaced by the empty prompt's."""
+        if micro.encodings is None:
+            return self.encode_prompts(micro.captions, drop)
+        text, empty = (TextStates(*map(Tensor.float, states)) for states in micro.encodings[2:])
+        return text.replaced(drop, empty)
+
+    def encode_prompts(self, prompts: list[str], drop: Tensor | None = None) -> TextStates:
+        """Text states of ``prompts``, those where ``drop`` (bool, ``(B,)``) is set replaced by the empty prompt's."""
+        states = self.text_encoder(prompts)
+        return states if drop is None else states.replaced(drop, self._empty_prompt)
