@@ -11,7 +11,7 @@ demo: install
 	$(BIN)/lightning show openmoji
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 faults: install
 	$(BIN)/python tests/nami_lightning/kill_ranks.py --kills 20

@@ -16,6 +16,18 @@ torch.set_num_threads(1)
 
 TINY = Path(__file__).parent / "tiny.yaml"
 LIMIT = 80
+SEVERAL_PROCESSES = ("test_distributed.py", "test_faults.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """For pytest-xdist: the longest files first, one after another, since each of their tests takes all cores at times.
+
+    The others are shared out by file, so that what a file's tests share is made once.
+    """
+    items.sort(key=lambda item: item.path.name not in SEVERAL_PROCESSES)
+    for item in items:
+        group = "several processes" if item.path.name in SEVERAL_PROCESSES else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session")
