@@ -96,8 +96,9 @@ def make_parser() -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="measure, beside what it should be as fast as", description=BENCH)
     bench.add_argument(
         "what",
-        choices=["step", "data"],
-        help="step: a recipe's step time in each phase; data: images read a second, beside litdata and ImageFolder",
+        choices=["step", "sample", "data"],
+        help="step: a recipe's step time in each phase, beside a bare PyTorch loop; sample: how long its model draws, "
+        "beside FLUX-base and flow-only; data: images read a second, beside litdata and ImageFolder",
     )
     bench.add_argument(
         "recipe",
@@ -105,14 +106,18 @@ def make_parser() -> argparse.ArgumentParser:
         nargs="?",
         help="a YAML file, or the name of a packaged one, keys may follow (default openmoji); for data also DIR",
     )
-    bench.add_argument("--steps", type=int, default=20, help="step: steps of each phase that count (default 20)")
+    bench.add_argument(
+        "--steps", type=int, help="step: steps of each phase that count (20); sample: the solver's in each stage (10)"
+    )
     bench.add_argument("--strategy", choices=["ddp", "fsdp"], help="step: spread both so (default: as the recipe says)")
     bench.add_argument("--devices", type=int, help="step: processes, or GPUs (default: as the recipe says)")
     bench.add_argument("--images", metavar="DIR", help="data: the same images as torchvision's ImageFolder takes them")
     bench.add_argument("--workers", type=int, default=2, help="data: processes of each loader (default 2)")
-    bench.add_argument("--batch_size", type=int, default=32, help="data: images a batch (default 32)")
+    bench.add_argument("--batch_size", type=int, help="data: images a batch (32); sample: images at once (1)")
     bench.add_argument("--samples", type=int, default=1024, help="data: images that each reads in a round (1024)")
-    bench.add_argument("--rounds", type=int, default=5, help="data: rounds, of which medians are taken (default 5)")
+    bench.add_argument(
+        "--rounds", type=int, default=5, help="data, sample: rounds, of which medians are taken (default 5)"
+    )
 
     sample = commands.add_parser("sample", help="draw images from prompts", description="Draw images from prompts.")
     sample.add_argument("run", metavar="RUN", help="a run (folder, or name below runs/), or a saved pipeline's folder")

@@ -116,11 +116,18 @@ def describe(curriculum: Curriculum, step: int) -> str:
     return f"step {step} of {curriculum.total_steps}, phase {phase} of {len(curriculum.phases)}"
 
 
+BENCH_DEFAULTS = {"step": {"steps": 20}, "sample": {"steps": 10, "batch_size": 1}, "data": {"batch_size": 32}}
+"""The paper's Table 2 draws one image with ten steps a stage."""
+
+
 def bench(options: Namespace) -> None:
     """Measure; nothing is written but the data set, if it isn't there."""
     quieten_libraries()
-    measure = {"step": ("bench", "step"), "data": ("bench_data", "data")}[options.what]
-    getattr(import_module(f"nami_lightning.{measure[0]}"), measure[1])(options)
+    module = {"step": "bench", "sample": "bench_sample", "data": "bench_data"}[options.what]
+    for key, value in BENCH_DEFAULTS[options.what].items():
+        if getattr(options, key) is None:
+            setattr(options, key, value)
+    getattr(import_module(f"nami_lightning.{module}"), options.what)(options)
 
 
 def plan(options: Namespace) -> None:
