@@ -37,6 +37,9 @@ def plots(records: Sequence[RunRecord], by: str, folder: Path) -> list[Path]:
                     style: dict[str, Any] = {"linestyle": line, "marker": marker, "markersize": 4}
                     axes.plot(*zip(*curve, strict=True), label=label, color=f"C{number % 10}", **style)
                     label = None  # one entry of the legend for all seeds
+        real = [entry.metrics.get(f"{metric}_of_real") for record in records for entry in record.entries]
+        if (floor := next((value for value in real if value is not None), None)) is not None:
+            axes.axhline(floor, color="0.5", linestyle=":", label="real images")
         unit = {"time": "seconds of training", "flops": "FLOP"}.get(by, by)
         axes.set(xlabel=unit, ylabel=metric.partition("/")[2], title=_title(metric))
         axes.xaxis.set_major_formatter(EngFormatter())

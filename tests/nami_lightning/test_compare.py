@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import time
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,7 @@ def run_compare(*arguments: str) -> int:
 def test_the_command_writes_a_page_that_needs_nothing_else(tmp_path: Path, capsys: Any) -> None:
     slow = make_run(tmp_path / "slow", [90, 50, 40, 30, 35, 30], 1.0)
     fast = make_run(tmp_path / "fast", [80, 20], 0.5, total=20)
+    write_entries(fast, [replace(e, metrics=e.metrics | {f"{FRECHET}_of_real": 7.0}) for e in read_entries(fast)])
     assert run_compare(str(slow), str(fast), "--output", str(tmp_path / "out"), "--resamples", "20") == 0
     shown = capsys.readouterr().out
     assert "finished, 20 steps" in shown
@@ -177,6 +179,7 @@ def test_the_command_writes_a_page_that_needs_nothing_else(tmp_path: Path, capsy
     page = (tmp_path / "out" / "index.html").read_text()
     assert not re.search(r"(src|href)=['\"](?!data:|#)", page)
     assert page.count("<svg") == 2
+    assert page.count("<!-- real images -->") == 1
     names = re.findall(r' id="([^"]+)"', page)
     assert len(names) == len(set(names))
     encoded = re.search(r"data:image/png;base64,([^']+)", page)
