@@ -72,7 +72,7 @@ class Metrics(L.Callback):
         training_images: what the probe is fitted to and memorisation is measured against.
         drawing: settings of the sampler.
         batch_size: images drawn at once on each rank.
-        seed: of the noise; sample i uses ``seed + i``.
+        seed: of the noise, sample i using ``seed + i``, and of the choice of training images.
         shown: the first so many drawn images are kept for comparisons.
 
     Raises:
@@ -262,7 +262,8 @@ class Metrics(L.Callback):
         real = gather(self._rows(tqdm(self._heldout(trainer, data), "held-out images", leave=False, disable=quiet)))
         if len(real) < 4:
             raise ValueError(f"Metrics needs at least 4 held-out images of the finest stage, but there are {len(real)}")
-        steps, last = data.steps(trainer.global_rank, trainer.world_size), len(data.resolutions) - 1
+        last = len(data.resolutions) - 1
+        steps = data.steps(trainer.global_rank, trainer.world_size, self.seed)  # the same images whatever a run's seed
         there = sum(sum(steps.images.sizes(last, aspect)) for aspect in steps.images.aspects[last])
         wanted = min(self.training_images, there)
         batches = range(-(-wanted // (steps.max_micro_batch[last] * trainer.world_size)))

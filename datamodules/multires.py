@@ -143,8 +143,8 @@ class MultiResolutionDataModule(L.LightningDataModule):
         layout = layout_of(self.dataset, self.resolutions, self.latent_pyramid)
         return StageEncodings(buckets, layout, b64decode(encodings["empty_prompt"]))
 
-    def steps(self, rank: int = 0, ranks: int = 1) -> StepDataset:
-        """Step number to one rank's micro-batches; what training reads, without a trainer.
+    def steps(self, rank: int = 0, ranks: int = 1, seed: int | None = None) -> StepDataset:
+        """Step number to one rank's micro-batches: what training reads, without a trainer; another ``seed`` if given.
 
         Raises:
             ValueError: see :class:`StepDataset`; or the cache is too small.
@@ -153,7 +153,7 @@ class MultiResolutionDataModule(L.LightningDataModule):
             "curriculum": self.curriculum,
             "images": self.images("train"),
             "max_micro_batch": self.max_micro_batch,
-            "seed": self.seed,
+            "seed": self.seed if seed is None else seed,
             "shuffle_window": self.shuffle_window,
             "rank": rank,
             "ranks": ranks,

@@ -28,14 +28,15 @@ img { max-width: 100% }
 
 
 def page(title: str, shown: Sequence[Table], svgs: Sequence[Path], picture: Image.Image | None) -> str:
-    """One HTML page that needs no other file."""
+    """One HTML page that needs no other file: which runs, then what is to be looked at, then the other tables."""
     parts = [f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{html.escape(title)}</title>"]
     parts += [f"<style>{STYLE}</style></head><body><h1>{html.escape(title)}</h1>"]
-    parts += [_html_table(table) for table in shown]
+    parts += [_html_table(table) for table in shown[:1]]
     if svgs:
         parts += ["<h2>Curves</h2><div class='plots'>", *(_svg(path) for path in svgs), "</div>"]
     if picture is not None:
         parts += ["<h2>The same prompts from the same noise</h2>", _inline(picture)]
+    parts += [_html_table(table) for table in shown[1:]]
     return "\n".join([*parts, "</body></html>"])
 
 
