@@ -31,7 +31,7 @@ def plots(records: Sequence[RunRecord], by: str, folder: Path) -> list[Path]:
             continue  # a constant
         figure, axes = pyplot.subplots(figsize=(6.4, 4), layout="constrained")
         for number, (group, marker) in enumerate(zip(groups(records), itertools.cycle("os^Dv*"), strict=False)):
-            label: str | None = group.name
+            label: str | None = group.title
             for record, line in zip(group.records, itertools.cycle(("-", "--", ":")), strict=False):
                 if curve := record.curve(metric, by):
                     style: dict[str, Any] = {"linestyle": line, "marker": marker, "markersize": 4}

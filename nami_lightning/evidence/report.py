@@ -138,10 +138,10 @@ def seed_tables(records: Sequence[RunRecord]) -> list[Table]:
         return []
     metrics = [metric for metric in compare.metrics_of(records) if not metric.endswith("_of_real")]
     rows = [[_arrow(metric), *(_over_seeds(group.values(metric)) for group in of_recipes)] for metric in metrics]
-    tables = [Table("Over seeds", ["metric", *(group.name for group in of_recipes)], rows, SEEDS_NOTE)]
+    tables = [Table("Over seeds", ["metric", *(group.title for group in of_recipes)], rows, SEEDS_NOTE)]
     rows = []
     for one in seed_differences(records):
-        verdict = f"all of {one.better} are better" if one.better else "the seeds overlap"
+        verdict = f"every seed of {one.better} is better" if one.better else "the seeds overlap"
         by_chance = f"{one.chance:.0%}" if one.better else MISSING
         rows.append([one.metric, f"{one.one} - {one.other}", f"{one.value:+.4g}", verdict, by_chance])
     if rows:
@@ -171,7 +171,7 @@ def budget_table(records: Sequence[RunRecord], by: str) -> Table:
 
 def reach_table(records: Sequence[RunRecord], by: str, metric: str) -> Table:
     """What each (row) needed to be as good as each other's best (column), and as a share of what that one used."""
-    curves = {group.name: group.curve(metric, by) for group in groups(records)}
+    curves = {group.title: group.curve(metric, by) for group in groups(records)}
     goals = {name: compare.best(curve, direction(metric)) for name, curve in curves.items()}
     header = [f"{name}'s best: {number(goal[1])} at {amount(goal[0], by)}" for name, goal in goals.items() if goal]
     rows = []

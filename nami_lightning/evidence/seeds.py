@@ -22,9 +22,13 @@ class Group:
 
     @property
     def name(self) -> str:
-        """The first run's, and how many there are."""
-        more = f" ({len(self.records)} seeds)" if len(self.records) > 1 else ""
-        return self.records[0].name + more
+        """The first run's."""
+        return self.records[0].name
+
+    @property
+    def title(self) -> str:
+        """The name, and how many runs there are."""
+        return self.name + (f" ({len(self.records)} seeds)" if len(self.records) > 1 else "")
 
     def values(self, metric: str) -> list[float]:
         """Of each run's last evaluation."""

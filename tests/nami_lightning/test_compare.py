@@ -138,15 +138,15 @@ def test_seeds_of_a_recipe_are_taken_together(tmp_path: Path, capsys: Any) -> No
     ]
     records = load_records(folders)
     a, b, again = groups(records)
-    assert [group.name for group in (a, b, again)] == ["a (2 seeds)", "b (2 seeds)", "a_again"]
+    assert [group.title for group in (a, b, again)] == ["a (2 seeds)", "b (2 seeds)", "a_again"]
     assert a.values(FRECHET) == [20, 28]
     assert a.curve(FRECHET, "time") == [(5, 60), (10, 25)]  # step 30 is one's alone
     assert a.curve("metrics/none", "time") == []
 
     found = {one.metric: one for one in seed_differences(records)}
-    assert (found[FRECHET].value, found[FRECHET].better) == (-18, "a (2 seeds)")
+    assert (found[FRECHET].value, found[FRECHET].better) == (-18, "a")
     assert found[FRECHET].chance == pytest.approx(2 / len(list(combinations(range(4), 2))))
-    assert found[RECALL].better == "a (2 seeds)"  # larger is better
+    assert found[RECALL].better == "a"  # larger is better
     overlapping = [*records[1:4], load_records([make_run(tmp_path / "a2", [45], seed=2)])[0]]
     assert [one.better for one in seed_differences(overlapping)] == [None, None]
     assert seed_differences(records[:2]) == []
@@ -154,7 +154,7 @@ def test_seeds_of_a_recipe_are_taken_together(tmp_path: Path, capsys: Any) -> No
     assert run_compare(*map(str, folders), "--output", str(tmp_path / "out"), "--resamples", "3") == 0
     shown = capsys.readouterr().out
     assert re.search(r"frechet_x ↓ +24 ± 5.7 +42 ± 2.8 +25\n", shown)
-    assert re.search(r"frechet_x +a \(2 seeds\) - b \(2 seeds\) +-18 +all of a \(2 seeds\) are better +33%", shown)
+    assert re.search(r"frechet_x +a - b +-18 +every seed of a is better +33%", shown)
 
 
 def test_the_same_images_of_two_runs_never_differ(tmp_path: Path) -> None:
