@@ -5,6 +5,7 @@ import os
 import shutil
 import warnings
 from argparse import Namespace
+from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from nami_lightning.curriculum import Curriculum
 from nami_lightning.grid import caption_grid, save_image
+from nami_lightning.holding import hold
 from nami_lightning.module import NamiModule
 from nami_lightning.pipeline import NamiPipeline
 from nami_lightning.ranks import join_after_restart, output_of_rank
@@ -51,7 +53,8 @@ def run(options: Namespace) -> None:
         rank_zero_info(f"Starting over; the old run is now {aside}")
 
     model, data, trainer = recipe.make()
-    with output_of_rank(trainer.global_rank, this.folder / "logs"):
+    alone = hold(this.folder) if trainer.global_rank == 0 else nullcontext()
+    with output_of_rank(trainer.global_rank, this.folder / "logs"), alone:
         train(this, recipe, model, data, trainer, fresh)
 
 

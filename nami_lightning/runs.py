@@ -4,6 +4,7 @@ runs/NAME/recipe.yaml                     the recipe as it was resolved
 runs/NAME/checkpoints/step=0000900.ckpt   the newest few
 runs/NAME/events.out.tfevents.*           TensorBoard
 runs/NAME/samples/step=0000900.png        grids of drawn images
+runs/NAME/lock                            which process trains it, or was the last to
 """
 
 import os
@@ -17,6 +18,8 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
+
+from nami_lightning.holding import hold
 
 RECIPE_FILE = "recipe.yaml"
 
@@ -58,11 +61,16 @@ class Run:
         return (self.checkpoints[-1], about(self.checkpoints[-1])) if self.checkpoints else None
 
     def set_aside(self) -> Path | None:
-        """Give the folder another name, so that a new run can take its place; None if there was no run."""
+        """Give the folder another name, so that a new run can take its place; None if there was no run.
+
+        Raises:
+            RuntimeError: another process trains it.
+        """
         if not self.folder.exists():
             return None
         aside = self.folder.with_name(f"{self.folder.name}.{datetime.now():%Y-%m-%dT%H-%M-%S}")
-        return self.folder.rename(aside)
+        with hold(self.folder):
+            return self.folder.rename(aside)
 
 
 def about(checkpoint: Path) -> dict[str, Any]:

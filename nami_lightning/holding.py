@@ -1,0 +1,67 @@
+"""One process at a time trains a run: it holds the lock of the run's folder, and its end, however it ends, lets go."""
+
+import errno
+import fcntl
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+PATIENCE = 30.0
+"""Seconds to wait for another process that trains the run, which may be about to end."""
+
+
+@contextmanager
+def hold(run: Path) -> Iterator[None]:
+    """Keep other processes from training a run meanwhile; its folder is made if need be.
+
+    Raises:
+        RuntimeError: one on this machine goes on. Of another machine only a warning says so: one that died may have
+            left its lock behind, and a run must be able to go on elsewhere.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    with (run / "lock").open("a+", encoding="utf-8") as file:
+        if not _lock(file, patience=0.0):
+            file.seek(0)
+            holder = file.read()
+            rank_zero_info(f"{run} is being trained by {holder}; waiting {PATIENCE:g} s for its end")
+            if not _lock(file, PATIENCE):
+                _refuse(run, holder)
+        file.truncate(0)
+        file.write(_this_process())
+        file.flush()
+        yield
+
+
+def _this_process() -> str:
+    return f"process {os.getpid()} on {socket.gethostname()}"
+
+
+def _lock(file: TextIO, patience: float) -> bool:
+    """Whether the lock could be had within so many seconds; on a file system without locks, at once."""
+    end = time.monotonic() + patience
+    while True:
+        try:
+            # Not flock: data workers would inherit its lock, and hold it for seconds after their run was killed.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                return True
+        else:
+            return True
+        if time.monotonic() >= end:
+            return False
+        time.sleep(0.2)
+
+
+def _refuse(run: Path, holder: str) -> None:
+    """Raise for a holder on this machine, warn of one elsewhere."""
+    if holder.partition(" on ")[2] != socket.gethostname():
+        rank_zero_warn(f"{run} is being trained by {holder}, unless that machine died: going on")
+        return
+    raise RuntimeError(f"{run} is being trained by {holder}: wait for it or stop it, or give this run another --name")
