@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from nami_lightning import MuonAdamW, NamiTransformer2DModel
-from nami_lightning.optimizers import is_hidden_matrix
+from nami_lightning.optimizers import is_hidden_matrix, orthogonalize
 
 
 def tiny_transformer() -> NamiTransformer2DModel:
@@ -31,7 +31,8 @@ def fill_gradients(model: nn.Module, seed: int) -> None:
         parameter.grad = torch.randn(parameter.shape, generator=generator)
 
 
-def test_steps_as_torchs_muon_and_adamw_do() -> None:
+def test_steps_as_torchs_muon_and_adamw_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)  # torch's Muon in float32, as ours on a CPU
     ours = tiny_transformer()
     theirs = copy.deepcopy(ours)
     one = MuonAdamW(ours.named_parameters(), lr=0.01, weight_decay=0.1)
@@ -53,6 +54,15 @@ def test_steps_as_torchs_muon_and_adamw_do() -> None:
                 optimizer.step()
     for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a, b, msg=name)
+
+
+def test_orthogonalizes_as_a_singular_value_decomposition() -> None:
+    matrix = torch.randn(24, 96, generator=torch.Generator().manual_seed(0))
+    u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
+    for given, exact in ((matrix, u @ vh), (matrix.T, (u @ vh).T)):
+        found = orthogonalize(given, (1.5, -0.5, 0.0), steps=20)  # Newton and Schulz's own, which converges
+        torch.testing.assert_close(found, exact, rtol=0, atol=1e-5)
+    assert orthogonalize(matrix.to("meta"), (1.5, -0.5, 0.0), steps=1).dtype == torch.bfloat16
 
 
 def test_goes_on_from_its_state_dict() -> None:
