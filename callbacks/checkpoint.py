@@ -11,7 +11,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from nami_lightning.module import NamiModule
-from nami_lightning.preemption import REQUEUE, StopRequest, preempted
+from nami_lightning.preemption import StopRequest, preempted
 from nami_lightning.runs import Run, publish, remove, step_of
 from nami_lightning.strategies import FSDP2Strategy
 
@@ -23,7 +23,7 @@ class RunCheckpoint(Checkpoint):
     checkpoint is always whole; an older one is removed only after a newer one has its name. None is written after a
     step that was skipped, so that a run which ends for too many of these leaves one from before them.
 
-    On SIGTERM or SIGUSR1 it writes one after the running step, and ends the run with status 75.
+    On SIGTERM or SIGUSR1 it writes one after the running step, and ends the run with status 75; on Ctrl-C with 130.
 
     Args:
         every_n_steps: how often.
@@ -80,11 +80,12 @@ class RunCheckpoint(Checkpoint):
             self.save(trainer, step)
         if pl_module.stopping and not last:
             self.finish(trainer)
+            status = self.stop.status
             rank_zero_info(
-                f"Told to stop: saved step {step} of {pl_module.curriculum.total_steps}. The same command goes on, "
-                f"which exit status {REQUEUE} asks for."
+                f"Told to stop: saved step {step} of {pl_module.curriculum.total_steps}. The same command goes on; "
+                f"exit status {status}."
             )
-            raise preempted(trainer)
+            raise preempted(trainer, status)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Wait for what is being written."""

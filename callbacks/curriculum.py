@@ -3,6 +3,7 @@
 from typing import Any
 
 import lightning as L
+import torch
 
 from nami_lightning.module import NamiModule
 
@@ -24,8 +25,9 @@ class CurriculumCallback(L.Callback):
         for optimizer in trainer.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate
-        pl_module.log("curriculum/phase", float(curriculum.phase_index(step) + 1), prog_bar=True)
-        pl_module.log("curriculum/learning_rate", rate)
+        # As tensors of the host: Lightning sends a float to the device, for which the host waits.
+        pl_module.log("curriculum/phase", torch.tensor(curriculum.phase_index(step) + 1.0), prog_bar=True)
+        pl_module.log("curriculum/learning_rate", torch.tensor(rate))
         total = sum(phase.ratio)
         for stage, parts in enumerate(phase.ratio):
-            pl_module.log(f"curriculum/share_stage{stage + 1}", parts / total)
+            pl_module.log(f"curriculum/share_stage{stage + 1}", torch.tensor(parts / total))

@@ -257,7 +257,10 @@ class Metrics(L.Callback):
         return [heldout[number] for number, part in enumerate(heldout.parts) if part[0] == last]
 
     def _reference(self, trainer: L.Trainer, data: MultiResolutionDataModule) -> Reference:
-        """Features of held-out and of training images, computed once, and what agreement is measured with."""
+        """Features of held-out and of training images, computed once, and what agreement is measured with.
+
+        Where training images are stored as latents alone, they are what the autoencoder makes of these.
+        """
         quiet = not trainer.is_global_zero
         real = gather(self._rows(tqdm(self._heldout(trainer, data), "held-out images", leave=False, disable=quiet)))
         if len(real) < 4:
@@ -289,7 +292,7 @@ class Metrics(L.Callback):
         assert self.features is not None
         rows = []
         for micro in micros:
-            features = self.features(micro.images.to(self.module.device)).float().cpu()
+            features = self.features(self.module.images(micro.to(self.module.device))).float().cpu()
             for place, caption, name, row in zip(micro.places, micro.captions, micro.ids, features, strict=True):
                 rows.append({"place": place, "caption": caption, "id": name, "features": row})
         return rows

@@ -353,6 +353,8 @@ def merge(encoding: Encoding) -> None:
         about = json.loads((parts_folder(output) / SETTINGS).read_text())
         encoding.check(about, parts_folder(output))
         description = _join(encoding, parts, partial, about)
+        if encoding.images.cache:
+            encoding.images.cache.metadata(SKIPPED)
         shutil.copyfile(encoding.images.folder / SKIPPED, partial / SKIPPED)
         (partial / DESCRIPTION).write_text(json.dumps(description, indent=2, ensure_ascii=False) + "\n")
         publish(partial, output, DESCRIPTION)

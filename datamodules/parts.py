@@ -11,6 +11,7 @@ import os
 import shutil
 import socket
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
@@ -151,10 +152,18 @@ def check_settings(there: dict[str, Any], wanted: dict[str, Any], folder: Path) 
     Raises:
         ValueError: naming the settings that changed.
     """
-    changed = [key for key in sorted(there.keys() | wanted.keys()) if there.get(key) != wanted.get(key)]
-    if changed:
-        changes = "; ".join(f"{key} was {there.get(key)} and is {wanted.get(key)} now" for key in changed)
+    if changes := "; ".join(changed_settings(there, wanted)):
         raise ValueError(f"{folder} was made with other settings ({changes}): choose another output, or remove it")
+
+
+def changed_settings(there: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """``source.path was photos and is pictures now``, for each innermost key whose value changed."""
+    for key in sorted(there.keys() | wanted.keys()):
+        old, new = there.get(key), wanted.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from changed_settings(old, new, f"{prefix}{key}.")
+        elif old != new:
+            yield f"{prefix}{key} was {old} and is {new} now"
 
 
 def this_process() -> str:

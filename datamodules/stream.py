@@ -110,7 +110,7 @@ class StepDataset(Dataset[list[MicroBatch]]):
         size = self.max_micro_batch[stage]
         lot = number * self.ranks + self.rank
         aspect, places = self._lot(stage, lot, size, ((lot + 1, size),))
-        return self._micro_batch(number, stage, aspect, places, list(range(lot * size, (lot + 1) * size)))
+        return self._micro_batch(lot, stage, aspect, places, list(range(lot * size, (lot + 1) * size)))
 
     def _lot(self, stage: int, number: int, count: int, runs: Sequence[tuple[int, int]]) -> tuple[Aspect, list[Place]]:
         lots, sizes = self.lots(stage, runs)

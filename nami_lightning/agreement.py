@@ -5,6 +5,7 @@ they are, its batch counts as consumed. All ranks decide on the same numbers, th
 losses need anyway; the gradient's norm is that of clipping. The decision is the host's, so a step waits for its device
 once, where its gradients are ready: only some (fused) optimizers could be told on the device to leave their state
 alone. Workers read ahead meanwhile, and only the few launches of the optimizer's own kernels are not queued in advance.
+(A prompt that is tokenized in the step waits too: remember encodings, or make them beforehand.)
 """
 
 import math

@@ -83,8 +83,8 @@ class MicroBatch:
         return len(self.ids)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "MicroBatch":
-        """The same with its tensors on ``device``."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        """The same with its tensors on ``device``; the host does not wait for those in page-locked memory."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking or tensor.is_pinned()))
 
     def pin_memory(self) -> "MicroBatch":
         """The same with its tensors in page-locked memory, for the DataLoader."""

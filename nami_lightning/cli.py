@@ -15,7 +15,7 @@ EXAMPLES = """\
 examples:
   lightning run recipes/openmoji.yaml                      train the demo; run it again to resume
   lightning run recipes/openmoji.yaml --curriculum.unit 8  with another value of any recipe key
-  lightning sample openmoji --prompt "red apple" --out out draw with the run's newest checkpoint
+  lightning sample openmoji --prompt "red apple"           draw with the run's newest checkpoint
   lightning show openmoji                                  how far it is, and where its files lie
   lightning export openmoji                                its newest checkpoint as a diffusers pipeline
   lightning launch slurm recipes/nami_2b.yaml --nodes 8 --gpus 8 --output nami_2b.sh
@@ -43,13 +43,15 @@ examples:
   lightning plan nami_2b --devices 64 --json               the same for programs
 """
 
-BENCH = "Measure beside what it should be as fast as, interleaved in one run; medians and quotients."
+BENCH = "Time it, and what it should be as fast as, in turns within one run; medians and quotients."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; the exit status. Set NAMI_TRACEBACK=1 to see where an error came from."""
     options, rest = make_parser().parse_known_args(arguments)
     if options.command in ("run", "bench") or getattr(options, "takes_keys", False):
+        if options.command == "bench" and options.recipe is None and rest and not rest[0].startswith("-"):
+            options.recipe = rest.pop(0)  # argparse takes optional ones only before any option
         options.overrides = rest
     elif rest:
         print(f"error: unknown option {rest[0]}; see: lightning {options.command} --help", file=sys.stderr)
@@ -69,6 +71,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def positive(text: str) -> int:
+    """A whole number of at least 1.
+
+    Raises:
+        ArgumentTypeError: it is none.
+    """
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
+    return int(text)
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The options of all commands; ``run`` takes any recipe key besides."""
     parser = argparse.ArgumentParser(
@@ -83,8 +96,9 @@ def make_parser() -> argparse.ArgumentParser:
         "run",
         help="train what a recipe describes; run again to resume",
         description="Train what RECIPE describes. Run the same command again to resume from the newest checkpoint.",
-        epilog="SIGTERM or SIGUSR1 saves a checkpoint after the running step and ends with exit status 75: start it\n"
-        "again. A second signal ends it at once. What ranks but the first print is in the run's logs/rank_N.log.\n\n"
+        epilog="Ctrl-C, SIGTERM and SIGUSR1 save a checkpoint after the running step and end it with exit status 130,\n"
+        "or 75 (start it again). A second signal ends it at once. What ranks but the first print is in the run's\n"
+        "logs/rank_N.log.\n\n"
         "Any recipe key can follow: --curriculum.unit 8 --trainer.devices 2 --config OVERLAY.yaml\n"
         "--print_config prints the resolved recipe; the recipes in recipes/ explain every key.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -93,7 +107,7 @@ def make_parser() -> argparse.ArgumentParser:
     run.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a packaged one (openmoji)")
     run.add_argument("--fresh", action="store_true", help="start over; the old run is renamed, never deleted")
 
-    bench = commands.add_parser("bench", help="measure, beside what it should be as fast as", description=BENCH)
+    bench = commands.add_parser("bench", help="how fast it is, next to what it should be as fast as", description=BENCH)
     bench.add_argument(
         "what",
         choices=["step", "sample", "data"],
@@ -124,16 +138,16 @@ def make_parser() -> argparse.ArgumentParser:
     sample.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
     sample.add_argument("--prompts", metavar="FILE", help="a text file, one prompt a line")
     sample.add_argument("--negative_prompt", default="", metavar="TEXT", help="what guidance leads away from")
-    sample.add_argument("--out", required=True, metavar="DIR", help="where the PNGs and grid.png go")
-    sample.add_argument("--images", type=int, default=1, help="images of each prompt (default 1)")
+    sample.add_argument("--out", default="drawn", metavar="DIR", help="where the PNGs and grid.png go (default: drawn)")
+    sample.add_argument("--images", type=positive, default=1, help="images of each prompt (default 1)")
     sample.add_argument(
-        "--steps", type=int, nargs="+", default=[10], help="steps a stage: one number, or one a stage (10)"
+        "--steps", type=positive, nargs="+", default=[10], help="steps a stage: one number, or one a stage (10)"
     )
-    sample.add_argument("--guidance_scale", type=float, default=2.0, help="1 is off (default 2)")
+    sample.add_argument("--guidance_scale", type=float, default=3.5, help="1 is off (default 3.5)")
     sample.add_argument("--solver", choices=["euler", "heun", "multistep"], default="multistep")
     sample.add_argument("--seed", type=int, default=0, help="of the first image; the next has the next (default 0)")
-    sample.add_argument("--batch_size", type=int, default=16, help="images drawn at once (default 16)")
-    sample.add_argument("--columns", type=int, default=8, help="images in a row of the grid (default 8)")
+    sample.add_argument("--batch_size", type=positive, default=16, help="images drawn at once (default 16)")
+    sample.add_argument("--columns", type=positive, default=8, help="images in a row of the grid (default 8)")
 
     add_plan_command(commands)
     add_data_commands(
@@ -160,7 +174,11 @@ def make_parser() -> argparse.ArgumentParser:
     )
 
     add_launch_commands(
-        commands.add_parser("launch", help="a script that runs a recipe on a cluster", description="Write a script.")
+        commands.add_parser(
+            "launch",
+            help="a script that runs a recipe on a cluster",
+            description="Write the script that runs a recipe on a cluster.",
+        )
     )
 
     evaluate = commands.add_parser(

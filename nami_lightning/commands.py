@@ -31,6 +31,7 @@ NOISE = (
     r".*FSDP2-wrapped module .* returned a view tensor.*",
     r".*Checkpoint directory .* exists and is not empty.*",
     r".*`local_dir_use_symlinks` argument is deprecated.*",
+    r".*your dataloader is not resumable.*",  # the position in the data is the step's number
 )
 
 
@@ -39,7 +40,7 @@ def quieten_libraries() -> None:
     for message in NOISE:
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda record: "Tip:" not in record.getMessage()
+        lambda record: not any(words in record.getMessage() for words in ("Tip:", "`max_epochs=1` reached"))
     )
 
 
@@ -48,11 +49,10 @@ def run(options: Namespace) -> None:
     quieten_libraries()
     recipe = Recipe(options.recipe, options.overrides)
     this = Run(recipe.folder)
+    model, data, trainer = recipe.make()
     fresh = options.fresh and not is_restart()
     if fresh and (aside := set_aside(this)):
         rank_zero_info(f"Starting over; the old run is now {aside}")
-
-    model, data, trainer = recipe.make()
     alone = hold(this.folder) if trainer.global_rank == 0 else nullcontext()
     with output_of_rank(trainer.global_rank, this.folder / "logs"), alone:
         train(this, recipe, model, data, trainer, fresh)

@@ -147,8 +147,10 @@ def _expand(arguments: Sequence[str]) -> list[str]:
 
 def _source_arguments(value: str) -> list[str]:
     if re.fullmatch(r"[A-Za-z_][\w.]*", value) and not Path(value).exists():
-        known = value if "." in value else f"nami_lightning.datamodules.sources.{value}"
-        return ["--source", known]
+        known = [kind.__name__ for kind in Source.__subclasses__()]
+        if "." not in value and value not in known:
+            raise FileNotFoundError(f"nothing lies at {value}, nor is it one of the sources {', '.join(known)}")
+        return ["--source", value if "." in value else f"nami_lightning.datamodules.sources.{value}"]
     kind = type(find_source(value))
     return ["--source", f"{kind.__module__}.{kind.__name__}", "--source.path", value]
 
@@ -179,6 +181,8 @@ def encode(options: Namespace) -> None:
     if not isinstance(data, MultiResolutionDataModule):
         raise ValueError(f"{work.recipe}: data.class_path must be a MultiResolutionDataModule to be encoded")
     images = data.dataset
+    if images.cache and not work.output:
+        raise ValueError(f"{images.location} is remote: say with --output where its encodings go")
     output = Path(work.output) if work.output else images.folder / ENCODINGS / "latents"
     encoding = Encoding(recipe.make_model().to(work.device), images, output, work.crops)
     if encoding.is_complete():
@@ -205,7 +209,11 @@ def _encode_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("recipe", metavar="RECIPE", help="names the data set, the encoders and the resolutions")
-    parser.add_argument("--output", metavar="DIR", help="default: encodings/latents in the data set's own folder")
+    parser.add_argument(
+        "--output",
+        metavar="DIR",
+        help="default: encodings/latents in the data set's own folder, if it isn't remote",
+    )
     parser.add_argument(
         "--crops",
         type=int,

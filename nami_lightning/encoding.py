@@ -4,6 +4,7 @@ from functools import cached_property
 from typing import Literal
 
 import lightning as L
+import torch
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 
@@ -16,6 +17,7 @@ from nami_lightning.encoders import (
     PromptEncoder,
     TextEncoderConfig,
     TextStates,
+    decode_latents,
     encode_posterior,
     load_autoencoder,
 )
@@ -90,6 +92,15 @@ class EncodingModule(L.LightningModule):
             levels = flow.pyramid(latents, self.num_stages)
             return levels[micro.stage], levels[max(micro.stage - 1, 0)]
         return latents, latents if coarse is None else self._draw(coarse, micro, batch, "coarse latents")
+
+    @torch.no_grad()
+    def images(self, micro: MicroBatch) -> Tensor:
+        """The micro-batch's images, uint8 ``(n, 3, H, W)``; where only latents are stored, what the decoder makes of
+        their means."""
+        if micro.encodings is None or micro.encodings.latents is None or micro.images.numel():
+            return micro.images
+        decoded = decode_latents(self.vae, micro.encodings.latents.mean.float())
+        return ((decoded + 1) * 127.5).round().byte()
 
     def _posteriors(self, micro: MicroBatch) -> tuple[Posterior, Posterior | None]:
         """Of the stage's images, and of those at half their resolution where they are needed."""

@@ -9,6 +9,7 @@ from importlib import import_module
 from pathlib import Path
 
 import jsonargparse
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 NOISE = ("Expected a <class 'NoneType'>", "Not a valid subclass of")
 PROJECT = Path(__file__).parent.resolve()
@@ -21,8 +22,12 @@ RECIPE_CLASSES = {
 
 
 def is_for_people(error: BaseException) -> bool:
-    """Whether the message says all: raised by our own checks, by the recipe's parser, or for a missing file."""
-    if isinstance(error, jsonargparse.ArgumentError | FileNotFoundError | ModuleNotFoundError):
+    """Whether the message says all: raised by our own checks, by the recipe's parser, Lightning's, or for a file."""
+    if isinstance(
+        error, jsonargparse.ArgumentError | FileNotFoundError | ModuleNotFoundError | MisconfigurationException
+    ):
+        return True
+    if isinstance(error, OSError) and error.filename is not None:
         return True
     frames = traceback.extract_tb(error.__traceback__)
     raised_in = Path(frames[-1].filename).resolve() if frames else Path()

@@ -177,29 +177,28 @@ def shift_tau(tau: Tensor, mu: float) -> Tensor:
 LossWeighting = Literal["ratio", "uniform", "balanced"]
 
 
-def loss_weights(kind: LossWeighting, ratio: Sequence[int], running_losses: Tensor) -> Tensor:
+def loss_weights(kind: LossWeighting, ratio: Tensor, running_losses: Tensor) -> Tensor:
     """Weights of the stages' losses in one step; they sum to 1, and a stage without samples has 0.
 
     Args:
         kind: ``ratio`` (each stage's share of the samples), ``uniform`` over the stages trained, or
             ``balanced`` (in inverse proportion to a running mean of each stage's own loss).
-        ratio: the phase's sampling ratio, one number a stage.
+        ratio: ``(K,)`` the phase's sampling ratio, float.
         running_losses: ``(K,)`` positive; used by ``balanced`` alone.
 
     Returns:
-        ``(K,)``, on the device of ``running_losses``.
+        ``(K,)``.
 
     Raises:
         ValueError: an unknown kind.
     """
-    share = torch.tensor(ratio, dtype=torch.float32, device=running_losses.device)
     match kind:
         case "ratio":
-            weights = share
+            weights = ratio
         case "uniform":
-            weights = (share > 0).float()
+            weights = (ratio > 0).float()
         case "balanced":
-            weights = (share > 0) / running_losses
+            weights = (ratio > 0) / running_losses
         case _:
             raise ValueError(f"loss_weighting must be one of {get_args(LossWeighting)}; got {kind!r}")
     return weights / weights.sum()

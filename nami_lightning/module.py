@@ -118,6 +118,7 @@ class NamiModule(EncodingModule):
         self.doing, self.beats = "getting ready", 0
         """What this rank is at, for messages; how many things it has begun."""
         self.use_ema = self.ema_on_host = False
+        self._ratios: dict[tuple[int, ...], Tensor] = {}
         self.transformer: NamiTransformer2DModel
         self.ema: NamiTransformer2DModel | None = None
         self.running_losses: Tensor
@@ -143,13 +144,13 @@ class NamiModule(EncodingModule):
         return side**2 + self.text_encoder_config.max_length
 
     def setup(self, stage: str) -> None:
-        """Refuse a precision that Lightning converts whole batches for.
+        """Refuse a precision that Lightning converts whole batches for, or scales the loss for, which clipping sees.
 
         Raises:
             ValueError: naming those that work.
         """
         precision = str(self.trainer.precision)
-        if precision.endswith("true") and precision != "32-true":
+        if precision not in ("32-true", "bf16-mixed"):
             raise ValueError(
                 f"trainer.precision {precision} is not supported: use 32-true, or bf16-mixed; with FSDP2Strategy its "
                 "param_dtype computes in bfloat16"
@@ -185,7 +186,7 @@ class NamiModule(EncodingModule):
         begin = perf_counter()
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)
-        ratio = self.curriculum.phase(self.step).ratio
+        ratio = self.ratio()
         weights = flow.loss_weights(self.loss_weighting, ratio, self.running_losses.nan_to_num(1.0))
         counts = [sum(len(micro) for micro in batch if micro.stage == stage) for stage in range(self.num_stages)]
         losses = torch.zeros(self.num_stages, device=self.device)
@@ -207,13 +208,20 @@ class NamiModule(EncodingModule):
             optimizer.step()
             self.skipped.in_row = 0
             self._update_running_losses(agreed.losses, ratio)
-            self._log_losses(weights, agreed.losses, ratio, agreed.norm)
+            self._log_losses(weights, agreed.losses, agreed.norm)
         else:
             self.skipped.add(self.step - 1, batch, micro_losses)
             self._log_metrics({"train/skipped": self.skipped.total})
         optimizer.zero_grad()
 
         self.seconds_in_steps += perf_counter() - begin
+
+    def ratio(self) -> Tensor:
+        """This step's sampling ratio ``(K,)``, sent to the device once a phase: a copy makes the host wait."""
+        parts = tuple(self.curriculum.phase(self.step).ratio)
+        if parts not in self._ratios:
+            self._ratios[parts] = torch.tensor(parts, dtype=torch.float32, device=self.device)
+        return self._ratios[parts]
 
     def on_train_start(self) -> None:
         """Refuse bridges that nobody has fitted.
@@ -236,14 +244,15 @@ class NamiModule(EncodingModule):
         limit = torch.inf if self.gradient_clip_norm is None else self.gradient_clip_norm
         return whole(torch.nn.utils.clip_grad_norm_(self.transformer.parameters(), limit))
 
-    def _log_losses(self, weights: Tensor, losses: Tensor, ratio: list[int], norm: float) -> None:
+    def _log_losses(self, weights: Tensor, losses: Tensor, norm: float) -> None:
         """Log every so many steps."""
         loss = (weights * losses).sum()
         self.log("train/loss", loss, prog_bar=True, logger=False)
         if self.step % self.trainer.log_every_n_steps:  # type: ignore[attr-defined]
             return
         metrics = {"train/loss": float(loss), "train/gradient_norm": norm, "train/skipped": self.skipped.total}
-        metrics |= {f"train/loss_stage{k + 1}": float(losses[k]) for k, parts in enumerate(ratio) if parts}
+        trained = [k for k, parts in enumerate(self.curriculum.phase(self.step - 1).ratio) if parts]
+        metrics |= {f"train/loss_stage{k + 1}": float(losses[k]) for k in trained}
         self._log_metrics(metrics)
 
     def _log_metrics(self, metrics: dict[str, float]) -> None:
@@ -287,11 +296,10 @@ class NamiModule(EncodingModule):
         mu = self.bridge.time_shift(tokens // self.transformer_config["patch_size"] ** 2)
         return tau if mu is None else flow.shift_tau(tau, mu)
 
-    def _update_running_losses(self, losses: Tensor, ratio: list[int], momentum: float = 0.99) -> None:
+    def _update_running_losses(self, losses: Tensor, ratio: Tensor, momentum: float = 0.99) -> None:
         """Running mean of each trained stage's loss; a stage's first loss starts its mean."""
-        trained = torch.tensor([parts > 0 for parts in ratio], device=losses.device)
         mean = torch.where(self.running_losses.isnan(), losses, self.running_losses.lerp(losses, 1 - momentum))
-        self.running_losses.copy_(torch.where(trained, mean, self.running_losses))
+        self.running_losses.copy_(torch.where(ratio > 0, mean, self.running_losses))
 
     # --- validation --------------------------------------------------------------------------
 

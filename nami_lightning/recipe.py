@@ -156,4 +156,4 @@ def find_recipe(path: str | Path) -> Path:
         if candidate.is_file():
             return candidate
     known = ", ".join(sorted(recipe.stem for recipe in RECIPES.glob("*.yaml")))
-    raise FileNotFoundError(f"no recipe {path}; give a YAML file, or one of: {known}")
+    raise FileNotFoundError(f"no recipe {path}; give a YAML file, or one of: {known}; options and keys come after it")

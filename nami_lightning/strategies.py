@@ -33,8 +33,8 @@ from torch.utils.checkpoint import checkpoint
 from nami_lightning.encoders import PromptEncoder
 from nami_lightning.transformer import NamiTransformer2DModel
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-DTypeName = Literal["float32", "bfloat16", "float16"]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # float16 would need a scaled loss
+DTypeName = Literal["float32", "bfloat16"]
 
 
 class FSDP2Strategy(ModelParallelStrategy):

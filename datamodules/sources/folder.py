@@ -1,6 +1,7 @@
 """Image files in a folder and those below it, with captions beside them or in metadata files."""
 
 import hashlib
+import os
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -32,7 +33,7 @@ class ImageFolder(Source):
     def __init__(
         self, path: str, columns: Columns = COLUMNS, one_caption_a_line: bool = False, follow_links: bool = False
     ) -> None:
-        self.path, self.columns = path, columns
+        self.path, self.columns = os.path.normpath(path), columns
         self.one_caption_a_line, self.follow_links = one_caption_a_line, follow_links
 
     def settings(self) -> dict[str, Any]:

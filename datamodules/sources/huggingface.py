@@ -1,5 +1,6 @@
 """Datasets of Hugging Face's ``datasets`` that were saved to disk."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
@@ -32,7 +33,7 @@ class HuggingFaceDataset(Source):
         image: str | None = None,
         key: str | None = None,
     ) -> None:
-        self.path, self.split, self.columns, self.image, self.key = path, split, columns, image, key
+        self.path, self.split, self.columns, self.image, self.key = os.path.normpath(path), split, columns, image, key
 
     def settings(self) -> dict[str, Any]:
         """All arguments."""

@@ -1,4 +1,4 @@
-"""OpenMoji as a source: some 4,000 drawings with captions in 13 languages, all from pip packages.
+"""OpenMoji as a source: some 4,000 drawings with captions in 14 languages, all from pip packages.
 
 All emojis are designed by OpenMoji, the open-source emoji and icon project (CC BY-SA 4.0).
 """
@@ -94,11 +94,12 @@ class OpenMoji(Source):
         text = "".join(map(chr, codes))
         if text not in emoji.EMOJI_DATA:
             return []
-        names = [emoji.EMOJI_DATA[text].get(language) for language in self.languages]
-        captions = [name.strip(":").replace("_", " ") for name in names if name]
-        # The package calls a flag by its country's name alone; Unicode's own name for it starts with "flag".
-        is_flag = all(code in REGIONAL_INDICATORS for code in codes)
-        return [f"flag: {caption}" if is_flag else caption for caption in captions]
+        named = {language: emoji.EMOJI_DATA[text].get(language) for language in self.languages}
+        captions = {language: name.strip(":").replace("_", " ") for language, name in named.items() if name}
+        # In English alone the package calls a flag by its country's name; Unicode's own name for it starts with "flag".
+        if "en" in captions and all(code in REGIONAL_INDICATORS for code in codes):
+            captions["en"] = f"flag: {captions['en']}"
+        return list(captions.values())
 
     def _draw(self, key: str) -> bytes:
         import resvg_py

@@ -1,5 +1,6 @@
 """Parquet files with the images' bytes in a column: img2dataset's, Hugging Face's, or others."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -26,7 +27,7 @@ class Parquet(Source):
     """
 
     def __init__(self, path: str, columns: Columns = COLUMNS, image: str | None = None, key: str | None = None) -> None:
-        self.path, self.columns, self.image, self.key = path, columns, image, key
+        self.path, self.columns, self.image, self.key = os.path.normpath(path), columns, image, key
         self.files = Files(path, ".parquet")
 
     def settings(self) -> dict[str, Any]:

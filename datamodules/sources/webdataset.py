@@ -1,5 +1,6 @@
 """Tar files as WebDataset lays them out, and img2dataset writes them: KEY.jpg, KEY.txt, KEY.json, one after another."""
 
+import os
 import re
 import tarfile
 from collections.abc import Iterator
@@ -28,7 +29,7 @@ class WebDataset(Source):
     """
 
     def __init__(self, path: str, columns: Columns = COLUMNS, extension: str | None = None) -> None:
-        self.path, self.columns, self.extension = path, columns, extension
+        self.path, self.columns, self.extension = os.path.normpath(path), columns, extension
         self.files = Files(path, ".tar")
         self.extensions = IMAGE_EXTENSIONS if extension is None else (extension.lower().removeprefix("."),)
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from nami_lightning.encoders import PromptEncoder, TextEncoderConfig
 from nami_lightning.evaluation.items import Item
 from nami_lightning.evaluation.nami1k import TOPICS
-from nami_lightning.evaluation.reports import need, percent, table, write_json
+from nami_lightning.evaluation.reports import need, percent, write_json
+from nami_lightning.tables import table
 
 WORDS_A_BIN = 10
 LONGEST = 120

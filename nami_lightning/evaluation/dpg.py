@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 from nami_lightning.evaluation.drawing import ImageFolder
 from nami_lightning.evaluation.items import Item
-from nami_lightning.evaluation.reports import Ledger, interval, percent, span, table
+from nami_lightning.evaluation.reports import Ledger, interval, percent, span
+from nami_lightning.tables import table
 
 IMAGES = 4
 VERDICTS = "verdicts.jsonl"

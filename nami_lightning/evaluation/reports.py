@@ -91,16 +91,6 @@ def interval(strata: Sequence[np.ndarray], rounds: int = ROUNDS, level: float = 
     return float(low), float(high)
 
 
-def table(rows: Sequence[Sequence[str]], alignments: str) -> list[str]:
-    """Rows as lines with aligned columns, one ``<`` or ``>`` a column."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = (f"{cell:{way}{width}}" for cell, way, width in zip(row, alignments, widths, strict=True))
-        lines.append("  ".join(cells).rstrip())
-    return lines
-
-
 def percent(value: float) -> str:
     """A share as Table 4 prints it: 83.8."""
     return f"{100 * value:.1f}"

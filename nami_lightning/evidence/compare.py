@@ -1,5 +1,5 @@
 """What runs have shown, side by side: final values, values at an equal budget, what one needs to reach another's best,
-and which differences are more than the noise of the metric. Numbers only; ``compare_report`` shows them.
+and which differences are more than the noise of the metric. Numbers only; ``report`` shows them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from nami_lightning.chance import seed_of
 from nami_lightning.evidence import metrics
 from nami_lightning.evidence.record import METRICS, Entry, Evaluation, read_entries
-from nami_lightning.runs import Run
+from nami_lightning.runs import Run, step_of
 
 AXES: Mapping[str, Callable[[Entry], float | None]] = {
     "steps": lambda entry: entry.step,
@@ -112,7 +112,7 @@ def read_recipe(run: Run) -> tuple[dict[str, Any], int]:
 def state_of(run: Run, total: int) -> str:
     """``finished, 60 steps``, ``running, step 20 of 60`` or ``stopped at step 20 of 60 (last written ...)``."""
     entries = read_entries(run.folder)
-    steps = [int(path.stem.removeprefix("step=")) for path in run.checkpoints[-1:]] + [e.step for e in entries[-1:]]
+    steps = [step_of(path) for path in run.checkpoints[-1:]] + [entry.step for entry in entries[-1:]]
     step = max(steps, default=0)
     if step >= total:
         return f"finished, {total} steps"

@@ -25,8 +25,9 @@ from typing import Any
 import yaml
 
 from nami_lightning.evidence.compare import AXES
+from nami_lightning.preemption import INTERRUPTED, REQUEUE
 from nami_lightning.recipe import RECIPES, Recipe
-from nami_lightning.runs import Run
+from nami_lightning.runs import Run, step_of
 
 
 @dataclass(frozen=True)
@@ -147,8 +148,8 @@ def train_all(path: Path) -> tuple[Sweep, list[str]]:
         if states[name]:
             continue
         code = subprocess.run([sys.executable, "-m", "nami_lightning.cli", "run", *command], check=False).returncode
-        if code == 130:  # stopped by hand: so is the sweep
-            raise KeyboardInterrupt
+        if code in (INTERRUPTED, REQUEUE):  # told to stop: so is the sweep
+            raise SystemExit(code)
         if code:
             failed.append(name)
     return sweep, failed
@@ -170,7 +171,7 @@ def finished(recipe: Recipe) -> str:
     """What there is to say of a recipe's run that has a checkpoint of its last step; nothing of any other."""
     run = Run(recipe.folder)
     total = sum(phase.steps for phase in recipe.config.curriculum.phases)
-    if not any(int(path.stem.removeprefix("step=")) >= total for path in run.checkpoints[-1:]):
+    if not any(step_of(path) >= total for path in run.checkpoints[-1:]):
         return ""
     if run.recipe.read_text(encoding="utf-8") != recipe.dump():
         return ": finished, with another recipe than it has now; remove or rename it to train it again"

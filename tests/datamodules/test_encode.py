@@ -23,7 +23,9 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from squares import Squares, contents
 
-from nami_lightning.callbacks import BridgePretraining, CurriculumCallback
+from nami_lightning.batch import pixels
+from nami_lightning.callbacks import BridgePretraining, CurriculumCallback, Metrics
+from nami_lightning.callbacks.drawing import Drawing
 from nami_lightning.cli import main
 from nami_lightning.datamodules import encode as encode_module
 from nami_lightning.datamodules.dataset import PreparedDataset
@@ -36,7 +38,8 @@ from nami_lightning.datamodules.shards import ShardWriter
 from nami_lightning.datamodules.sources import ImageFolder
 from nami_lightning.datamodules.sources.base import SourceSample
 from nami_lightning.datamodules.verify import verify
-from nami_lightning.encoders import PromptEncoder, TextStates
+from nami_lightning.encoders import PromptEncoder, TextStates, decode_latents, encode_posterior
+from nami_lightning.evidence.record import read_entries
 from nami_lightning.module import NamiModule
 from nami_lightning.recipe import Recipe
 
@@ -122,7 +125,7 @@ class Losses(L.Callback):
         self.heldout = {name: float(value) for name, value in metrics if name.startswith("val/")}
 
 
-def train(overrides: list[str], folder: Path) -> tuple[Losses, NamiModule]:
+def train(overrides: list[str], folder: Path, *callbacks: L.Callback) -> tuple[Losses, NamiModule]:
     """Ten steps with all callbacks that a training needs."""
     recipe = Recipe(TINY, [*RECIPE, *overrides, "--data.init_args.folder", str(folder)])
     module, data, trainer = recipe.make()
@@ -131,6 +134,7 @@ def train(overrides: list[str], folder: Path) -> tuple[Losses, NamiModule]:
         CurriculumCallback(),
         BridgePretraining(samples=32),
         losses,
+        *callbacks,
     ]
     trainer.fit(module, data)
     return losses, module
@@ -160,6 +164,50 @@ def test_losses_with_and_without_encodings_agree(
         name = f"val/loss_stage{stage}"
         assert found.heldout[name] == pytest.approx(expected.heldout[name], abs=1e-3)
     assert found.heldout == pytest.approx(expected.heldout, rel=1e-3)  # parts of a window too: means of a few samples
+
+
+class Colours(torch.nn.Module):
+    """Every number of a picture."""
+
+    name = "colours"
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.flatten(1).double() / 255
+
+
+def test_metrics_of_latents_see_what_the_autoencoder_decodes(root: Path, tmp_path: Path) -> None:
+    recipe = [*with_vae(root), "--output_dir", str(tmp_path)]
+    folder = encode(recipe, root / "images", tmp_path / "encoded")
+    measure = Metrics(
+        samples=4, training_images=4, features=Colours(), agreement=None, drawing=Drawing(num_inference_steps=1)
+    )
+    _, module = train(recipe, folder, measure)
+    assert measure.reference is not None
+    found, captions = measure.reference.training
+    data = data_of(recipe, root / "images")
+    images = data.steps(seed=0).stage_batch(0, 2)
+    assert captions == images.captions[:4]
+    latents = encode_posterior(module.vae, pixels(images.images)).mean
+    expected = (decode_latents(module.vae, latents) + 1) / 2
+    np.testing.assert_allclose(found, expected.flatten(1)[:4], atol=0.02)  # encodings are bfloat16
+    assert [entry.step for entry in read_entries(tmp_path / "tiny")] == [STEPS]
+
+
+def test_a_remote_data_set_is_encoded_into_a_folder_that_is_named(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = [
+        "--data.init_args.folder",
+        f"file://{root / 'images'}",
+        "--data.init_args.cache.folder",
+        f"{tmp_path}/cache",
+    ]
+    arguments = ["data", "encode", str(TINY), *RECIPE, *data, "--workers", "0"]
+    assert main(arguments) == 2
+    assert "say with --output" in capsys.readouterr().err
+    assert main([*arguments, "--output", str(tmp_path / "encoded")]) == 0
+    assert (tmp_path / "encoded" / "skipped.jsonl").read_bytes() == (root / "images" / "skipped.jsonl").read_bytes()
+    assert verify(tmp_path / "encoded", 1) == []
 
 
 def data_of(overrides: list[str], folder: Path) -> MultiResolutionDataModule:

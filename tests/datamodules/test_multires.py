@@ -155,6 +155,17 @@ def test_random_crops_are_windows_of_the_stored_image_and_move(tmp_path: Path) -
     assert len(set(heldout.images[:, 0, 0, 0].tolist())) == 1
 
 
+def test_a_stages_stream_is_the_same_on_two_ranks(tmp_path: Path) -> None:
+    """Chance too: here where the windows lie."""
+    settings = dataclasses.replace(PREPARATION, resolutions=[32], aspect_step=None, crop="random")
+    data = make_data(prepare(Gradients(40, [(64, 33)]), tmp_path / "data", settings, workers=1))
+    for number in range(6):
+        one = data.steps().stage_batch(number, 2)
+        of_two = data.steps(number % 2, 2).stage_batch(number // 2, 2)
+        assert (one.ids, one.places) == (of_two.ids, of_two.places)
+        assert torch.equal(one.images, of_two.images)
+
+
 class Gradients(Squares):
     """Their red rises by four a px from left to right."""
 

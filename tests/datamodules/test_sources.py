@@ -6,6 +6,7 @@ import json
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,14 @@ from nami_lightning.datamodules.images import BadImage, open_image
 from nami_lightning.datamodules.parts import Preparation
 from nami_lightning.datamodules.prepare import prepare
 from nami_lightning.datamodules.shards import Record
-from nami_lightning.datamodules.sources import OpenMoji, find_source
+from nami_lightning.datamodules.sources import (
+    HuggingFaceDataset,
+    ImageFolder,
+    OpenMoji,
+    Parquet,
+    WebDataset,
+    find_source,
+)
 
 COUNT = 24
 PREPARATION = Preparation([16, 32], heldout_percent=0, aspect_step=4, format="png")
@@ -233,6 +241,18 @@ def test_openmoji_draws_and_captions() -> None:
         assert open_image(sample.image).size == (64, 64)
         assert sample.captions
     assert len({sample.group for sample in samples.values()}) < len(samples)
+
+
+def test_a_flag_is_called_so_in_each_language() -> None:
+    source = OpenMoji(["en", "de", "es"], size=16)
+    samples = (sample for part in source.parts() for sample in source.read(part))
+    costa_rica = next(sample for sample in samples if sample.id == "1F1E8-1F1F7")
+    assert costa_rica.captions == ["flag: Costa Rica", "flagge costa rica", "bandera costa rica"]
+
+
+@pytest.mark.parametrize("kind", [ImageFolder, WebDataset, Parquet, HuggingFaceDataset])
+def test_a_folder_with_a_slash_is_the_same_folder(kind: Any) -> None:
+    assert kind("photos/").settings() == kind("./photos").settings() == kind("photos").settings()
 
 
 def test_openmoji_refuses_a_language_it_has_not() -> None:

@@ -97,6 +97,13 @@ def test_fresh_keeps_the_old_run(finished: Path, tmp_path: Path) -> None:
     assert [path.stem for path in Run(tmp_path / "tiny").checkpoints] == ["step=0000002"]
 
 
+def test_fresh_leaves_the_old_run_alone_if_the_new_recipe_is_wrong(finished: Path, capsys: Any) -> None:
+    before = sorted(finished.parent.iterdir())
+    assert resume(finished, "--fresh", "--model.tau_mean", "[0.0, 1.0]") == 2
+    assert "need one number, or 3 (one a stage)" in capsys.readouterr().err
+    assert sorted(finished.parent.iterdir()) == before
+
+
 def test_a_longer_last_phase_goes_on(finished: Path, tmp_path: Path, caplog: Any) -> None:
     shutil.copytree(finished, tmp_path / "tiny")
     recipe = yaml.safe_load((finished / "recipe.yaml").read_text())
@@ -206,6 +213,13 @@ def test_show_tells_what_a_run_is(finished: Path, capsys: Any) -> None:
             ["run", str(TINY), "--trainer.precision", "16-true"],
             "trainer.precision 16-true is not supported: use 32-true",
         ),
+        (
+            ["run", str(TINY), "--trainer.precision", "16-mixed"],
+            "trainer.precision 16-mixed is not supported: use 32-true",
+        ),
+        (["run", str(TINY), "--trainer.gradient_clip_val", "1.0"], "gradient clipping is not supported"),
+        (["run", str(TINY), "--output_dir", str(TINY / "below")], "Not a directory"),
+        (["data", "prepare", "--source", "folder", "--output", "o"], "nothing lies at folder, nor is it one of"),
         (["run", str(TINY), "--curriculum.phases", "[]"], "needs at least one phase"),
         (["run", str(TINY), "--model.bridge.init_args.channels", "4"], "both are the channels of the latents"),
         (["run", str(TINY), "--model.text_encoder.sequence", "no/such-model"], "no/such-model"),

@@ -8,6 +8,7 @@ import time
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from nami_lightning.evidence.record import Entry, Evaluation, read_entries, writ
 from nami_lightning.evidence.report import amount, reach_table, si
 from nami_lightning.evidence.seeds import groups, seed_differences
 from nami_lightning.evidence.sweep import load_sweep, run_arguments
+from nami_lightning.preemption import INTERRUPTED, REQUEUE
 from nami_lightning.recipe import RECIPES, Recipe
 
 FRECHET, RECALL = "metrics/frechet_x", "metrics/recall_x"
@@ -280,6 +282,25 @@ def test_a_misspelt_override_is_refused_before_anything_is_trained(tmp_path: Pat
     assert not (tmp_path / "runs").exists()
     assert main(["sweep", "openmoji_nothing"]) == 2
     assert "no sweep openmoji_nothing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("status", [INTERRUPTED, REQUEUE])
+def test_a_sweep_that_is_told_to_stop_starts_no_other_run(
+    status: int, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = [{"recipe": tiny[0], "name": name} for name in ("one", "other")]
+    file = tmp_path / "sweep.yaml"
+    file.write_text(yaml.safe_dump({"output_dir": str(tmp_path), "runs": runs}))
+    started = []
+
+    def run(command: list[str], check: bool) -> SimpleNamespace:
+        started.append(command[-1])
+        return SimpleNamespace(returncode=status)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    with pytest.raises(SystemExit) as stop:
+        main(["sweep", str(file)])
+    assert (started, stop.value.code) == (["one"], status)
 
 
 def test_a_sweep_trains_resumes_skips_and_compares(

@@ -14,7 +14,7 @@ from kill_ranks import check
 
 from nami_lightning.cli import main
 from nami_lightning.pipeline import NamiPipeline
-from nami_lightning.preemption import REQUEUE
+from nami_lightning.preemption import INTERRUPTED, REQUEUE
 from nami_lightning.runs import Run, step_of
 
 SHORT = ["--curriculum.phases", "[{steps: 12, ratio: [2, 2, 2], learning_rate: 0.002, warmup_steps: 2}]"]
@@ -88,18 +88,20 @@ def whole(tiny_module: list[str]) -> Callable[[str], Path]:
 
 
 @pytest.mark.parametrize(
-    ("strategy", "signal_of"),
+    ("strategy", "signal_of", "status"),
     [
-        ("alone", {"name": "SIGTERM", "group": "true"}),  # its reading process gets it too
-        ("fsdp2", {"name": "SIGUSR1", "rank": "1"}),
+        ("alone", {"name": "SIGTERM", "group": "true"}, REQUEUE),  # its reading process gets it too
+        ("alone", {"name": "SIGINT", "group": "true"}, INTERRUPTED),  # as Ctrl-C in a terminal
+        ("fsdp2", {"name": "SIGUSR1", "rank": "1"}, REQUEUE),
     ],
 )
 def test_told_to_stop_it_saves_and_the_same_command_goes_on_to_the_same_bits(
-    tiny: list[str], whole: Callable[[str], Path], strategy: str, signal_of: dict[str, str]
+    tiny: list[str], whole: Callable[[str], Path], strategy: str, signal_of: dict[str, str], status: int
 ) -> None:
     command = [*tiny, *SHORT, *STRATEGIES[strategy], "--data.init_args.num_workers", "1"]
-    said = run([*command, *with_callback("Signal", step=4, **signal_of)], REQUEUE)
+    said = run([*command, *with_callback("Signal", step=4, **signal_of)], status)
     assert "Told to stop: saved step 5 of 12" in said
+    assert ("Stopping after the running step" in said) == (status == INTERRUPTED)
     folder = Path(tiny[2]) / "tiny"
     assert [path.stem for path in Run(folder).checkpoints] == ["step=0000005"]
     assert "from step 5 of 12" in run(command)

@@ -200,7 +200,7 @@ def test_time_grid_spans_its_window() -> None:
     ],
 )
 def test_loss_weights(kind: LossWeighting, ratio: list[int], expected: list[float]) -> None:
-    weights = flow.loss_weights(kind, ratio, torch.tensor([2.0, 1.0, 4.0]))
+    weights = flow.loss_weights(kind, torch.tensor(ratio, dtype=torch.float32), torch.tensor([2.0, 1.0, 4.0]))
     assert weights.tolist() == pytest.approx(expected)
     assert weights.sum().item() == pytest.approx(1)
 

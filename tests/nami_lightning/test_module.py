@@ -86,10 +86,10 @@ def test_validation_chance_is_fixed_and_needs_no_global_state() -> None:
 
 def test_running_losses_start_at_the_first_and_skip_untrained_stages() -> None:
     module = make()
-    module._update_running_losses(torch.tensor([4.0, 0.0, 2.0]), [1, 0, 1])
+    module._update_running_losses(torch.tensor([4.0, 0.0, 2.0]), torch.tensor([1.0, 0.0, 1.0]))
     assert module.running_losses[:3:2].tolist() == [4.0, 2.0]
     assert module.running_losses[1].isnan()
-    module._update_running_losses(torch.tensor([2.0, 5.0, 2.0]), [1, 1, 0])
+    module._update_running_losses(torch.tensor([2.0, 5.0, 2.0]), torch.tensor([1.0, 1.0, 0.0]))
     torch.testing.assert_close(module.running_losses, torch.tensor([4 * 0.99 + 2 * 0.01, 5.0, 2.0]))
 
 
