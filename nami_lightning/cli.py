@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from nami_lightning.evaluation import options as evaluation
+from nami_lightning.numbers import positive
 
 EXAMPLES = """\
 examples:
@@ -69,17 +70,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {explain(error)}", file=sys.stderr)
         return 2
     return 0
-
-
-def positive(text: str) -> int:
-    """A whole number of at least 1.
-
-    Raises:
-        ArgumentTypeError: it is none.
-    """
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
-    return int(text)
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -15,7 +15,7 @@ from nami_lightning.evaluation.geneval_prompts import geneval_items
 from nami_lightning.evaluation.items import Item, first_of_each_kind
 from nami_lightning.evaluation.options import check_options
 from nami_lightning.evaluation.rating_pages import Plan, write_pages
-from nami_lightning.evaluation.reports import hardware, write_json
+from nami_lightning.evaluation.reports import write_json
 from nami_lightning.evaluation.side_by_side import side_by_side, spread
 from nami_lightning.grid import save_image
 
@@ -69,7 +69,7 @@ def draw_all(options: Namespace, out: Path, everything: Sequence[Item], chosen: 
     settings = {"num_inference_steps": steps} | {
         name: getattr(options, name) for name in ("guidance_scale", "negative_prompt", "solver", "height", "width")
     }
-    sampling = Sampling(settings, options.seed, options.dtype, options.batch_size)
+    sampling = Sampling(settings, options.seed, options.dtype, options.batch_size or Sampling.batch_size)
     folders = [ImageFolder(out / name, name) for name in model_names(options.runs, options.names)]
     for run, folder in zip(options.runs, folders, strict=True):
         draw(run, folder, everything, chosen, _images(options), sampling)
@@ -102,16 +102,18 @@ def judge(options: Namespace, out: Path, folders: Sequence[ImageFolder], items: 
             print(f"{nami1k.shares(items)}\nPeople judge them: the same command with --annotate writes their pages.")
         return
     score, names, lines = _judges(options)
+    file = f"results-first-{options.limit}.json" if options.limit else "results.json"
     results: dict[str, Any] = {}
     for folder in folders:
         results[folder.name] = score(folder, items)
-        about = {"benchmark": options.benchmark, "model": folder.name, "judge": names, "hardware": hardware()}
+        about = {"benchmark": options.benchmark, "model": folder.name, "judge": names}
         whole = {"images_a_prompt": _images(options), "drawing": folder.drawing}
-        write_json(folder.folder / "results.json", about | whole | {"scores": results[folder.name]})
+        write_json(folder.folder / file, about | whole | {"scores": results[folder.name]})
     print("\n".join(lines(results)))
+    machines = sorted({machine for scores in results.values() for machine in scores["judged_on"]})
     print(f"{len(items):,} prompts, {_images(options)} image(s) each. Judged by", end=" ")
-    print(", ".join(f"{role} {name}" for role, name in names.items()), f"on {hardware()}")
-    print(f"results.json is in each model's folder in {out}")
+    print(", ".join(f"{role} {name}" for role, name in names.items()), f"on {'; '.join(machines)}")
+    print(f"{file} is in each model's folder in {out}")
 
 
 Score = Callable[[ImageFolder, Sequence[Item]], dict[str, Any]]
@@ -128,7 +130,8 @@ def _judges(options: Namespace) -> tuple[Score, dict[str, str], Callable[[Any], 
             raise ValueError("the images are drawn; give --judge, a model that answers questions about images")
         names = {"judge": options.judge}
         answer = QuestionJudge(options.judge, device)
-        return lambda folder, items: dpg.judge_images(folder, items, images, answer, names), names, dpg.lines
+        kept = names | {"answers": "text"}
+        return lambda folder, items: dpg.judge_images(folder, items, images, answer, kept), names, dpg.lines
     from nami_lightning.evaluation.geneval_models import CLIP, DETECTOR, LONGEST, SHORTEST, ColorClassifier, Detector
 
     names = {"detector": options.detector or DETECTOR, "CLIP": options.clip or CLIP}
@@ -174,4 +177,4 @@ def grid(options: Namespace, out: Path, folders: Sequence[ImageFolder], items: S
 
 
 def _images(options: Namespace) -> int:
-    return options.images or IMAGES[options.benchmark]
+    return 1 if options.grid else options.images or IMAGES[options.benchmark]

@@ -4,6 +4,7 @@ import os
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -64,3 +65,14 @@ def save_image(image: Image.Image, path: Path) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     image.save(partial, "PNG")
     partial.replace(path)
+
+
+def save_figure(figure: Any, stem: Path) -> Path:
+    """Write matplotlib's ``figure`` as ``stem.png`` and ``stem.svg``, each whole or not at all; the SVG's path."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    for kind in ("png", "svg"):
+        path = stem.with_name(f"{stem.name}.{kind}")
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        figure.savefig(partial, format=kind, dpi=120)
+        partial.replace(path)
+    return path

@@ -12,6 +12,7 @@ from nami_lightning.encoders import PromptEncoder, TextEncoderConfig
 from nami_lightning.evaluation.items import Item
 from nami_lightning.evaluation.nami1k import TOPICS
 from nami_lightning.evaluation.reports import need, percent, write_json
+from nami_lightning.grid import save_figure
 from nami_lightning.tables import table
 
 WORDS_A_BIN = 10
@@ -106,9 +107,7 @@ def plot(counts: Mapping[str, Mapping[str, int]], about: Mapping[str, Mapping[st
         _bars(axes, of_lists)
         axes.set(title=title, ylabel="% of prompts")
         axes.legend()
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    for suffix in (".png", ".svg"):
-        figure.savefig(stem.with_suffix(suffix))
+    save_figure(figure, stem)
 
 
 def _bars(axes: Any, of_lists: Mapping[str, Mapping[str, int]]) -> None:

@@ -10,10 +10,15 @@ begins with the category: ``attribute - color (cup, red)``.
 The rules are the published script's. An image's score is its share of questions answered yes, where a question counts 0
 if one that it depends on counts 0; the mean over images is the overall score. The categories are shares of plain
 answers, dependencies left out: this is why the overall score in the paper's Table 4 lies below all five. Two things
-differ: that script skips the file's first question, and takes the categories from the last of an item's images alone.
+differ: that script skips the file's first question (and with it the first item, if another of its questions depends on
+that one), and takes the categories from the last of an item's images alone. It reads an item's four images from one
+picture of two by two; here they are files of their own. A question that depends on one which the file does not have
+counts 0, where that script leaves the image out; how many there are is said beside the score.
 """
 
 import csv
+import io
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +27,7 @@ import numpy as np
 from tqdm import tqdm
 
 from nami_lightning.evaluation.drawing import ImageFolder
-from nami_lightning.evaluation.items import Item
+from nami_lightning.evaluation.items import Item, checked_id, read_text
 from nami_lightning.evaluation.reports import Ledger, interval, percent, span
 from nami_lightning.tables import table
 
@@ -31,8 +36,8 @@ VERDICTS = "verdicts.jsonl"
 CATEGORIES = {"global": "Gbl", "entity": "Ent", "attribute": "Attr", "relation": "Rel", "other": "Oth"}
 COLUMNS = ("item_id", "text", "proposition_id", "dependency", "tuple", "question_natural_language")
 
-Answer = Callable[[Any, str], bool]
-"""Whether a question about a PIL image is answered yes."""
+Answer = Callable[[Any, str], str]
+"""What is answered to a question about a PIL image."""
 
 Question = dict[str, Any]
 """``id``, ``parents`` (ids), ``category`` and ``question``."""
@@ -46,27 +51,31 @@ def read_questions(path: Path, prompts: Path | None = None) -> list[Item]:
         prompts: a folder with each item's prompt as ITEM_ID.txt; None: the file's column ``text``.
 
     Raises:
-        ValueError: another format; a proposition that depends on one that isn't there. Named with its line.
+        ValueError: another format, or no question. Named with its line.
         FileNotFoundError: a file that isn't there.
     """
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
-        if lacking := [column for column in COLUMNS if column not in (reader.fieldnames or [])]:
-            raise ValueError(f"{path} lacks the columns {', '.join(lacking)} of DPG-Bench's question file")
-        texts: dict[str, str] = {}
-        questions: dict[str, list[Question]] = {}
-        for row in reader:
-            name = row["item_id"].strip()
-            texts[name] = texts.get(name) or row["text"].strip()
-            questions.setdefault(name, []).append(_question(row, f"{path}, line {reader.line_num}"))
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
+    if lacking := [column for column in COLUMNS if column not in (reader.fieldnames or [])]:
+        raise ValueError(f"{path} lacks the columns {', '.join(lacking)} of DPG-Bench's question file")
+    texts: dict[str, str] = {}
+    questions: dict[str, list[Question]] = {}
+    for row in reader:
+        where = f"{path}, line {reader.line_num}"
+        if None in row.values():
+            raise ValueError(f"{where}: it has fewer columns than the first")
+        name = checked_id(row["item_id"].strip(), where)
+        texts[name] = texts.get(name) or row["text"].strip()
+        questions.setdefault(name, []).append(_question(row, where))
+    if not questions:
+        raise ValueError(f"{path} holds no question")
     for name, of_item in questions.items():
         ids = [question["id"] for question in of_item]
         if len(set(ids)) < len(ids):
             raise ValueError(f"{path}: {name} has two propositions of one number: {ids}")
-        if astray := {parent for question in of_item for parent in question["parents"]} - set(ids):
-            raise ValueError(f"{path}: {name} depends on propositions {sorted(astray)}, which it does not have")
     if prompts is not None:
-        texts = {name: (prompts / f"{name}.txt").read_text(encoding="utf-8").strip() for name in questions}
+        texts = {name: read_text(prompts / f"{name}.txt").strip() for name in questions}
+    if empty := [name for name, text in texts.items() if not text]:
+        raise ValueError(f"{prompts or path}: the prompt of {empty[0]} is empty")
     return [Item(name, texts[name], "all", {"questions": of_item}) for name, of_item in questions.items()]
 
 
@@ -79,6 +88,8 @@ def _question(row: Mapping[str, str], where: str) -> Question:
         parents = [int(parent) for parent in row["dependency"].split(",") if parent.strip()]
     except ValueError as error:
         raise ValueError(f"{where}: proposition_id and dependency must be numbers: {error}") from error
+    if not row["question_natural_language"].strip():
+        raise ValueError(f"{where}: the question is empty")
     return {
         "id": number,
         "parents": [parent for parent in parents if parent != 0],
@@ -97,7 +108,7 @@ def image_score(questions: Sequence[Question], answers: Sequence[bool]) -> float
     """
     counts = {question["id"]: yes for question, yes in zip(questions, answers, strict=True)}
     for question in questions:
-        counts[question["id"]] &= all(counts[parent] for parent in question["parents"])
+        counts[question["id"]] &= all(counts.get(parent, False) for parent in question["parents"])
     return sum(counts.values()) / len(counts)
 
 
@@ -114,21 +125,34 @@ def judge_images(
         judge: names of its model and settings.
     """
     ledger = Ledger(folder.folder / VERDICTS, judge)
-    answers: dict[str, list[list[bool]]] = {}
+    answers: dict[str, list[list[str]]] = {}
     for item in tqdm(items, desc=f"judging {folder.name}"):
         texts = [question["question"] for question in item.metadata["questions"]]
         for i in range(images):
             path = folder.path(item, i)
             if (said := ledger.get(path, texts)) is None:
                 image = folder.open(item, i)
-                said = [bool(answer(image, text)) for text in texts]
+                said = [answer(image, text) for text in texts]
                 ledger.add(path, texts, said)
             answers.setdefault(item.id, []).append(said)
-    return scores(items, answers)
+    every = (text for of_item in answers.values() for said in of_item for text in said)
+    unclear = sum(not is_yes(text) and not is_no(text) for text in every)
+    yes = {name: [[is_yes(text) for text in said] for said in of_item] for name, of_item in answers.items()}
+    return scores(items, yes) | {"unclear_answers": unclear, "judged_on": sorted(ledger.judged_on)}
+
+
+def is_yes(answer: str) -> bool:
+    """Whether an answer's first word is yes."""
+    return re.findall(r"[a-z]+", answer.lower())[:1] == ["yes"]
+
+
+def is_no(answer: str) -> bool:
+    """Whether an answer's first word is no."""
+    return re.findall(r"[a-z]+", answer.lower())[:1] == ["no"]
 
 
 def scores(items: Sequence[Item], answers: Mapping[str, Sequence[Sequence[bool]]]) -> dict[str, Any]:
-    """The overall score and the categories', all in [0, 1].
+    """The overall score and the categories', all in [0, 1]; ``orphans`` counts questions whose parents are missing.
 
     Args:
         items: with their questions.
@@ -143,13 +167,21 @@ def scores(items: Sequence[Item], answers: Mapping[str, Sequence[Sequence[bool]]
             for question, yes in zip(questions, said, strict=True):
                 plain.setdefault(question["category"], []).append(yes)
     values = np.array(of_items)
+    orphans = sum(map(_orphans, items))
     return {
         "overall": float(values.mean()),
         "categories": {name: float(np.mean(plain[name])) for name in CATEGORIES if name in plain},
         "intervals": {"overall": interval([values])},
         "prompts": len(items),
         "questions": {name: len(plain[name]) for name in CATEGORIES if name in plain},
+        "orphans": orphans,
     }
+
+
+def _orphans(item: Item) -> int:
+    """Questions that depend on one that isn't there."""
+    there = {question["id"] for question in item.metadata["questions"]}
+    return sum(not there.issuperset(question["parents"]) for question in item.metadata["questions"])
 
 
 def lines(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -159,4 +191,10 @@ def lines(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
         shares = result["categories"]
         cells = [percent(shares[category]) if category in shares else "-" for category in CATEGORIES]
         rows.append([name, percent(result["overall"]), *cells, span(result["intervals"]["overall"], ".1f", 100)])
-    return table(rows, "<" + ">" * (len(CATEGORIES) + 2))
+    text = table(rows, "<" + ">" * (len(CATEGORIES) + 2))
+    for name, result in results.items():
+        if result.get("unclear_answers"):
+            text.append(f"{name}: {result['unclear_answers']:,} answers began with neither yes nor no, and count as no")
+    if orphans := max(result["orphans"] for result in results.values()):
+        text.append(f"{orphans} question(s) depend on one that the file does not have, and count 0")
+    return text

@@ -4,18 +4,19 @@ The published one is mPLUG-large of ModelScope, which transformers does not have
 comparable with it, so the judge is named beside every score.
 """
 
-import re
 from typing import Any
 
 import torch
 from PIL import Image
+
+from nami_lightning.evaluation.reports import first_line
 
 YES_OR_NO = "{question} Answer with one word, yes or no."
 MOST_TOKENS = 8
 
 
 class QuestionJudge:
-    """Answers a question about an image with yes or no.
+    """Answers a question about an image, with yes or no if all goes well.
 
     Models made for visual question answering (BLIP, ViLT) get the bare question; a model that chats about images gets
     the question and the wish for one word.
@@ -37,12 +38,16 @@ class QuestionJudge:
             load = self._load_vqa if "QuestionAnswering" in architectures[0] else self._load_chat
             self._answer = load(name, device)
         except OSError as error:
-            raise FileNotFoundError(f"judge {name} can't be loaded: {str(error).splitlines()[0]}") from error
+            raise FileNotFoundError(f"judge {name} can't be loaded: {first_line(error)}") from error
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(
+                f"judge {name} is no model that answers questions about images: {first_line(error)}"
+            ) from error
 
     @torch.inference_mode()
-    def __call__(self, image: Image.Image, question: str) -> bool:
-        """Whether the answer is yes."""
-        return is_yes(self._answer(image, question))
+    def __call__(self, image: Image.Image, question: str) -> str:
+        """The answer."""
+        return self._answer(image, question)
 
     def _load_vqa(self, name: str, device: torch.device | str) -> Any:
         from transformers import AutoModelForVisualQuestionAnswering, AutoProcessor
@@ -74,9 +79,3 @@ class QuestionJudge:
             return said[0]["generated_text"]
 
         return answer
-
-
-def is_yes(answer: str) -> bool:
-    """Whether an answer's first word is yes."""
-    words = re.findall(r"[a-z]+", answer.lower())
-    return words[:1] == ["yes"]

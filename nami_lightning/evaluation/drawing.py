@@ -7,6 +7,7 @@ OUT/BENCHMARK/MODEL/ITEM/samples/00000.png   its images; image i is drawn from n
 GenEval's own judge reads this layout too.
 """
 
+import hashlib
 import inspect
 import json
 from collections.abc import Mapping, Sequence
@@ -17,10 +18,11 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 from nami_lightning.evaluation.items import Item, prompts_hash
-from nami_lightning.evaluation.reports import write_json
+from nami_lightning.evaluation.reports import first_line, write_json
 from nami_lightning.grid import save_image
 from nami_lightning.pipeline import NamiPipeline
 from nami_lightning.runs import RECIPE_FILE, find_run
@@ -47,8 +49,16 @@ class ImageFolder:
         return self.item_folder(item) / "samples" / f"{sample:05d}.png"
 
     def open(self, item: Item, sample: int) -> Image.Image:
-        """An image that was drawn."""
-        return Image.open(self.path(item, sample)).convert("RGB")
+        """An image that was drawn.
+
+        Raises:
+            ValueError: it is damaged.
+        """
+        path = self.path(item, sample)
+        try:
+            return Image.open(path).convert("RGB")
+        except OSError as error:
+            raise ValueError(f"{path} is damaged ({error}): remove it, and the same command draws it anew") from error
 
     def missing(self, items: Sequence[Item], images: int) -> list[tuple[Item, int]]:
         """What is still to be drawn of the first ``images`` images of each item."""
@@ -56,9 +66,18 @@ class ImageFolder:
 
     @property
     def drawing(self) -> dict[str, Any] | None:
-        """What draws these images; None if nothing has begun."""
+        """What draws these images; None if there is no image yet.
+
+        Raises:
+            ValueError: its file is damaged.
+        """
         path = self.folder / DRAWING
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        if not path.exists() or not any(self.folder.glob("*/samples/*.png")):
+            return None
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged ({error}): remove {self.folder} to draw anew") from error
 
 
 @dataclass(frozen=True)
@@ -79,7 +98,8 @@ class Sampling:
 
 
 def weights_of(source: str) -> str:
-    """Which weights ``source`` names now: a run's newest checkpoint, or the source itself.
+    """Which weights ``source`` names now: a run's newest checkpoint, a digest of a folder's files by their sizes and
+    times, or the name itself.
 
     Raises:
         FileNotFoundError: a run without a checkpoint; a local path where nothing is.
@@ -89,7 +109,9 @@ def weights_of(source: str) -> str:
         if not run.checkpoints:
             raise FileNotFoundError(f"{run.folder} has no checkpoint yet")
         return run.checkpoints[-1].name
-    return source
+    files = sorted(path for path in Path(source).rglob("*") if path.is_file()) if Path(source).is_dir() else []
+    stats = [(str(path.relative_to(source)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return hashlib.sha256(repr(stats).encode()).hexdigest()[:16] if stats else source
 
 
 def is_run(source: str) -> bool:
@@ -118,10 +140,10 @@ def load_pipeline(source: str, dtype: str | None) -> DiffusionPipeline:
             ours = DiffusionPipeline.load_config(source)["_class_name"] == NamiPipeline.__name__
             loader = NamiPipeline if ours else DiffusionPipeline
             pipeline = loader.from_pretrained(source, **({} if ours else {"torch_dtype": number_type}))
-        except OSError as error:
+        except (OSError, AttributeError, KeyError, ValueError, SafetensorError) as error:
             raise FileNotFoundError(
                 f"{source} is neither a run (a folder, or a name below runs/) nor a pipeline that diffusers can load: "
-                f"{str(error).splitlines()[0]}"
+                f"{first_line(error)}"
             ) from error
     if number_type and isinstance(pipeline, NamiPipeline):
         pipeline.transformer.to(number_type)  # the bridges stay float32: they are small, and joints must be exact
@@ -161,6 +183,10 @@ def draw(
     known = inspect.signature(pipeline.__call__).parameters
     if unknown := [name for name in drawing["settings"] if name not in known]:
         raise ValueError(f"{type(pipeline).__name__} of {source} does not take {', '.join(unknown)}")
+    if "negative_prompt" in drawing["settings"] and "true_cfg_scale" in known:
+        raise ValueError(f"{source} has its guidance distilled: a negative prompt would change nothing")
+    if isinstance(drawing["settings"].get("num_inference_steps"), list) and not isinstance(pipeline, NamiPipeline):
+        raise ValueError(f"{source} has one stage: give --steps one number")
     write_json(folder.folder / DRAWING, drawing)
     with tqdm(total=len(chosen) * images, initial=len(chosen) * images - len(missing), desc=folder.name) as bar:
         for first in range(0, len(missing), sampling.batch_size):

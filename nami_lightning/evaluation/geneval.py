@@ -46,13 +46,14 @@ class Judge:
 
 
 def judge_images(folder: ImageFolder, items: Sequence[Item], images: int, judge_of_images: Judge) -> dict[str, Any]:
-    """Judge a model's images, those that were not judged yet, and sum up: see :func:`scores`."""
+    """Judge a model's images, those that were not judged yet, and sum up: see :func:`scores`; ``judged_on`` names the
+    machines."""
     ledger = Ledger(folder.folder / VERDICTS, judge_of_images.names)
     correct: dict[str, list[float]] = {}
     for item in tqdm(items, desc=f"judging {folder.name}"):
         verdicts = [_judged(ledger, folder, item, i, judge_of_images) for i in range(images)]
         correct.setdefault(item.kind, []).append(float(np.mean([verdict["correct"] for verdict in verdicts])))
-    return scores(correct)
+    return scores(correct) | {"judged_on": sorted(ledger.judged_on)}
 
 
 def _judged(ledger: Ledger, folder: ImageFolder, item: Item, sample: int, judge_of_images: Judge) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """GenEval's two judges, from transformers: a Mask2Former that was trained on COCO's instances, and a CLIP.
 
 GenEval's own detector is mmdetection's Mask2Former with a Swin-S backbone; transformers has the same network with
-Facebook's weights, so scores agree closely and not exactly: the detector is named beside every score.
+Facebook's weights. Scores may differ: transformers decides on masks at a quarter of the detector's resolution and
+enlarges them, mmdetection at the image's own; the detector is named beside every score.
 """
 
 from collections.abc import Sequence
@@ -11,10 +12,11 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from nami_lightning.evaluation.geneval_prompts import COLORS, object_names
 from nami_lightning.evaluation.geneval_rules import THRESHOLD, Box, Detection
-from nami_lightning.evaluation.reports import need
+from nami_lightning.evaluation.reports import first_line, need
 
 DETECTOR = "facebook/mask2former-swin-small-coco-instance"
 CLIP = "openai/clip-vit-large-patch14"
@@ -132,7 +134,13 @@ def _unit(vectors: Tensor) -> Tensor:
 
 def _load(kind: Any, name: str, role: str) -> Any:
     try:
-        loaded = kind.from_pretrained(name)
+        if not issubclass(kind, PreTrainedModel):
+            return kind.from_pretrained(name)
+        model, about = kind.from_pretrained(name, output_loading_info=True)
     except OSError as error:
-        raise FileNotFoundError(f"{role} {name} can't be loaded: {str(error).splitlines()[0]}") from error
-    return loaded.eval().requires_grad_(False) if isinstance(loaded, torch.nn.Module) else loaded
+        raise FileNotFoundError(f"{role} {name} can't be loaded: {first_line(error)}") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{name} is no {role}: {first_line(error)}") from error
+    if about["missing_keys"]:  # transformers would go on with random numbers in their place
+        raise ValueError(f"{name} is no {role}: it lacks the weights {sorted(about['missing_keys'])[0]}, ...")
+    return model.eval().requires_grad_(False)

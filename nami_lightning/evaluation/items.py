@@ -1,8 +1,10 @@
 """What a benchmark asks a model to draw."""
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 
@@ -21,6 +23,30 @@ class Item:
     prompt: str
     kind: str
     metadata: dict[str, Any] = field(default_factory=dict)
+
+
+def checked_id(name: str, where: str) -> str:
+    """An item's id, which names its folder.
+
+    Raises:
+        ValueError: it can't.
+    """
+    if not re.fullmatch(r"[\w.-]*\w[\w.-]*", name):
+        raise ValueError(f"{where}: id {name!r} names a folder: letters, digits, dots, _ and - only")
+    return name
+
+
+def read_text(path: Path) -> str:
+    """A file's text, without a byte order mark.
+
+    Raises:
+        ValueError: it is not UTF-8.
+        OSError: it can't be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error}") from error
 
 
 def prompts_hash(items: Sequence[Item]) -> str:

@@ -8,13 +8,12 @@ kind: they come with the package (``nami1k_examples.jsonl``; their topics are ou
 """
 
 import json
-import re
 from collections import Counter
 from collections.abc import Sequence
 from importlib.resources import as_file, files
 from pathlib import Path
 
-from nami_lightning.evaluation.items import Item
+from nami_lightning.evaluation.items import Item, checked_id, read_text
 
 IMAGES = 1
 KINDS = {"open": 360, "human": 320, "long": 320}
@@ -50,7 +49,7 @@ def read_prompts(path: Path | None = None) -> list[Item]:
         with as_file(files("nami_lightning.evaluation").joinpath("nami1k_examples.jsonl")) as examples:
             return read_prompts(examples)
     items: dict[str, Item] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if line.strip():
             item = _item(line, f"{path}, line {number}")
             if item.id in items:
@@ -68,8 +67,9 @@ def _item(line: str, where: str) -> Item:
         raise ValueError(f"{where}: not JSON: {error}") from error
     if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in ("id", "kind", "prompt")):
         raise ValueError(f'{where}: must be an object with the texts "id", "kind" and "prompt"')
-    if not re.fullmatch(r"[\w.-]*\w[\w.-]*", entry["id"]):
-        raise ValueError(f"{where}: id {entry['id']!r} names a folder: letters, digits, dots, _ and - only")
+    checked_id(entry["id"], where)
+    if not isinstance(entry.get("topic", ""), str):
+        raise ValueError(f"{where}: the topic must be a text")
     if entry["kind"] not in KINDS:
         raise ValueError(f"{where}: kind {entry['kind']!r} is none of {', '.join(KINDS)}")
     if not entry["prompt"].strip():

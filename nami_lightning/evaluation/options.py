@@ -3,6 +3,8 @@
 import argparse
 from argparse import Namespace
 
+from nami_lightning.numbers import positive
+
 BENCHMARKS = ("geneval", "dpg", "nami1k")
 
 DESCRIPTION = """\
@@ -29,7 +31,20 @@ OWN_OPTIONS = {
 }
 """Options of one benchmark alone. ``--prompts`` is of two, and ``--questions`` may describe beside another."""
 
-ANNOTATE_OPTIONS = ("raters", "raters_each", "page_images", "page_side")
+PROMPTS = ("prompts", "questions")
+DRAWING = (
+    *("names", "limit", "batch_size"),
+    *("steps", "guidance_scale", "negative_prompt", "solver", "height", "width", "seed", "dtype"),
+)
+USES = {
+    "describe": (*PROMPTS, "topic_encoder"),
+    "ratings": (),
+    "annotate": (*PROMPTS, *DRAWING, "images", "raters", "raters_each", "page_images", "page_side"),
+    "grid": (*PROMPTS, *DRAWING, "grid_side"),
+    "draw_only": (*PROMPTS, *DRAWING, "images"),
+    "": (*PROMPTS, *DRAWING, "images", "detector", "clip", "judge"),
+}
+"""What may be asked for, and the options that it takes; nothing: draw and judge."""
 
 
 def add_evaluate_options(parser: argparse.ArgumentParser) -> None:
@@ -39,20 +54,22 @@ def add_evaluate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--names", nargs="+", metavar="NAME", help="of the models, in tables and folders (RUN's own)")
     parser.add_argument("--out", default="evaluation", metavar="DIR", help="where all goes (default: evaluation)")
     parser.add_argument(
-        "--limit", type=int, metavar="N", help="only the first N prompts of each kind, for a quick look"
+        "--limit", type=positive, metavar="N", help="only the first N prompts of each kind, for a quick look"
     )
 
     drawing = parser.add_argument_group("drawing", "What is left out is the pipeline's own default.")
-    drawing.add_argument("--images", type=int, metavar="N", help="of each prompt (geneval 4, dpg 4, nami1k 1)")
-    drawing.add_argument("--steps", type=int, nargs="+", help="one number; for a NAMI also one a stage")
+    drawing.add_argument(
+        "--images", type=positive, metavar="N", help="of each prompt (geneval 4, dpg 4, nami1k 1; a grid shows 1)"
+    )
+    drawing.add_argument("--steps", type=positive, nargs="+", help="one number; for a NAMI also one a stage")
     drawing.add_argument("--guidance_scale", type=float)
     drawing.add_argument("--negative_prompt", metavar="TEXT")
     drawing.add_argument("--solver", choices=["euler", "heun", "multistep"], help="of a NAMI")
-    drawing.add_argument("--height", type=int, metavar="PX")
-    drawing.add_argument("--width", type=int, metavar="PX")
+    drawing.add_argument("--height", type=positive, metavar="PX")
+    drawing.add_argument("--width", type=positive, metavar="PX")
     drawing.add_argument("--seed", type=int, help="of each prompt's first image; the next has the next (default 42)")
     drawing.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="number type of the network")
-    drawing.add_argument("--batch_size", type=int, default=4, help="images drawn at once (default 4)")
+    drawing.add_argument("--batch_size", type=positive, help="images drawn at once (default 4)")
     drawing.add_argument("--draw_only", action="store_true", help="draw, and judge another time")
 
     geneval = parser.add_argument_group("geneval")
@@ -73,15 +90,21 @@ def add_evaluate_options(parser: argparse.ArgumentParser) -> None:
         "for dpg a folder of ITEM.txt, instead of the question file's texts",
     )
     nami1k.add_argument("--annotate", action="store_true", help="write pages on which people rate the images")
-    nami1k.add_argument("--raters", type=int, metavar="N", help="people who rate (default 5)")
-    nami1k.add_argument("--raters_each", type=int, metavar="N", help="of them, for each image (all)")
-    nami1k.add_argument("--page_images", type=int, metavar="N", help="images on a page (default 100)")
-    nami1k.add_argument("--page_side", type=int, metavar="PX", help="longest side of an image on a page (default 768)")
+    nami1k.add_argument("--raters", type=positive, metavar="N", help="people who rate (default 5)")
+    nami1k.add_argument("--raters_each", type=positive, metavar="N", help="of them, for each image (all)")
+    nami1k.add_argument("--page_images", type=positive, metavar="N", help="images on a page (default 100)")
+    nami1k.add_argument(
+        "--page_side", type=positive, metavar="PX", help="longest side of an image on a page (default 768)"
+    )
     nami1k.add_argument("--ratings", nargs="+", metavar="FILE", help="gather the raters' answers, and print Table 5")
 
     pictures = parser.add_argument_group("pictures")
-    pictures.add_argument("--grid", type=int, metavar="N", help="N prompts with every model's image, in one picture")
-    pictures.add_argument("--grid_side", type=int, metavar="PX", help="longest side of an image in it (default 384)")
+    pictures.add_argument(
+        "--grid", type=positive, metavar="N", help="N prompts with every model's image, in one picture"
+    )
+    pictures.add_argument(
+        "--grid_side", type=positive, metavar="PX", help="longest side of an image in it (default 384)"
+    )
     pictures.add_argument("--describe", action="store_true", help="how long the prompts are, and what about")
     pictures.add_argument("--topic_encoder", metavar="NAME", help="finds topics that aren't stated: all-MiniLM-L6-v2")
 
@@ -99,27 +122,23 @@ def check_options(options: Namespace) -> None:
                 _refuse(options, name, f"is of --benchmark {benchmark}")
     if options.benchmark == "geneval":
         _refuse(options, "prompts", "is of nami1k and dpg: GenEval's prompts are fixed")
-    if not options.annotate:
-        for name in ANNOTATE_OPTIONS:
-            _refuse(options, name, "goes with --annotate")
-    if options.grid is None:
-        _refuse(options, "grid_side", "goes with --grid")
-    if not options.describe:
-        _refuse(options, "topic_encoder", "goes with --describe")
     if options.benchmark == "dpg" and not options.questions:
         raise ValueError("--benchmark dpg needs --questions dpg_bench.csv, from github.com/TencentQQGYLab/ELLA")
-    chosen = [name for name in ("annotate", "ratings", "grid", "describe", "draw_only") if getattr(options, name)]
+    chosen = [name for name in USES if name and getattr(options, name)]
     if len(chosen) > 1:
         raise ValueError(f"--{chosen[0]} and --{chosen[1]} are two commands: give them one after the other")
+    mode = chosen[0] if chosen else ""
+    for name in sorted({name for names in USES.values() for name in names} - set(USES[mode])):
+        goes_with = " or ".join(f"--{other}" for other in USES if other and name in USES[other])
+        _refuse(options, name, f"is not used with --{mode}" if mode else f"goes with {goes_with}")
     without_models = options.describe or options.ratings
     if bool(options.runs) == bool(without_models):
         raise ValueError(
             "no RUN goes with --describe or --ratings" if options.runs else "which RUN is to be evaluated?"
         )
-    if options.batch_size < 1 or (options.images is not None and options.images < 1):
-        raise ValueError("--batch_size and --images must be 1 or more")
 
 
 def _refuse(options: Namespace, name: str, why: str) -> None:
-    if getattr(options, name):
+    value = getattr(options, name)
+    if value is not None and value is not False:
         raise ValueError(f"--{name} {why}")

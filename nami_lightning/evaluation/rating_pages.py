@@ -47,7 +47,7 @@ class Plan:
 
     Args:
         raters: how many people rate.
-        each: how many of them rate each image; all, or fewer in turn, so that any two share images.
+        each: how many of them rate each image; all, or fewer in turn.
         page_images: images on one page.
         side: px, the longest side of an image on a page.
     """

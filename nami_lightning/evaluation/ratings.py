@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from nami_lightning.evaluation.items import read_text
 from nami_lightning.evaluation.nami1k import KINDS
 from nami_lightning.evaluation.rating_pages import DIMENSIONS, FORMAT, KEY
 from nami_lightning.evaluation.reports import interval, span
@@ -34,7 +35,10 @@ def read_key(folder: Path) -> dict[str, Any]:
     path = folder / KEY
     if not path.exists():
         raise FileNotFoundError(f"{path} is not there: answers can be gathered only where --annotate wrote the pages")
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged ({error}): write the pages again with --annotate") from error
 
 
 def read_answers(paths: Sequence[Path], key: Mapping[str, Any]) -> Ratings:
@@ -49,8 +53,8 @@ def read_answers(paths: Sequence[Path], key: Mapping[str, Any]) -> Ratings:
     for path in paths:
         saved = _read(path, key)
         for answer in saved["answers"]:
-            number = answer.get("image")
-            if number not in key["images"]:
+            number = answer.get("image") if isinstance(answer, dict) else None
+            if not isinstance(number, str) or number not in key["images"]:
                 raise ValueError(f"{path}: there is no image {number} in this rating")
             of_image = ratings.setdefault(number, {})
             if saved["rater"] in of_image:
@@ -63,7 +67,7 @@ def read_answers(paths: Sequence[Path], key: Mapping[str, Any]) -> Ratings:
 
 def _read(path: Path, key: Mapping[str, Any]) -> dict[str, Any]:
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
+        saved = json.loads(read_text(path))
         format_, study, rater, answers = (saved[name] for name in ("format", "study", "rater", "answers"))
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a file of answers: {error!r}") from error
@@ -205,7 +209,7 @@ def lines(summary: Mapping[str, Any]) -> list[str]:
     raters = len(summary["raters"])
     return [
         *text,
-        f"{summary['ratings']:,} ratings of {raters} rater{'s' * (raters != 1)}"
+        f"{summary['ratings']:,} rating{'s' * (summary['ratings'] != 1)} of {raters} rater{'s' * (raters != 1)}"
         + (f", {missing:,} to come" if missing else ""),
     ]
 

@@ -37,12 +37,16 @@ class Ledger:
     Args:
         path: the file; made when the first verdict comes.
         judge: names of the judge's models and settings; another judge's verdicts don't count.
+
+    Attributes:
+        judged_on: the machines that gave the verdicts which were asked for.
     """
 
     def __init__(self, path: Path, judge: Mapping[str, Any]) -> None:
         self.path = path
         self.judge = hashlib.sha256(json.dumps(judge, sort_keys=True).encode()).hexdigest()[:12]
-        self.verdicts: dict[str, Any] = {}
+        self.verdicts: dict[str, tuple[Any, str]] = {}
+        self.judged_on: set[str] = set()
         if path.exists():
             for line in path.read_text(encoding="utf-8").splitlines():
                 try:
@@ -50,17 +54,23 @@ class Ledger:
                 except json.JSONDecodeError:  # a line that a kill cut short
                     continue
                 if entry["judge"] == self.judge:
-                    self.verdicts[entry["image"]] = entry["verdict"]
+                    self.verdicts[entry["image"]] = entry["verdict"], entry.get("hardware", "a machine not noted")
 
     def get(self, image: Path, task: Any) -> Any:
         """The verdict on an image for a task (any JSON value), or None."""
-        return self.verdicts.get(self._key(image, task))
+        verdict, machine = self.verdicts.get(self._key(image, task), (None, None))
+        if machine is not None:
+            self.judged_on.add(machine)
+        return verdict
 
     def add(self, image: Path, task: Any, verdict: Any) -> None:
         """Write a verdict down."""
         key = self._key(image, task)
-        self.verdicts[key] = verdict
-        line = json.dumps({"judge": self.judge, "image": key, "file": str(image), "verdict": verdict})
+        machine = hardware()
+        self.verdicts[key] = verdict, machine
+        self.judged_on.add(machine)
+        entry = {"judge": self.judge, "image": key, "file": str(image), "verdict": verdict, "hardware": machine}
+        line = json.dumps(entry)
         with self.path.open("a+b") as file:
             file.seek(0, os.SEEK_END)
             if file.tell():
@@ -89,6 +99,11 @@ def interval(strata: Sequence[np.ndarray], rounds: int = ROUNDS, level: float = 
     means = [values[rng.integers(len(values), size=(rounds, len(values)))].mean(axis=1) for values in strata]
     low, high = np.quantile(np.mean(means, axis=0), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def first_line(error: Exception) -> str:
+    """Of what a library says of a failure; its kind if it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def percent(value: float) -> str:

@@ -11,7 +11,7 @@ from PIL import Image
 from nami_lightning.evidence import compare
 from nami_lightning.evidence.compare import RunRecord, direction
 from nami_lightning.evidence.seeds import groups
-from nami_lightning.grid import caption_grid
+from nami_lightning.grid import caption_grid, save_figure
 
 COLUMNS = 8
 """Of a grid, about: whole prompts stand beside each other."""
@@ -47,10 +47,8 @@ def plots(records: Sequence[RunRecord], by: str, folder: Path) -> list[Path]:
         if axes.get_legend_handles_labels()[0]:
             axes.legend()
         name = metric.replace("/", "_")
-        for suffix in (".png", ".svg"):
-            figure.savefig(folder / f"{name}{suffix}", dpi=120)
+        written.append(save_figure(figure, folder / name))
         pyplot.close(figure)
-        written.append(folder / f"{name}.svg")
     return written
 
 

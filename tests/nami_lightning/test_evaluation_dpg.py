@@ -7,8 +7,9 @@ import pytest
 from PIL import Image
 from tiny_judges import FILE, make_llava, make_vilt
 
-from nami_lightning.evaluation.dpg import image_score, judge_images, lines, read_questions, scores
-from nami_lightning.evaluation.dpg_models import QuestionJudge, is_yes
+from nami_lightning.evaluation import reports
+from nami_lightning.evaluation.dpg import image_score, is_no, is_yes, judge_images, lines, read_questions, scores
+from nami_lightning.evaluation.dpg_models import QuestionJudge
 from nami_lightning.evaluation.drawing import ImageFolder
 from nami_lightning.grid import save_image
 
@@ -41,7 +42,10 @@ def test_the_file_is_read_first_question_included(file: Path, tmp_path: Path) ->
     ("old", "new", "message"),
     [
         ("tuple,question", "pair,question", "lacks the columns tuple"),
-        (",2,1,other", ",2,9,other", r"cups depends on propositions \[9\]"),
+        ("sea,", "../sea,", "line 5: id '../sea' names a folder"),
+        ("Is one of the two cups red?", "", "line 4: the question is empty"),
+        (FILE.partition("\n")[2], "", "holds no question"),
+        (FILE[-30:], "", "line 7: it has fewer columns than the first"),
         (",2,1,other", ",1,0,other", "two propositions of one number"),
         ("entity - whole (sea)", "thing - whole (sea)", "line 6: the tuple begins with 'thing'"),
         (",2,1,other", ",two,1,other", "line 3: proposition_id and dependency must be numbers"),
@@ -74,6 +78,15 @@ def test_either_parents_no_is_enough(file: Path) -> None:
     assert image_score(questions, (True, False, True)) == pytest.approx(1 / 3)
 
 
+def test_a_question_whose_parent_is_missing_counts_nothing(file: Path) -> None:
+    file.write_text(FILE.replace(",2,1,other", ",2,9,other"))
+    items = read_questions(file)
+    result = scores(items, {item.id: [[True] * 3] for item in items})
+    assert result["overall"] == pytest.approx((1 / 3 + 1) / 2)  # the third depends on it
+    assert result["orphans"] == 1
+    assert "1 question(s) depend on one that the file does not have" in lines({"a model": result})[-1]
+
+
 def test_categories_are_plain_answers_and_the_overall_score_is_not(file: Path) -> None:
     items = read_questions(file)
     # Of the cups, image 1: no cups, yet two, yet red; image 2: all yes. Of the sea: all yes, twice.
@@ -85,19 +98,23 @@ def test_categories_are_plain_answers_and_the_overall_score_is_not(file: Path) -
     assert lines({"a model": result})[1].split()[2:8] == ["75.0", "100.0", "75.0", "100.0", "100.0", "100.0"]
 
 
-def test_images_are_asked_about_once(file: Path, tmp_path: Path) -> None:
+def test_images_are_asked_about_once(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     items, folder = read_questions(file), ImageFolder(tmp_path, "model")
     for item in items:
         save_image(Image.new("RGB", (8, 8), "red" if item.id == "cups" else "blue"), folder.path(item, 0))
     asked = []
 
-    def answer(image: Any, question: str) -> bool:
+    def answer(image: Any, question: str) -> str:
         asked.append(question)
-        return image.getpixel((0, 0)) == (255, 0, 0)
+        return "Yes, it is" if image.getpixel((0, 0)) == (255, 0, 0) else "I can't tell"
 
-    for _ in range(2):
-        assert judge_images(folder, items, 1, answer, {"judge": "colour"})["overall"] == 0.5
+    for machine in ("a first machine", "a second"):
+        monkeypatch.setattr(reports, "hardware", lambda machine=machine: machine)
+        result = judge_images(folder, items, 1, answer, {"judge": "colour"})
+        assert (result["overall"], result["unclear_answers"]) == (0.5, 3)
+        assert result["judged_on"] == ["a first machine"]
     assert len(asked) == 6
+    assert "3 answers began with neither yes nor no" in lines({"a model": result})[-1]
 
 
 # --- models ------------------------------------------------------------------------------------
@@ -109,18 +126,19 @@ def test_images_are_asked_about_once(file: Path, tmp_path: Path) -> None:
 )
 def test_yes_is_the_first_word(answer: str, yes: bool) -> None:
     assert is_yes(answer) is yes
+    assert is_no(answer) is (answer == "no")
 
 
 @pytest.mark.parametrize("yes", [True, False])
 def test_models_for_questions_answer(tmp_path: Path, yes: bool) -> None:
     judge = QuestionJudge(str(make_vilt(tmp_path, int(yes))), "cpu")
-    assert judge(Image.new("RGB", (40, 32), "red"), "is there a cat?") is yes
+    assert judge(Image.new("RGB", (40, 32), "red"), "is there a cat?") == ("yes" if yes else "no")
 
 
 @pytest.mark.parametrize("yes", [True, False])
 def test_models_that_chat_answer(tmp_path: Path, yes: bool) -> None:
     judge = QuestionJudge(str(make_llava(tmp_path, "Yes" if yes else "No")), "cpu")
-    assert judge(Image.new("RGB", (40, 32), "red"), "Is there a cat?") is yes
+    assert is_yes(judge(Image.new("RGB", (40, 32), "red"), "Is there a cat?")) is yes
 
 
 def test_a_judge_that_is_not_there_is_named() -> None:

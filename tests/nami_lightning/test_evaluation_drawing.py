@@ -1,6 +1,8 @@
 """Images of benchmarks: drawn by ours and by diffusers' pipelines, resumed, and the whole command on tiny models."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -227,7 +229,9 @@ def test_nami1k_from_drawing_to_pages_grid_and_description(
         (["a", "--benchmark", "nami1k", "--topic_encoder", "b"], "--topic_encoder goes with --describe"),
         (["a", "--benchmark", "nami1k", "--annotate", "--grid", "2"], "--annotate and --grid are two commands"),
         (["a", "--benchmark", "dpg"], "needs --questions"),
-        (["a", "--benchmark", "geneval", "--batch_size", "0"], "must be 1 or more"),
+        (["a", "--benchmark", "geneval", "--draw_only", "--clip", "b"], "--clip is not used with --draw_only"),
+        (["--benchmark", "nami1k", "--describe", "--seed", "0"], "--seed is not used with --describe"),
+        (["--benchmark", "nami1k", "--ratings", "a", "--prompts", "b"], "--prompts is not used with --ratings"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(
@@ -235,6 +239,42 @@ def test_options_that_do_not_go_together_are_refused(
 ) -> None:
     assert main(["evaluate", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--grid", "--batch_size", "--steps", "--height", "--page_side"])
+def test_counts_are_at_least_one(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["evaluate", "a", "--benchmark", "nami1k", option, "0"])
+    assert f"argument {option}: 0 is not a whole number of at least 1" in capsys.readouterr().err
+
+
+def test_an_attempt_that_drew_nothing_binds_nothing(nami: str, tmp_path: Path, capsys: Any) -> None:
+    arguments = [
+        "evaluate",
+        nami,
+        "--benchmark",
+        "nami1k",
+        "--out",
+        str(tmp_path / "out"),
+        "--limit",
+        "1",
+        "--steps",
+        "1",
+    ]
+    assert main([*arguments, "--width", "16", "--height", "17"]) == 2
+    assert "must be multiples of" in capsys.readouterr().err
+    assert main([*arguments, "--width", "16", "--height", "16"]) == 0
+
+
+def test_another_model_in_the_same_folder_is_noticed(nami: str, tmp_path: Path, capsys: Any) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(nami, model)
+    small = ["--limit", "1", "--steps", "1", "--height", "16", "--width", "16"]
+    arguments = ["evaluate", str(model), "--benchmark", "nami1k", "--out", str(tmp_path / "out"), *small]
+    assert main(arguments) == 0
+    os.utime(model / "model_index.json", (1, 1))
+    assert main(arguments) == 2
+    assert "holds images drawn with weights" in capsys.readouterr().err
 
 
 def test_a_run_is_drawn_with_its_newest_checkpoint(
