@@ -177,12 +177,12 @@ def test_geneval_from_drawing_to_table(
     small = ["--steps", "1", "--height", "16", "--width", "16", "--batch_size", "6"]
     assert main(["evaluate", nami, *common, *small, "--draw_only"]) == 0
     assert main(["evaluate", flux, *common, *small, "--draw_only"]) == 0
-    assert not list(Path(out).rglob("results.json"))
+    assert not list(Path(out).rglob("results*.json"))
     models = ["--detector", str(make_detector(tmp_path / "detector")), "--clip", str(make_clip(tmp_path / "clip"))]
     assert main(["evaluate", nami, flux, *common, *models]) == 0
     shown = capsys.readouterr().out
     assert all(text in shown for text in ("Ovr", "nami", "flux", str(tmp_path / "detector"), "CPU cores", "6 prompts"))
-    saved = json.loads((Path(out) / "geneval" / "nami" / "results.json").read_text())
+    saved = json.loads((Path(out) / "geneval" / "nami" / "results-first-1.json").read_text())
     assert saved["scores"]["prompts"] == dict.fromkeys(saved["scores"]["tasks"], 1)
     assert saved["judge"]["detector"] == str(tmp_path / "detector")
     assert saved["drawing"]["settings"] == {"num_inference_steps": 1, "height": 16, "width": 16}
