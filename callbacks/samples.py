@@ -21,6 +21,7 @@ class ImageSamples(L.Callback):
         drawing: settings of the sampler.
         seed: of the noise; image i uses ``seed + i``.
         columns: images in a row of the grid.
+        batch_size: images drawn at once.
 
     Raises:
         ValueError: no prompts, or a number below 1.
@@ -33,11 +34,14 @@ class ImageSamples(L.Callback):
         drawing: Drawing = Drawing(),
         seed: int = 0,
         columns: int = 8,
+        batch_size: int = 16,
     ) -> None:
-        if not prompts or every_n_steps < 1 or columns < 1:
-            raise ValueError("ImageSamples needs at least one prompt, and every_n_steps and columns of at least 1")
+        if not prompts or min(every_n_steps, columns, batch_size) < 1:
+            raise ValueError(
+                "ImageSamples needs at least one prompt, and every_n_steps, columns and batch_size of at least 1"
+            )
         self.prompts, self.every_n_steps, self.drawing = prompts, every_n_steps, drawing
-        self.seed, self.columns = seed, columns
+        self.seed, self.columns, self.batch_size = seed, columns, batch_size
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -52,7 +56,10 @@ class ImageSamples(L.Callback):
     def draw(self, trainer: L.Trainer, module: NamiModule) -> None:
         """Draw on every rank (a sharded network needs them all), write on the first."""
         seeds = range(self.seed, self.seed + len(self.prompts))
-        images = self.drawing.draw(module, self.prompts, seeds)
+        images = []
+        for first in range(0, len(self.prompts), self.batch_size):
+            some = slice(first, first + self.batch_size)
+            images += self.drawing.draw(module, self.prompts[some], seeds[some])
         if not trainer.is_global_zero:
             return
         grid = caption_grid(images, self.prompts, self.columns)

@@ -40,7 +40,7 @@ class NamiModule(EncodingModule):
         autoencoder: which frozen model makes latents.
         resolutions: side in px of each stage's images, coarsest first, each twice the one before.
         curriculum: phases, ratios, learning rates.
-        optimizer: makes the optimizer from parameters; the curriculum sets its learning rate.
+        optimizer: makes the optimizer from parameters; the curriculum sets its learning rate. null: torch's AdamW.
         seed: of the weights and of all chance.
         tau: distribution of the local time in training.
         tau_mean: mean of its logit; one number, or one a stage.
@@ -69,7 +69,7 @@ class NamiModule(EncodingModule):
         autoencoder: AutoencoderConfig,
         resolutions: list[int],
         curriculum: Curriculum,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
+        optimizer: OptimizerCallable | None = None,
         seed: int = 0,
         tau: TauKind = "mixture",
         tau_mean: float | list[float] = 0.0,
@@ -94,7 +94,8 @@ class NamiModule(EncodingModule):
         super().__init__(text_encoder, autoencoder, text_dims, latent_pyramid, num_stages, seed)
         self.automatic_optimization = False
         self.transformer_config, self.bridge = config, windows_and_bridges
-        self.make_transformer, self.make_optimizer = transformer, optimizer
+        # Not AdamW as a default above: jsonargparse would hand its settings on to any optimizer that a recipe names.
+        self.make_transformer, self.make_optimizer = transformer, optimizer or torch.optim.AdamW
         self.resolutions, self.curriculum = resolutions, curriculum
         self.tau, self.tau_uniform_share = tau, tau_uniform_share
         self.tau_mean, self.tau_std = (per_stage(value, self.num_stages) for value in (tau_mean, tau_std))

@@ -81,7 +81,7 @@ class MuonAdamW(Optimizer):
         lr: float = 1e-3,
         weight_decay: float = 0.01,
         momentum: float = 0.95,
-        betas: tuple[float, float] = (0.9, 0.95),
+        betas: tuple[float, float] = (0.9, 0.999),
     ) -> None:
         named = list(params)
         if not all(isinstance(pair, tuple) for pair in named):

@@ -26,6 +26,9 @@ SEED_DIFFERENCES_NOTE = (
     "If two recipes were equally good, every order of their seeds would be as likely: the last column is how often one "
     "would then lie all on one side of the other (one case in three with two seeds each, one in ten with three)."
 )
+METRICS_NOTE = (
+    "A run is measured if its recipe says so:  trainer: {callbacks+: [{class_path: nami_lightning.callbacks.Metrics}]}"
+)
 BUDGET_NOTES = {
     "steps": "Steps are optimizer steps; those of different recipes cost differently.",
     "samples": "Samples are those of all stages together; one of a coarse stage costs less than one of a fine stage.",
@@ -85,7 +88,9 @@ def number(value: float | None) -> str:
 
 
 def tables(records: Sequence[RunRecord], by: str, found: Sequence[Difference]) -> list[Table]:
-    """All of a comparison."""
+    """All of a comparison; of runs that were never measured, what they are."""
+    if not any(record.entries for record in records):
+        return [runs_table(records)]
     return [
         runs_table(records),
         values_table(records),
@@ -114,12 +119,18 @@ def runs_table(records: Sequence[RunRecord]) -> Table:
         if len({record.entries[-1].drawn for record in records if record.entries}) < 2
         else ("The runs drew different numbers of images, on which distances depend: they can't be compared.")
     )
+    if any(not record.entries and not _measures(record) for record in records):
+        note = f"{note} {METRICS_NOTE}".strip()
     return Table("Runs", ["run", "state", "steps", "samples", "operations", "time", "images drawn"], rows, note)
 
 
 def _unmeasured(record: RunRecord) -> str:
     """Why a run has no evaluation."""
-    return "not measured yet" if "callbacks.Metrics" in record.recipe else "its recipe lacks the callback Metrics"
+    return "not measured yet" if _measures(record) else "its recipe lacks the callback Metrics"
+
+
+def _measures(record: RunRecord) -> bool:
+    return "callbacks.Metrics" in record.recipe
 
 
 def values_table(records: Sequence[RunRecord]) -> Table:

@@ -1,6 +1,7 @@
 """NamiModule's step: against the loss written out by hand."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -123,3 +124,18 @@ def test_a_text_encoder_of_another_width_is_refused() -> None:
     module = Recipe(TINY, ["--model.transformer.init_args.joint_attention_dim", "256"]).make_model()
     with pytest.raises(ValueError, match="gives states 384 wide"):
         module.encode_prompts(["dog"])
+
+
+@pytest.mark.parametrize("precision", ["16-mixed", "16-true", "64-true"])
+def test_precisions_that_need_a_scaled_loss_or_converted_batches_are_refused(precision: str) -> None:
+    module = make()
+    module._trainer = SimpleNamespace(precision=precision)  # type: ignore[assignment]
+    with pytest.raises(ValueError, match=f"{precision} is not supported"):
+        module.setup("fit")
+
+
+def test_another_optimizer_has_its_own_defaults() -> None:
+    """Not those of AdamW, whose weight decay is 0.01."""
+    optimizer = make("--model.optimizer", "torch.optim.Adam").configure_optimizers()
+    assert optimizer.defaults["weight_decay"] == 0
+    assert isinstance(make("--model.optimizer", "null").configure_optimizers(), torch.optim.AdamW)

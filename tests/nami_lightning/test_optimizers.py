@@ -42,7 +42,7 @@ def test_steps_as_torchs_muon_and_adamw_do(monkeypatch: pytest.MonkeyPatch) -> N
             [p for n, p in named if is_hidden_matrix(n, p)], lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"
         ),
         torch.optim.AdamW(
-            [p for n, p in named if not is_hidden_matrix(n, p)], lr=0.01, weight_decay=0.1, betas=(0.9, 0.95)
+            [p for n, p in named if not is_hidden_matrix(n, p)], lr=0.01, weight_decay=0.1, betas=(0.9, 0.999)
         ),
     ]
     for step in range(3):
