@@ -56,8 +56,8 @@ class Metrics(L.Callback):
     mean distance to the nearest training image as a multiple of the held-out images' (1: no nearer than unseen
     pictures), and ``copies``, the share that is nearer than the nearest 5% of those (0.05: no more than chance). All
     depend on the numbers of images: compare equal ones only. Agreement with the captions is
-    ``metrics/clip_score_MODEL``, or ``probe/retrieval_at_1`` and ``_at_5``, the share of drawn images whose caption a
-    probe finds among all drawn ones.
+    ``metrics/clip_score_MODEL``, or ``probe/retrieval_at_1_FEATURES`` and ``_at_5``, the share of drawn images whose
+    caption a probe finds among all drawn ones.
 
     ``..._of_real`` is the same for real images in place of the drawn ones: held-out ones for the probe, at most as many
     training images for the distances. It is about what a perfect model would get.
@@ -126,8 +126,8 @@ class Metrics(L.Callback):
         if trainer.is_global_zero:
             folder = Path(trainer.default_root_dir)
             entries = read_entries(folder)
-            if kept := [entry for entry in entries if entry.step <= pl_module.step]:
-                write_entries(folder, kept)
+            if entries:
+                write_entries(folder, [entry for entry in entries if entry.step <= pl_module.step])
 
     def seconds(self) -> float | None:
         """Time of training so far, over all resumes, without evaluations and checkpoints; None if unknown."""
@@ -215,7 +215,7 @@ class Metrics(L.Callback):
         elif self.probe:
             similarity = self.probe.similarity(drawn, captions)
             for k in (1, 5):
-                of_drawn[f"probe/retrieval_at_{k}"] = metrics.retrieval(similarity, captions, k)
+                of_drawn[f"probe/retrieval_at_{k}_{name}"] = metrics.retrieval(similarity, captions, k)
         return Evaluation(
             step=step,
             features=name,
@@ -244,7 +244,7 @@ class Metrics(L.Callback):
             similarity = self.probe.similarity(reference.real, reference.captions)
             for k in (1, 5):
                 found = metrics.retrieval(similarity, reference.captions, k)
-                values[f"probe/retrieval_at_{k}_of_real"] = float(found.mean())
+                values[f"probe/retrieval_at_{k}_{evaluation.features}_of_real"] = float(found.mean())
         return values
 
     # --- what is measured against ------------------------------------------------------------------

@@ -50,12 +50,12 @@ from nami_lightning.datamodules.parts import (
     part_name,
     parts_folder,
     publish,
-    this_process,
 )
 from nami_lightning.datamodules.prepare import counts_of
 from nami_lightning.datamodules.shards import Record, ShardWriter, join
 from nami_lightning.datamodules.stages import StageImages
 from nami_lightning.encoders import PIXELS, TextStates, encode_posterior
+from nami_lightning.files import this_process
 from nami_lightning.identity import check_identity, identify
 from nami_lightning.module import NamiModule
 

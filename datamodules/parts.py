@@ -7,9 +7,7 @@ started.
 
 import hashlib
 import json
-import os
 import shutil
-import socket
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, wait
@@ -31,6 +29,7 @@ from nami_lightning.datamodules.images import BadImage, ImageFormat, cover, crop
 from nami_lightning.datamodules.shapes import Aspect, Shape, aspects, highest_filled, nearest_aspect
 from nami_lightning.datamodules.shards import Record, ShardWriter, read_index
 from nami_lightning.datamodules.sources.base import Skipped, Source, SourceSample
+from nami_lightning.files import replacing, this_process
 
 SETTINGS = "settings.json"
 REPORT = "report.json"
@@ -140,10 +139,8 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
     if file.exists():
         check_settings(json.loads(file.read_text()), settings, folder)
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f".{SETTINGS}.{this_process()}"
-    partial.write_text(json.dumps(settings, indent=2))
-    partial.replace(file)
+    with replacing(file) as partial:
+        partial.write_text(json.dumps(settings, indent=2))
 
 
 def check_settings(there: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
@@ -164,11 +161,6 @@ def changed_settings(there: dict[str, Any], wanted: dict[str, Any], prefix: str 
             yield from changed_settings(old, new, f"{prefix}{key}.")
         elif old != new:
             yield f"{prefix}{key} was {old} and is {new} now"
-
-
-def this_process() -> str:
-    """A name that no other running process has; for temporary files."""
-    return f"{socket.gethostname()}-{os.getpid()}"
 
 
 def _watch(futures: list[Future[None]], counter: Any, title: str) -> None:

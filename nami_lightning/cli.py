@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from nami_lightning.evaluation import options as evaluation
-from nami_lightning.numbers import positive
+from nami_lightning.numbers import positive, resamples
 
 EXAMPLES = """\
 examples:
@@ -111,17 +111,17 @@ def make_parser() -> argparse.ArgumentParser:
         help="a YAML file, or the name of a packaged one, keys may follow (default openmoji); for data also DIR",
     )
     bench.add_argument(
-        "--steps", type=int, help="step: steps of each phase that count (20); sample: the solver's in each stage (10)"
+        "--steps",
+        type=positive,
+        help="step: steps of each phase that count (20); sample: the solver's in each stage (10)",
     )
     bench.add_argument("--strategy", choices=["ddp", "fsdp"], help="step: spread both so (default: as the recipe says)")
-    bench.add_argument("--devices", type=int, help="step: processes, or GPUs (default: as the recipe says)")
+    bench.add_argument("--devices", type=positive, help="step: processes, or GPUs (default: as the recipe says)")
     bench.add_argument("--images", metavar="DIR", help="data: the same images as torchvision's ImageFolder takes them")
-    bench.add_argument("--workers", type=int, default=2, help="data: processes of each loader (default 2)")
-    bench.add_argument("--batch_size", type=int, help="data: images a batch (32); sample: images at once (1)")
-    bench.add_argument("--samples", type=int, default=1024, help="data: images that each reads in a round (1024)")
-    bench.add_argument(
-        "--rounds", type=int, default=5, help="data, sample: rounds, of which medians are taken (default 5)"
-    )
+    bench.add_argument("--workers", type=int, help="data: processes of each loader (default 2)")
+    bench.add_argument("--batch_size", type=positive, help="data: images a batch (32); sample: images at once (1)")
+    bench.add_argument("--samples", type=positive, help="data: images that each reads in a round (1024)")
+    bench.add_argument("--rounds", type=positive, help="data, sample: rounds, of which medians are taken (default 5)")
 
     sample = commands.add_parser("sample", help="draw images from prompts", description="Draw images from prompts.")
     sample.add_argument("run", metavar="RUN", help="a run (folder, or name below runs/), or a saved pipeline's folder")
@@ -267,7 +267,9 @@ def add_compare_options(parser: argparse.ArgumentParser) -> None:
         help="where index.html, comparison.md, plots and grid.png go (default: comparison, "
         "or for a sweep its output_dir/comparisons/FILE)",
     )
-    parser.add_argument("--resamples", type=int, default=200, help="of the bootstrap; 0 leaves it out (default 200)")
+    parser.add_argument(
+        "--resamples", type=resamples, default=200, help="of the bootstrap; 0 leaves it out (default 200)"
+    )
 
 
 def add_data_commands(parser: argparse.ArgumentParser) -> None:

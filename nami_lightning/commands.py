@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from nami_lightning.curriculum import Curriculum
+from nami_lightning.files import replacing
 from nami_lightning.grid import caption_grid, save_image
 from nami_lightning.holding import hold
 from nami_lightning.module import NamiModule
@@ -107,10 +108,8 @@ def set_aside(this: Run) -> Path | None:
 @rank_zero_only
 def write_recipe(this: Run, text: str) -> None:
     """Write the resolved recipe, whole or not at all."""
-    this.folder.mkdir(parents=True, exist_ok=True)
-    partial = this.recipe.with_suffix(".partial")
-    partial.write_text(text)
-    partial.replace(this.recipe)
+    with replacing(this.recipe) as partial:
+        partial.write_text(text)
 
 
 def describe(curriculum: Curriculum, step: int) -> str:
@@ -119,17 +118,28 @@ def describe(curriculum: Curriculum, step: int) -> str:
     return f"step {step} of {curriculum.total_steps}, phase {phase} of {len(curriculum.phases)}"
 
 
-BENCH_DEFAULTS = {"step": {"steps": 20}, "sample": {"steps": 10, "batch_size": 1}, "data": {"batch_size": 32}}
-"""The paper's Table 2 draws one image with ten steps a stage."""
+BENCH_OPTIONS: dict[str, dict[str, Any]] = {
+    "step": {"steps": 20, "strategy": None, "devices": None},
+    "sample": {"steps": 10, "batch_size": 1, "rounds": 5},
+    "data": {"batch_size": 32, "workers": 2, "samples": 1024, "rounds": 5, "images": None},
+}
+"""The options of each benchmark, and their defaults; the paper's Table 2 draws one image with ten steps a stage."""
 
 
 def bench(options: Namespace) -> None:
-    """Measure; nothing is written but the data set, if it isn't there."""
+    """Measure; nothing is written but the data set, if it isn't there.
+
+    Raises:
+        ValueError: an option of another benchmark.
+    """
     quieten_libraries()
     module = {"step": "bench", "sample": "bench_sample", "data": "bench_data"}[options.what]
-    for key, value in BENCH_DEFAULTS[options.what].items():
+    own = BENCH_OPTIONS[options.what]
+    for key in sorted({key for of_one in BENCH_OPTIONS.values() for key in of_one}):
         if getattr(options, key) is None:
-            setattr(options, key, value)
+            setattr(options, key, own.get(key))
+        elif key not in own:
+            raise ValueError(f"--{key} is not an option of: lightning bench {options.what}")
     getattr(import_module(f"nami_lightning.{module}"), options.what)(options)
 
 
@@ -187,6 +197,7 @@ def write_comparison(folders: list[Path], options: Namespace, by: str, output: s
     from nami_lightning.evidence.page import write
 
     target = Path(output or "comparison")
+    target.mkdir(parents=True, exist_ok=True)
     records = load_records(folders)
     tables = write(records, by, target, differences(records, options.resamples) if options.resamples else [])
     print("\n\n".join(table.text() for table in tables))

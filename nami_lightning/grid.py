@@ -1,12 +1,13 @@
 """Pictures for people: grids of images with their captions below them."""
 
-import os
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
+
+from nami_lightning.files import replacing
 
 MIN_CELL = 128
 FONT_SIZE = 12
@@ -61,18 +62,14 @@ def _wrap(caption: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.Ima
 
 def save_image(image: Image.Image, path: Path) -> None:
     """Write a PNG, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    image.save(partial, "PNG")
-    partial.replace(path)
+    with replacing(path) as partial:
+        image.save(partial, "PNG")
 
 
 def save_figure(figure: Any, stem: Path) -> Path:
     """Write matplotlib's ``figure`` as ``stem.png`` and ``stem.svg``, each whole or not at all; the SVG's path."""
-    stem.parent.mkdir(parents=True, exist_ok=True)
     for kind in ("png", "svg"):
         path = stem.with_name(f"{stem.name}.{kind}")
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        figure.savefig(partial, format=kind, dpi=120)
-        partial.replace(path)
+        with replacing(path) as partial:
+            figure.savefig(partial, format=kind, dpi=120)
     return path

@@ -38,6 +38,19 @@ def hold(run: Path) -> Iterator[None]:
         yield
 
 
+def is_held(run: Path) -> bool | None:
+    """Whether a process on this machine trains the run; None if another machine's was the last to, or nobody knows."""
+    try:
+        with (run / "lock").open("r+", encoding="utf-8") as file:
+            holder = file.read()
+            if holder.partition(" on ")[2] != socket.gethostname():
+                return None
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return True if error.errno in (errno.EACCES, errno.EAGAIN) else None
+    return False
+
+
 def _this_process() -> str:
     return f"process {os.getpid()} on {socket.gethostname()}"
 

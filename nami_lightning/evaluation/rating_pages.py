@@ -27,6 +27,7 @@ from tqdm import tqdm
 from nami_lightning.evaluation.drawing import ImageFolder
 from nami_lightning.evaluation.items import Item
 from nami_lightning.evaluation.reports import write_json
+from nami_lightning.files import replacing
 
 FORMAT = 1
 KEY = "key.json"
@@ -100,10 +101,8 @@ def write_pages(
                 picture = _embed(sources[about["model"]].open(item, about["sample"]), plan.side)
                 entries.append({"image": number, "prompt": item.prompt, "picture": picture})
             path = out / "pages" / f"rater-{rater}-part-{part:02d}.html"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(".partial")
-            partial.write_text(page(key["study"], rater, part, entries), encoding="utf-8")
-            partial.replace(path)
+            with replacing(path) as partial:
+                partial.write_text(page(key["study"], rater, part, entries), encoding="utf-8")
             pages.append(path)
     return pages
 

@@ -12,6 +12,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
+from nami_lightning.files import replacing
+
 Interval: TypeAlias = tuple[float, float] | None
 """Its ends; None if there is too little to tell."""
 
@@ -23,10 +25,8 @@ FEWEST = 5
 
 def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
     """Write a JSON file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(value, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(value, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 class Ledger:

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from nami_lightning.chance import seed_of
 from nami_lightning.evidence import metrics
 from nami_lightning.evidence.record import METRICS, Entry, Evaluation, read_entries
+from nami_lightning.holding import is_held
 from nami_lightning.runs import Run, step_of
 
 AXES: Mapping[str, Callable[[Entry], float | None]] = {
@@ -29,13 +30,23 @@ AXES: Mapping[str, Callable[[Entry], float | None]] = {
 
 SMALLER_IS_BETTER = tuple(metrics.DISTANCES)
 LARGER_IS_BETTER = ("precision", "recall", "clip_score", "retrieval")
-HEADLINES = ("frechet", "clip_score", "retrieval_at_1")
+HEADLINES = (*metrics.DISTANCES, "clip_score", "retrieval_at_1")
 """The metrics whose budgets to reach another run's best are listed."""
 
+APART = (
+    *("name", "output_dir", "data.init_args.num_workers", "data.init_args.prefetch_factor", "data.init_args.cache"),
+    *("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.max_time"),
+)
+"""Keys that tell apart runs of one recipe: they change nothing of what is trained."""
+
 AT_REST = 600
-"""Seconds without a new file after which an unfinished run is taken for stopped."""
+"""Seconds without a new file after which an unfinished run is taken for stopped, if its lock does not tell."""
 
 NORMAL_95 = 1.96
+
+FEWEST_THAT_TELL = 6
+"""Of a metric that is a yes or no for each image, a difference that fewer images make is never beyond the noise: of
+five, all on one side, the sign test still says one chance in sixteen."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +78,7 @@ class RunRecord:
     def points(self, metric: str, by: str) -> dict[int, tuple[float, float]]:
         """Step to ``(x, value)``, of the evaluations that have both."""
         points = {entry.step: (AXES[by](entry), entry.metrics.get(metric)) for entry in self.entries}
-        return {step: (x, y) for step, (x, y) in points.items() if x is not None and y is not None}
+        return {step: (x, y) for step, (x, y) in points.items() if x is not None and y is not None and y == y}
 
     def curve(self, metric: str, by: str) -> list[tuple[float, float]]:
         """``(x, value)`` of the evaluations that have both."""
@@ -79,7 +90,11 @@ class RunRecord:
 
 
 def load_records(folders: Sequence[Path]) -> list[RunRecord]:
-    """The runs in ``folders``, named by their folders, and by more of the path where two are called the same."""
+    """The runs in ``folders``, named by their folders, and by more of the path where two are called the same.
+
+    A run that is given twice is taken once.
+    """
+    folders = list({folder.resolve(): folder for folder in folders}.values())
     names = [folder.resolve().name for folder in folders]
     records = []
     for folder, name in zip(folders, names, strict=True):
@@ -89,11 +104,19 @@ def load_records(folders: Sequence[Path]) -> list[RunRecord]:
         unique = str(folder) if names.count(name) > 1 else name
         recipe, total = read_recipe(Run(folder))
         seed = recipe.pop("seed", None)
-        for key in ("name", "output_dir"):
-            recipe.pop(key, None)
+        for path in APART:
+            _remove(recipe, path.split("."))
         state = state_of(Run(folder), total)
         records.append(RunRecord(unique, folder, state, yaml.safe_dump(recipe), seed, entries, evaluation))
     return records
+
+
+def _remove(recipe: Any, keys: Sequence[str]) -> None:
+    """A key of a recipe, if it is there."""
+    if isinstance(recipe, dict) and len(keys) > 1:
+        _remove(recipe.get(keys[0]), keys[1:])
+    elif isinstance(recipe, dict):
+        recipe.pop(keys[0], None)
 
 
 def read_recipe(run: Run) -> tuple[dict[str, Any], int]:
@@ -105,8 +128,8 @@ def read_recipe(run: Run) -> tuple[dict[str, Any], int]:
     try:
         recipe = yaml.safe_load(run.recipe.read_text(encoding="utf-8"))
         return recipe, sum(phase["steps"] for phase in recipe["curriculum"]["phases"])
-    except (yaml.YAMLError, KeyError, TypeError) as error:
-        raise ValueError(f"{run.recipe} can't be read as a resolved recipe ({error!r})") from error
+    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{run.recipe} can't be read as a resolved recipe: {' '.join(str(error).split())}") from error
 
 
 def state_of(run: Run, total: int) -> str:
@@ -118,7 +141,8 @@ def state_of(run: Run, total: int) -> str:
         return f"finished, {total} steps"
     files = [run.recipe, run.folder / METRICS, *run.checkpoints, *run.folder.glob("events.out.tfevents.*")]
     newest = max(path.stat().st_mtime for path in files if path.exists())
-    if datetime.now().timestamp() - newest < AT_REST:
+    held = is_held(run.folder)
+    if held or (held is None and datetime.now().timestamp() - newest < AT_REST):
         return f"running, step {step} of {total}"
     return f"stopped at step {step} of {total} (last written {datetime.fromtimestamp(newest):%Y-%m-%d %H:%M})"
 
@@ -166,8 +190,11 @@ def reached(curve: Sequence[tuple[float, float]], target: float, sign: int) -> f
 
 
 def equal_budget(records: Sequence[RunRecord], by: str) -> float | None:
-    """The largest budget that all runs with evaluations have used."""
-    return min((x for record in records if (x := record.end(by)) is not None), default=None)
+    """The largest budget that all runs with evaluations have used, those left aside that ended before another's first
+    evaluation: nothing is known of that one there."""
+    ends = [x for record in records if (x := record.end(by)) is not None]
+    starts = [x for record in records if record.entries and (x := AXES[by](record.entries[0])) is not None]
+    return min((x for x in ends if x >= max(starts)), default=None)
 
 
 # --- noise -----------------------------------------------------------------------------------------
@@ -194,7 +221,7 @@ class Difference:
     @property
     def within_noise(self) -> bool:
         """Whether other images of the same two models might well show no difference, or the opposite one."""
-        return abs(self.value) <= self.margin
+        return not abs(self.value) > self.margin
 
 
 def differences(records: Sequence[RunRecord], resamples: int = 200, quiet: bool = False) -> list[Difference]:
@@ -218,8 +245,45 @@ def differences(records: Sequence[RunRecord], resamples: int = 200, quiet: bool 
             for metric in (name for name in values[i] if name in values[j] and direction(name)):
                 spread = np.std(np.subtract(samples[i][metric], samples[j][metric]), ddof=1)
                 value = _at_evaluation(one, values[i][metric]) - _at_evaluation(other, values[j][metric])
-                found.append(Difference(metric, one.name, other.name, value, NORMAL_95 * float(spread)))
+                margin = max(NORMAL_95 * float(spread), _least_margin(one, metric), _least_margin(other, metric))
+                found.append(Difference(metric, one.name, other.name, value, margin))
     return found
+
+
+def _least_margin(record: RunRecord, metric: str) -> float:
+    """Of a metric that is a yes or no for each image, what so few images make that no test could tell."""
+    assert record.evaluation is not None
+    numbers = (record.evaluation.of_drawn | record.evaluation.of_real).get(metric)
+    if numbers is None or not np.isin(numbers, (0, 1)).all():
+        return 0.0
+    return (FEWEST_THAT_TELL - 0.5) / len(numbers)
+
+
+def comparable(records: Sequence[RunRecord]) -> str:
+    """What keeps the runs' last evaluations from being compared; nothing if all is well."""
+    measured = [record.evaluation for record in records if record.evaluation is not None and record.entries]
+    if len({len(one.drawn) for one in measured}) > 1:
+        return "The runs drew different numbers of images, on which distances depend: they can't be compared."
+    if len({(*one.real_ids,) for one in measured}) > 1:
+        return "The runs were measured against different held-out images: they can't be compared."
+    if len({(*one.captions, *one.seeds) for one in measured}) > 1:
+        return "The runs drew different prompts, or from different noise: chance has a larger part in differences."
+    settings = {_measuring(record) for record in records if record.entries}
+    if len(settings) > 1:
+        return "The runs' Metrics have different settings (guidance, solver, training images, ...): see their recipes."
+    return ""
+
+
+def _measuring(record: RunRecord) -> str:
+    """How a run is measured, but for when, and with how many steps: one stage takes as many as three have in all."""
+    for callback in (yaml.safe_load(record.recipe).get("trainer") or {}).get("callbacks") or []:
+        if str(callback.get("class_path")).endswith("callbacks.Metrics"):
+            settings = dict(callback.get("init_args") or {})
+            drawing = {**(settings.pop("drawing", None) or {}), "num_inference_steps": None}
+            for key in ("every_n_steps", "batch_size", "shown"):
+                settings.pop(key, None)
+            return yaml.safe_dump([settings, drawing])
+    return ""
 
 
 Estimator = Callable[[torch.Tensor, torch.Tensor], float]

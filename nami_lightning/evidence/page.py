@@ -2,6 +2,7 @@
 
 import base64
 import html
+import shutil
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
@@ -11,9 +12,14 @@ from PIL import Image
 from nami_lightning.evidence.compare import Difference, RunRecord
 from nami_lightning.evidence.pictures import grid, plots, tensorboard
 from nami_lightning.evidence.report import Table, tables
+from nami_lightning.files import replacing
 from nami_lightning.grid import save_image
 
+LARGE = 4_000_000
+"""px of a grid from which it is a JPEG on the page, so that the page can be sent."""
+
 STYLE = """
+h1 { overflow-wrap: anywhere }
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem; color: #222 }
 table { border-collapse: collapse; margin: .5rem 0; display: block; overflow-x: auto }
 th, td { padding: .25rem .8rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap }
@@ -47,7 +53,8 @@ def _html_table(table: Table) -> str:
 
     head = "".join(cell("th", text) for text in table.header)
     body = "\n".join(f"<tr>{''.join(cell('td', text) for text in row)}</tr>" for row in table.rows)
-    note = f"<p class='note'>{html.escape(table.note)}</p>" if table.note else ""
+    text = table.note.replace("* the best.", "Green: the best.")
+    note = f"<p class='note'>{html.escape(text)}</p>" if text else ""
     return f"<h2>{html.escape(table.title)}</h2><table><tr>{head}</tr>{body}</table>{note}"
 
 
@@ -62,21 +69,34 @@ def _svg(path: Path) -> str:
 
 def _inline(picture: Image.Image) -> str:
     buffer = BytesIO()
-    picture.save(buffer, "PNG", optimize=True)
-    return f"<img alt='drawn images' src='data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}'>"
+    kind = "PNG" if picture.width * picture.height < LARGE else "JPEG"
+    picture.save(buffer, kind, optimize=True, quality=90)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return f"<img alt='drawn images' src='data:image/{kind.lower()};base64,{data}'>"
 
 
 def write(records: Sequence[RunRecord], by: str, output: Path, found: Sequence[Difference]) -> list[Table]:
     """Write all into ``output``: index.html, comparison.md, plots, grid.png and tensorboard/; the tables."""
-    output.mkdir(parents=True, exist_ok=True)
+    remove_comparison(output)
     shown = tables(records, by, found)
     title = " · ".join(record.name for record in records)
     svgs, picture = plots(records, by, output), grid(records)
     if picture is not None:
         save_image(picture, output / "grid.png")
     tensorboard(records, output / "tensorboard")
-    (output / "comparison.md").write_text(
-        f"# {title}\n\n" + "\n".join(table.markdown() for table in shown), encoding="utf-8"
-    )
-    (output / "index.html").write_text(page(title, shown, svgs, picture), encoding="utf-8")
+    files = {"comparison.md": f"# {title}\n\n" + "\n".join(table.markdown() for table in shown)}
+    files["index.html"] = page(title, shown, svgs, picture)
+    for name, text in files.items():
+        with replacing(output / name) as partial:
+            partial.write_text(text, encoding="utf-8")
     return shown
+
+
+def remove_comparison(output: Path) -> None:
+    """Remove what an earlier comparison wrote into ``output``, so that two don't mix; the folder is made if need be."""
+    output.mkdir(parents=True, exist_ok=True)
+    if not (output / "comparison.md").is_file():
+        return
+    for path in (*output.glob("metrics_*"), *output.glob("probe_*"), output / "grid.png"):
+        path.unlink(missing_ok=True)
+    shutil.rmtree(output / "tensorboard", ignore_errors=True)

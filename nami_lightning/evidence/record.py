@@ -5,13 +5,14 @@ runs/NAME/evaluation.npz    the newest evaluation's numbers a sample: what a boo
 """
 
 import json
-import os
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
+
+from nami_lightning.files import replacing
 
 METRICS = "metrics.jsonl"
 EVALUATION = "evaluation.npz"
@@ -48,12 +49,14 @@ def read_entries(folder: Path) -> list[Entry]:
     if not path.exists():
         return []
     entries: dict[int, Entry] = {}
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_bytes().splitlines()
     for number, line in enumerate(lines, 1):
         try:
             entry = Entry(**json.loads(line))
-        except (ValueError, TypeError) as error:
-            if number == len(lines):
+            entry = replace(entry, metrics={name: float(value) for name, value in entry.metrics.items()})
+            sum((entry.step, entry.samples, entry.flops, entry.drawn, entry.seconds or 0.0))
+        except (ValueError, TypeError, AttributeError) as error:
+            if number == len(lines) > 1:
                 break  # the process ended while it wrote
             raise ValueError(f"{path}, line {number} is not an evaluation: {error}") from error
         entries[entry.step] = entry
@@ -63,7 +66,8 @@ def read_entries(folder: Path) -> list[Entry]:
 def write_entries(folder: Path, entries: list[Entry]) -> None:
     """Replace all evaluations, whole or not at all."""
     text = "".join(f"{json.dumps(asdict(entry))}\n" for entry in entries)
-    _replace(folder / METRICS, lambda path: path.write_text(text, encoding="utf-8"))
+    with replacing(folder / METRICS) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -104,24 +108,32 @@ class Evaluation:
             arrays |= {f"{group}/{name}": values for name, values in getattr(self, group).items()}
         arrays |= {f"images/{number:04d}": image for number, image in enumerate(self.images)}
 
-        def write(path: Path) -> None:
-            with path.open("wb") as file:
-                np.savez_compressed(file, **arrays)
-
-        _replace(folder / EVALUATION, write)
+        with replacing(folder / EVALUATION) as partial, partial.open("wb") as file:
+            np.savez_compressed(file, **arrays)
 
     @classmethod
     def load(cls, folder: Path) -> "Evaluation | None":
-        """The newest evaluation of the run in ``folder``; None if there is none."""
+        """The newest evaluation of the run in ``folder``; None if there is none.
+
+        Raises:
+            ValueError: its file is damaged.
+        """
         path = folder / EVALUATION
         if not path.exists():
             return None
+        try:
+            return cls._read(path)
+        except (OSError, EOFError, KeyError, ValueError, BadZipFile) as error:
+            raise ValueError(f"{path} is damaged ({error}): remove it; the next evaluation writes it") from error
+
+    @classmethod
+    def _read(cls, path: Path) -> "Evaluation":
         with np.load(path) as arrays:
 
             def group(name: str) -> dict[str, np.ndarray]:
                 return {key.partition("/")[2]: arrays[key] for key in sorted(arrays) if key.startswith(f"{name}/")}
 
-            return cls(
+            evaluation = cls(
                 step=int(arrays["step"]),
                 features=str(arrays["features"]),
                 drawn=arrays["drawn"],
@@ -133,10 +145,7 @@ class Evaluation:
                 of_real=group("of_real"),
                 images=list(group("images").values()),
             )
-
-
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    write(partial)
-    partial.replace(path)
+        lengths = {len(evaluation.drawn), len(evaluation.captions), len(evaluation.seeds)}
+        if len(lengths) > 1 or len(evaluation.real) != len(evaluation.real_ids):
+            raise ValueError("its lists are of different lengths")
+        return evaluation

@@ -16,11 +16,13 @@ NOISE_NOTE = (
     "± is half of the 95% interval when the drawn and the held-out images of the last evaluations are resampled "
     "(bootstrap). It covers the noise of the metric, not that of training: the same recipe with another seed may "
     "differ by more. Train each with two seeds or more before a small difference is believed. Of twenty differences "
-    "that are nothing, one is beyond the noise by chance. Runs of unequal budgets are not made equal here."
+    "that are nothing, one is beyond the noise by chance. Precision's and recall's neighbourhoods are not resampled, "
+    "so their ± is too small. On few images a Frechet distance favours models that draw alike pictures: see whether "
+    "KID and MMD agree. Runs of unequal budgets are not made equal here."
 )
 SEEDS_NOTE = (
-    "Means of the last evaluations; ± is the standard deviation from seed to seed: training's own chance and the noise "
-    "of the metric together. Of two or three seeds it is itself known only roughly."
+    "At the last step at which all seeds of a recipe were measured; ± is the standard deviation from seed to seed: "
+    "training's own chance and the noise of the metric together. Of two or three seeds it is itself known only roughly."
 )
 SEED_DIFFERENCES_NOTE = (
     "If two recipes were equally good, every order of their seeds would be as likely: the last column is how often one "
@@ -96,13 +98,16 @@ def tables(records: Sequence[RunRecord], by: str, found: Sequence[Difference]) -
         values_table(records),
         *seed_tables(records),
         budget_table(records, by),
-        *(reach_table(records, by, metric) for metric in compare.metrics_of(records) if is_headline(metric)),
-        *([differences_table(found)] if found else []),
+        *(reach_table(records, by, metric) for metric in compare.metrics_of(records) if _tells(metric, found)),
+        *([differences_table(records, found)] if found else []),
     ]
 
 
-def is_headline(metric: str) -> bool:
-    """Whether budgets to reach its best are listed."""
+def _tells(metric: str, found: Sequence[Difference]) -> bool:
+    """Whether budgets to reach its best are listed: not if all runs are within the noise of each other."""
+    of_metric = [one for one in found if one.metric == metric]
+    if of_metric and all(one.within_noise for one in of_metric):
+        return False
     return metric.partition("/")[2].startswith(HEADLINES) and bool(direction(metric))
 
 
@@ -114,11 +119,7 @@ def runs_table(records: Sequence[RunRecord]) -> Table:
         drawn = str(record.entries[-1].drawn) if record.entries else MISSING
         state = record.state if record.entries else f"{record.state}; {_unmeasured(record)}"
         rows.append([record.name, state, *used, drawn])
-    note = (
-        ""
-        if len({record.entries[-1].drawn for record in records if record.entries}) < 2
-        else ("The runs drew different numbers of images, on which distances depend: they can't be compared.")
-    )
+    note = compare.comparable(records)
     if any(not record.entries and not _measures(record) for record in records):
         note = f"{note} {METRICS_NOTE}".strip()
     return Table("Runs", ["run", "state", "steps", "samples", "operations", "time", "images drawn"], rows, note)
@@ -148,7 +149,8 @@ def seed_tables(records: Sequence[RunRecord]) -> list[Table]:
     if all(len(group.records) == 1 for group in of_recipes):
         return []
     metrics = [metric for metric in compare.metrics_of(records) if not metric.endswith("_of_real")]
-    rows = [[_arrow(metric), *(_over_seeds(group.values(metric)) for group in of_recipes)] for metric in metrics]
+    rows = [["at step", *(MISSING if group.step is None else f"{group.step:,}" for group in of_recipes)]]
+    rows += [[_arrow(metric), *(_over_seeds(group.values(metric)) for group in of_recipes)] for metric in metrics]
     tables = [Table("Over seeds", ["metric", *(group.title for group in of_recipes)], rows, SEEDS_NOTE)]
     rows = []
     for one in seed_differences(records):
@@ -175,7 +177,9 @@ def budget_table(records: Sequence[RunRecord], by: str) -> Table:
         for metric in filter(direction, compare.metrics_of(records)):
             values = [compare.value_at(record.curve(metric, by), budget) for record in records]
             rows.append([_arrow(metric), *_starred(values, direction(metric))])
-    note = f"{BUDGET_NOTES[by]} Values between two evaluations are on the straight line between them."
+    note = f"{BUDGET_NOTES[by]} Values between two evaluations are on the straight line between them, without a margin."
+    if young := [record.name for record in records if (x := record.end(by)) is not None and budget and x < budget]:
+        note += f" Too young to be among them: {', '.join(young)}."
     title = f"At equal {by}: {amount(budget, by)}"
     return Table(title, ["metric", *(record.name for record in records)], rows, note)
 
@@ -184,7 +188,11 @@ def reach_table(records: Sequence[RunRecord], by: str, metric: str) -> Table:
     """What each (row) needed to be as good as each other's best (column), and as a share of what that one used."""
     curves = {group.title: group.curve(metric, by) for group in groups(records)}
     goals = {name: compare.best(curve, direction(metric)) for name, curve in curves.items()}
-    header = [f"{name}'s best: {number(goal[1])} at {amount(goal[0], by)}" for name, goal in goals.items() if goal]
+    header = [
+        f"{name}'s best: {number(goal[1])} at {'≤ ' * (goal[0] == curves[name][0][0])}{amount(goal[0], by)}"
+        for name, goal in goals.items()
+        if goal
+    ]
     rows = []
     for name, curve in curves.items():
         cells = []
@@ -204,12 +212,15 @@ def reach_table(records: Sequence[RunRecord], by: str, metric: str) -> Table:
     return Table(f"What it takes to reach another's best: {metric}, by {by}", ["run", *header], rows, note)
 
 
-def differences_table(found: Sequence[Difference]) -> Table:
+def differences_table(records: Sequence[RunRecord], found: Sequence[Difference]) -> Table:
     """Which differences are more than the metric's noise."""
     rows = []
     metrics = list(dict.fromkeys(one.metric for one in found))
+    withheld = "can't be compared" in compare.comparable(records)
     for one in sorted(found, key=lambda one: metrics.index(one.metric)):
         verdict = "within the noise" if one.within_noise else f"{_better(one)} is better"
+        if withheld:
+            verdict = "not comparable"
         rows.append([one.metric, f"{one.one} - {one.other}", f"{one.value:+.4g} ± {one.margin:.3g}", verdict])
     title = "Differences at the last evaluations"
     return Table(title, ["metric", "runs", "difference", "verdict"], rows, NOISE_NOTE)

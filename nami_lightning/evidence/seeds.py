@@ -31,8 +31,15 @@ class Group:
         return self.name + (f" ({len(self.records)} seeds)" if len(self.records) > 1 else "")
 
     def values(self, metric: str) -> list[float]:
-        """Of each run's last evaluation."""
-        return [value for record in self.records if (value := record.value(metric)) is not None]
+        """Of each run at the last step at which all of them were measured."""
+        points = [record.points(metric, "steps") for record in self.records]
+        shared = set.intersection(*map(set, points))
+        return [of_run[max(shared)][1] for of_run in points] if shared else []
+
+    @property
+    def step(self) -> int | None:
+        """The last at which all runs were measured."""
+        return max(set.intersection(*({e.step for e in record.entries} for record in self.records)), default=None)
 
     def curve(self, metric: str, by: str) -> list[tuple[float, float]]:
         """Means over the runs ``(x, value)``, at the steps where all of them were measured."""

@@ -15,17 +15,19 @@ Sweeps of one output_dir share the runs that they call the same.
 """
 
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import yaml
 
 from nami_lightning.evidence.compare import AXES
-from nami_lightning.preemption import INTERRUPTED, REQUEUE
+from nami_lightning.preemption import INTERRUPTED, REQUEUE, SIGNALS
 from nami_lightning.recipe import RECIPES, Recipe
 from nami_lightning.runs import Run, step_of
 
@@ -84,7 +86,7 @@ def load_sweep(path: Path) -> Sweep:
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     values = _checked(Sweep, content, str(path))
     if not isinstance(values["runs"], list) or not values["runs"]:
@@ -111,8 +113,16 @@ def _checked(kind: type, content: Any, where: str) -> dict[str, Any]:
     required = [name for name in ("output_dir", "runs", "recipe", "name") if name in known]
     if missing := [name for name in required if name not in content]:
         raise ValueError(f"{where} lacks the key {missing[0]}")
-    if not isinstance(content.get("overrides", {}), dict):
+    overrides = content.get("overrides", {})
+    if not isinstance(overrides, dict):
         raise ValueError(f"{where}: overrides must be a piece of a recipe")
+    if own := [key for key in ("name", "output_dir") if key in overrides]:
+        raise ValueError(f"{where}: {own[0]} is a key of the sweep's own, beside overrides")
+    for key in ("output_dir", "recipe", "name", "by"):
+        if not isinstance(content.get(key, ""), str):
+            raise ValueError(
+                f"{where}: {key} must be a text, in quotes if it looks like a number, not {content[key]!r}"
+            )
     return dict(content)
 
 
@@ -147,12 +157,31 @@ def train_all(path: Path) -> tuple[Sweep, list[str]]:
         print(f"[{number}/{len(commands)}] {name}{states[name]}", flush=True)
         if states[name]:
             continue
-        code = subprocess.run([sys.executable, "-m", "nami_lightning.cli", "run", *command], check=False).returncode
+        code = run_to_its_end([sys.executable, "-m", "nami_lightning.cli", "run", *command])
         if code in (INTERRUPTED, REQUEUE):  # told to stop: so is the sweep
             raise SystemExit(code)
         if code:
             failed.append(name)
     return sweep, failed
+
+
+def run_to_its_end(command: list[str]) -> int:
+    """A command's exit status. What tells this process to stop is left to the command, which saves first.
+
+    Ctrl-C in a terminal reaches both; the other signals are handed on.
+    """
+    process = subprocess.Popen(command)
+
+    def hand_on(number: int, frame: FrameType | None) -> None:
+        if number != signal.SIGINT:
+            process.send_signal(number)
+
+    before = {number: signal.signal(number, hand_on) for number in SIGNALS}
+    try:
+        return process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def read_recipe(command: list[str], where: str) -> Recipe:

@@ -351,7 +351,7 @@ def test_the_callback_measures_what_the_pipeline_draws(tiny: list[str], tmp_path
         *(f"metrics/{kind}_mean_colours{of}" for kind in ("frechet", "kid", "mmd") for of in ("", "_of_real")),
         *(f"metrics/{kind}_mean_colours" for kind in ("precision", "recall", "copies")),
         "metrics/nearest_training_mean_colours",
-        *(f"probe/retrieval_at_{k}{of}" for k in (1, 5) for of in ("", "_of_real")),
+        *(f"probe/retrieval_at_{k}_mean_colours{of}" for k in (1, 5) for of in ("", "_of_real")),
     } == set(found)
     logged = scalars(folder)
     assert all(logged[name][6] == pytest.approx(value, rel=1e-5) for name, value in found.items())
