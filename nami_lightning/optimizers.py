@@ -36,12 +36,8 @@ class Muon(torch.optim.Muon):
     """
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self) -> None:  # type: ignore[override]
         """Nesterov momentum, orthogonalised."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
         for group in self.param_groups:
             lr, momentum = group["lr"], group["momentum"]
             for parameter in group["params"]:
@@ -54,7 +50,6 @@ class Muon(torch.optim.Muon):
                 update = orthogonalize(parameter.grad.lerp(mean, momentum), group["ns_coefficients"], group["ns_steps"])
                 parameter.mul_(1 - lr * group["weight_decay"])
                 parameter.add_(update, alpha=-lr * 0.2 * max(parameter.shape) ** 0.5)
-        return loss
 
 
 class MuonAdamW(Optimizer):

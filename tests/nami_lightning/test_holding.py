@@ -11,7 +11,7 @@ import pytest
 
 from nami_lightning import holding
 from nami_lightning.cli import main
-from nami_lightning.holding import hold
+from nami_lightning.holding import hold, is_held
 
 TINY = Path(__file__).parents[1] / "tiny.yaml"
 
@@ -50,17 +50,20 @@ def test_a_run_is_refused_while_another_process_trains_it(training: subprocess.P
     with pytest.raises(RuntimeError, match=f"by {holder}: wait for it"), hold(tmp_path / "tiny"):
         pass
     assert (tmp_path / "tiny" / "lock").read_text() == holder
+    assert is_held(tmp_path / "tiny") is True
 
 
 def test_a_killed_run_can_go_on_at_once(training: subprocess.Popen[str], tmp_path: Path) -> None:
     training.send_signal(signal.SIGKILL)
     training.wait()
+    assert is_held(tmp_path / "tiny") is False
     with hold(tmp_path / "tiny"):
         pass
 
 
 def test_what_another_machine_holds_may_be_of_a_dead_one(training: subprocess.Popen[str], tmp_path: Path) -> None:
     (tmp_path / "tiny" / "lock").write_text("process 1 on a-machine-that-died")
+    assert is_held(tmp_path / "tiny") is None
     with pytest.warns(UserWarning, match="a-machine-that-died, unless that machine died"), hold(tmp_path / "tiny"):
         pass
 
