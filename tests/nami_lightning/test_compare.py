@@ -381,7 +381,9 @@ def test_a_sweep_that_is_told_to_stop_lets_its_run_save_and_starts_no_other(
     file = tmp_path / "sweep.yaml"
     file.write_text(yaml.safe_dump({"output_dir": str(tmp_path / "runs"), "runs": runs}))
     command = [sys.executable, "-m", "nami_lightning.cli", "sweep", str(file)]
-    process = subprocess.Popen(command, start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, start_new_session=True, env=environment, stdout=log, stderr=log)
     checkpoints = tmp_path / "runs" / "one" / "checkpoints"
     while process.poll() is None and not list(checkpoints.glob("*.ckpt")):
         time.sleep(0.05)
@@ -390,8 +392,8 @@ def test_a_sweep_that_is_told_to_stop_lets_its_run_save_and_starts_no_other(
     else:
         process.terminate()
     assert process.wait(120) == status
-    saved = Run(tmp_path / "runs" / "one").checkpoints
-    assert step_of(saved[-1]) % 7  # one besides those of every seventh step
+    saved = step_of(Run(tmp_path / "runs" / "one").checkpoints[-1])
+    assert f"Told to stop: saved step {saved} of 60" in (tmp_path / "log").read_text()
     assert not (tmp_path / "runs" / "other").exists()
 
 
