@@ -8,8 +8,8 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from nami_lightning.callbacks.drawing import Drawing
-from nami_lightning.grid import caption_grid, save_image
 from nami_lightning.module import NamiModule
+from nami_lightning.utils.image_grid import caption_grid, save_image
 
 
 class ImageSamples(L.Callback):

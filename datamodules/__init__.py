@@ -3,7 +3,7 @@
 Names are imported on first use: preparing data needs no trainer.
 """
 
-from nami_lightning.lazy import lazy
+from nami_lightning.utils.lazy_import import lazy
 
 _HOMES = {
     "HuggingFaceDataset": "sources",

@@ -55,9 +55,9 @@ from nami_lightning.datamodules.prepare import counts_of
 from nami_lightning.datamodules.shards import Record, ShardWriter, join
 from nami_lightning.datamodules.stages import StageImages
 from nami_lightning.encoders import PIXELS, TextStates, encode_posterior
-from nami_lightning.files import this_process
 from nami_lightning.identity import check_identity, identify
 from nami_lightning.module import NamiModule
+from nami_lightning.utils.atomic_write import this_process
 
 CHUNK_BYTES = 2**29
 """Size of a chunk of encodings, unless a chunk of images makes less."""

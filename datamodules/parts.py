@@ -29,7 +29,7 @@ from nami_lightning.datamodules.images import BadImage, ImageFormat, cover, crop
 from nami_lightning.datamodules.shapes import Aspect, Shape, aspects, highest_filled, nearest_aspect
 from nami_lightning.datamodules.shards import Record, ShardWriter, read_index
 from nami_lightning.datamodules.sources.base import Skipped, Source, SourceSample
-from nami_lightning.files import replacing, this_process
+from nami_lightning.utils.atomic_write import replacing, this_process
 
 SETTINGS = "settings.json"
 REPORT = "report.json"

@@ -25,7 +25,7 @@ from nami_lightning.datamodules.parts import (
 )
 from nami_lightning.datamodules.shards import Shards, ShardWriter, join
 from nami_lightning.datamodules.sources.base import Source
-from nami_lightning.files import this_process
+from nami_lightning.utils.atomic_write import this_process
 
 
 def prepare(source: Source, output: Path, preparation: Preparation, workers: int) -> Path:

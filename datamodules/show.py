@@ -14,8 +14,8 @@ from nami_lightning.datamodules.order import apportion
 from nami_lightning.datamodules.remote import is_remote
 from nami_lightning.datamodules.shapes import Aspect
 from nami_lightning.datamodules.shards import Record
-from nami_lightning.grid import caption_grid, save_image
-from nami_lightning.tables import table as _table
+from nami_lightning.utils.image_grid import caption_grid, save_image
+from nami_lightning.utils.text_table import table as _table
 
 CONTACT_SHEET = "contact_sheet.png"
 CELL = 192

@@ -3,7 +3,7 @@
 Names are imported on first use, so that ``import nami_lightning`` and ``nami --help`` stay quick.
 """
 
-from nami_lightning.lazy import lazy
+from nami_lightning.utils.lazy_import import lazy
 
 __version__ = "0.1.0"
 

@@ -19,8 +19,8 @@ from nami_lightning.encoders import PixelCodec, TextStates
 from nami_lightning.module import NamiModule
 from nami_lightning.pipeline import NamiPipeline
 from nami_lightning.recipe import Recipe
-from nami_lightning.tables import table
 from nami_lightning.transformer import NamiTransformer2DModel
+from nami_lightning.utils.text_table import table
 
 WARM_UP = 1
 """Rounds that don't count."""

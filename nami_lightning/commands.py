@@ -15,8 +15,6 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from nami_lightning.curriculum import Curriculum
-from nami_lightning.files import replacing
-from nami_lightning.grid import caption_grid, save_image
 from nami_lightning.holding import hold
 from nami_lightning.module import NamiModule
 from nami_lightning.pipeline import NamiPipeline
@@ -24,6 +22,8 @@ from nami_lightning.ranks import join_after_restart, output_of_rank
 from nami_lightning.recipe import Recipe
 from nami_lightning.runs import Run, about, find_run, load_weights
 from nami_lightning.strategies import FSDP2Strategy
+from nami_lightning.utils.atomic_write import replacing
+from nami_lightning.utils.image_grid import caption_grid, save_image
 
 NOISE = (
     r".*isinstance\(treespec, LeafSpec\).*",

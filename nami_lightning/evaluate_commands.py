@@ -17,7 +17,7 @@ from nami_lightning.evaluation.options import check_options
 from nami_lightning.evaluation.rating_pages import Plan, write_pages
 from nami_lightning.evaluation.reports import write_json
 from nami_lightning.evaluation.side_by_side import side_by_side, spread
-from nami_lightning.grid import save_image
+from nami_lightning.utils.image_grid import save_image
 
 IMAGES = {"geneval": geneval.IMAGES, "dpg": dpg.IMAGES, "nami1k": nami1k.IMAGES}
 GRID_SIDE = 384

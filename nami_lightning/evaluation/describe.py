@@ -12,8 +12,8 @@ from nami_lightning.encoders import PromptEncoder, TextEncoderConfig
 from nami_lightning.evaluation.items import Item
 from nami_lightning.evaluation.nami1k import TOPICS
 from nami_lightning.evaluation.reports import need, percent, write_json
-from nami_lightning.grid import save_figure
-from nami_lightning.tables import table
+from nami_lightning.utils.image_grid import save_figure
+from nami_lightning.utils.text_table import table
 
 WORDS_A_BIN = 10
 LONGEST = 120

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from nami_lightning.evaluation.drawing import ImageFolder
 from nami_lightning.evaluation.items import Item, checked_id, read_text
 from nami_lightning.evaluation.reports import Ledger, interval, percent, span
-from nami_lightning.tables import table
+from nami_lightning.utils.text_table import table
 
 IMAGES = 4
 VERDICTS = "verdicts.jsonl"

@@ -13,7 +13,7 @@ from nami_lightning.evaluation.geneval_prompts import TASKS
 from nami_lightning.evaluation.geneval_rules import Detection, judge, kept
 from nami_lightning.evaluation.items import Item
 from nami_lightning.evaluation.reports import Ledger, interval, span
-from nami_lightning.tables import table
+from nami_lightning.utils.text_table import table
 
 IMAGES = 4
 VERDICTS = "verdicts.jsonl"

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from nami_lightning.evaluation.drawing import ImageFolder
 from nami_lightning.evaluation.items import Item
 from nami_lightning.evaluation.reports import write_json
-from nami_lightning.files import replacing
+from nami_lightning.utils.atomic_write import replacing
 
 FORMAT = 1
 KEY = "key.json"

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
-from nami_lightning.files import replacing
+from nami_lightning.utils.atomic_write import replacing
 
 Interval: TypeAlias = tuple[float, float] | None
 """Its ends; None if there is too little to tell."""

@@ -7,7 +7,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from nami_lightning.evaluation.drawing import ImageFolder
 from nami_lightning.evaluation.items import Item
-from nami_lightning.grid import caption_grid
+from nami_lightning.utils.image_grid import caption_grid
 
 FONT_SIZE = 14
 MARGIN = 6

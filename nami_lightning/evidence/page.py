@@ -12,8 +12,8 @@ from PIL import Image
 from nami_lightning.evidence.compare import Difference, RunRecord
 from nami_lightning.evidence.pictures import grid, plots, tensorboard
 from nami_lightning.evidence.report import Table, tables
-from nami_lightning.files import replacing
-from nami_lightning.grid import save_image
+from nami_lightning.utils.atomic_write import replacing
+from nami_lightning.utils.image_grid import save_image
 
 LARGE = 4_000_000
 """px of a grid from which it is a JPEG on the page, so that the page can be sent."""

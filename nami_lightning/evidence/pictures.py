@@ -11,7 +11,7 @@ from PIL import Image
 from nami_lightning.evidence import compare
 from nami_lightning.evidence.compare import RunRecord, direction
 from nami_lightning.evidence.seeds import groups
-from nami_lightning.grid import caption_grid, save_figure
+from nami_lightning.utils.image_grid import caption_grid, save_figure
 
 COLUMNS = 8
 """Of a grid, about: whole prompts stand beside each other."""

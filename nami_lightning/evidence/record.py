@@ -12,7 +12,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from nami_lightning.files import replacing
+from nami_lightning.utils.atomic_write import replacing
 
 METRICS = "metrics.jsonl"
 EVALUATION = "evaluation.npz"

@@ -9,7 +9,7 @@ import numpy as np
 from nami_lightning.evidence import compare
 from nami_lightning.evidence.compare import AXES, HEADLINES, Difference, RunRecord, direction
 from nami_lightning.evidence.seeds import groups, seed_differences
-from nami_lightning.tables import table as aligned
+from nami_lightning.utils.text_table import table as aligned
 
 MISSING = "—"
 NOISE_NOTE = (

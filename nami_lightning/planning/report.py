@@ -8,7 +8,7 @@ from typing import Any
 from nami_lightning.flops import DEVICES
 from nami_lightning.planning.plan import USABLE, Memory, Plan
 from nami_lightning.planning.remedy import Remedy
-from nami_lightning.tables import table
+from nami_lightning.utils.text_table import table
 
 MEMORY_ROWS = ("weights", "gradients", "optimizer", "ema", "frozen", "communication", "activations", "temporary")
 MEMORY_NAMES = {"ema": "EMA", "frozen": "frozen encoders"}

@@ -11,7 +11,7 @@ from nami_lightning.evaluation import reports
 from nami_lightning.evaluation.dpg import image_score, is_no, is_yes, judge_images, lines, read_questions, scores
 from nami_lightning.evaluation.dpg_models import QuestionJudge
 from nami_lightning.evaluation.drawing import ImageFolder
-from nami_lightning.grid import save_image
+from nami_lightning.utils.image_grid import save_image
 
 
 @pytest.fixture

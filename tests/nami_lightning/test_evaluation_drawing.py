@@ -22,9 +22,9 @@ from nami_lightning.evaluation.drawing import ImageFolder, Sampling, draw
 from nami_lightning.evaluation.items import Item
 from nami_lightning.evaluation.nami1k import read_prompts
 from nami_lightning.evaluation.side_by_side import side_by_side, spread
-from nami_lightning.grid import save_image
 from nami_lightning.pipeline import NamiPipeline
 from nami_lightning.transformer import NamiTransformer2DModel
+from nami_lightning.utils.image_grid import save_image
 
 pytest_plugins = "tiny_models"
 

@@ -21,7 +21,7 @@ from nami_lightning.evaluation.geneval_models import ColorClassifier, Detector, 
 from nami_lightning.evaluation.geneval_prompts import COLORS, TASKS, geneval_items, object_names
 from nami_lightning.evaluation.geneval_rules import Box, Detection, judge, kept, overlap, relations
 from nami_lightning.evaluation.items import Item, first_of_each_kind
-from nami_lightning.grid import save_image
+from nami_lightning.utils.image_grid import save_image
 
 PUBLISHED = "55b6e3650e980c13daf30569eb666e000faf19bfc2b7b4cbe999fcdb7aa9d680"
 """SHA-256 of the published generation_prompts.txt."""

@@ -29,7 +29,7 @@ from nami_lightning.evaluation.ratings import (
     summarise,
 )
 from nami_lightning.evaluation.reports import interval
-from nami_lightning.grid import save_image
+from nami_lightning.utils.image_grid import save_image
 
 # --- prompts -----------------------------------------------------------------------------------
 

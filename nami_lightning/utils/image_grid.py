@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from nami_lightning.files import replacing
+from nami_lightning.utils.atomic_write import replacing
 
 MIN_CELL = 128
 FONT_SIZE = 12
