@@ -13,8 +13,8 @@ from tqdm.auto import tqdm
 
 from nami_lightning import chance
 from nami_lightning.batch import MicroBatch
-from nami_lightning.bridge import LeastSquares, fit_by_gradient
 from nami_lightning.datamodules.multires import MultiResolutionDataModule, StepDataset
+from nami_lightning.models.bridge import LeastSquares, fit_by_gradient
 from nami_lightning.module import NamiModule
 
 PRETRAINING = "bridge"

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from nami_lightning.flow import SolverKind
+from nami_lightning.models.flow import SolverKind
 from nami_lightning.module import NamiModule
 
 

@@ -25,7 +25,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from nami_lightning import flow
 from nami_lightning.batch import pixels
 from nami_lightning.chance import uniform_of
 from nami_lightning.datamodules.dataset import (
@@ -54,8 +53,10 @@ from nami_lightning.datamodules.parts import (
 from nami_lightning.datamodules.prepare import counts_of
 from nami_lightning.datamodules.shards import Record, ShardWriter, join
 from nami_lightning.datamodules.stages import StageImages
-from nami_lightning.encoders import PIXELS, TextStates, encode_posterior
-from nami_lightning.identity import check_identity, identify
+from nami_lightning.models import flow
+from nami_lightning.models.autoencoder import PIXELS, encode_posterior
+from nami_lightning.models.encoder_revisions import check_identity, identify
+from nami_lightning.models.text_encoder import TextStates
 from nami_lightning.module import NamiModule
 from nami_lightning.utils.atomic_write import this_process
 

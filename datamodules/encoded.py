@@ -23,8 +23,9 @@ from nami_lightning.datamodules.images import read_image
 from nami_lightning.datamodules.shapes import Aspect
 from nami_lightning.datamodules.shards import chosen
 from nami_lightning.datamodules.stages import Choice, Place, Sample, StageImages
-from nami_lightning.encoders import Posterior, TextStates
-from nami_lightning.identity import check_identity
+from nami_lightning.models.autoencoder import Posterior
+from nami_lightning.models.encoder_revisions import check_identity
+from nami_lightning.models.text_encoder import TextStates
 from nami_lightning.module import NamiModule
 
 

@@ -8,14 +8,14 @@ from nami_lightning.utils.lazy_import import lazy
 __version__ = "0.1.0"
 
 _HOMES = {
-    "BridgeFlow": "bridge",
+    "BridgeFlow": "models.bridge",
     "Curriculum": "curriculum",
     "MuonAdamW": "optimizers",
     "NamiModule": "module",
-    "NamiPipeline": "pipeline",
-    "NamiTransformer2DModel": "transformer",
+    "NamiPipeline": "models.pipeline",
+    "NamiTransformer2DModel": "models.transformer",
     "Phase": "curriculum",
-    "PixelCodec": "encoders",
+    "PixelCodec": "models.autoencoder",
 }
 
 __all__, __getattr__, __dir__ = lazy(__name__, _HOMES)

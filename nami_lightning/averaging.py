@@ -9,8 +9,8 @@ from collections.abc import Callable
 import torch
 from lightning.pytorch.strategies import Strategy
 
+from nami_lightning.models.transformer import NamiTransformer2DModel
 from nami_lightning.strategies import local_shards, parallelize
-from nami_lightning.transformer import NamiTransformer2DModel
 
 
 def twin(

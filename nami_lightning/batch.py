@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nami_lightning.encoders import Posterior, TextStates
+from nami_lightning.models.autoencoder import Posterior
+from nami_lightning.models.text_encoder import TextStates
 
 
 class Encodings(NamedTuple):

@@ -14,12 +14,13 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from nami_lightning.bridge import BridgeFlow
-from nami_lightning.encoders import PixelCodec, TextStates
+from nami_lightning.models.autoencoder import PixelCodec
+from nami_lightning.models.bridge import BridgeFlow
+from nami_lightning.models.pipeline import NamiPipeline
+from nami_lightning.models.text_encoder import TextStates
+from nami_lightning.models.transformer import NamiTransformer2DModel
 from nami_lightning.module import NamiModule
-from nami_lightning.pipeline import NamiPipeline
 from nami_lightning.recipe import Recipe
-from nami_lightning.transformer import NamiTransformer2DModel
 from nami_lightning.utils.text_table import table
 
 WARM_UP = 1

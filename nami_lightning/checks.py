@@ -5,9 +5,10 @@ from fractions import Fraction
 from itertools import pairwise
 from typing import Any
 
-from nami_lightning.bridge import BridgeFlow
 from nami_lightning.curriculum import Curriculum
-from nami_lightning.encoders import AutoencoderConfig, TextEncoderConfig
+from nami_lightning.models.autoencoder import AutoencoderConfig
+from nami_lightning.models.bridge import BridgeFlow
+from nami_lightning.models.text_encoder import TextEncoderConfig
 
 
 def check_stages(

@@ -16,8 +16,8 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from nami_lightning.curriculum import Curriculum
 from nami_lightning.holding import hold
+from nami_lightning.models.pipeline import NamiPipeline
 from nami_lightning.module import NamiModule
-from nami_lightning.pipeline import NamiPipeline
 from nami_lightning.ranks import join_after_restart, output_of_rank
 from nami_lightning.recipe import Recipe
 from nami_lightning.runs import Run, about, find_run, load_weights

@@ -8,19 +8,18 @@ import torch
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 
-from nami_lightning import chance, flow
+from nami_lightning import chance
 from nami_lightning.batch import MicroBatch, pixels
-from nami_lightning.encoders import (
+from nami_lightning.models import flow
+from nami_lightning.models.autoencoder import (
     Autoencoder,
     AutoencoderConfig,
     Posterior,
-    PromptEncoder,
-    TextEncoderConfig,
-    TextStates,
     decode_latents,
     encode_posterior,
     load_autoencoder,
 )
+from nami_lightning.models.text_encoder import PromptEncoder, TextEncoderConfig, TextStates
 from nami_lightning.strategies import shard_text_encoder
 
 LatentPyramid = Literal["encode", "pool"]

@@ -12,19 +12,21 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 
-from nami_lightning import chance, flow
+from nami_lightning import chance
 from nami_lightning.agreement import SkippedSteps, agree
 from nami_lightning.averaging import Exchange, twin
 from nami_lightning.batch import MicroBatch
-from nami_lightning.bridge import BridgeFlow
 from nami_lightning.checks import check_checkpoint, check_stages, identity, per_stage
 from nami_lightning.curriculum import Curriculum
-from nami_lightning.encoders import AutoencoderConfig, TextEncoderConfig
 from nami_lightning.encoding import EncodingModule, LatentPyramid
-from nami_lightning.flow import LossWeighting, TauKind
-from nami_lightning.pipeline import NamiPipeline
+from nami_lightning.models import flow
+from nami_lightning.models.autoencoder import AutoencoderConfig
+from nami_lightning.models.bridge import BridgeFlow
+from nami_lightning.models.flow import LossWeighting, TauKind
+from nami_lightning.models.pipeline import NamiPipeline
+from nami_lightning.models.text_encoder import TextEncoderConfig
+from nami_lightning.models.transformer import NamiTransformer2DModel
 from nami_lightning.strategies import parallelize, reduce_gradients, whole
-from nami_lightning.transformer import NamiTransformer2DModel
 from nami_lightning.validation import LossByTau
 
 VALIDATION = "validation"

@@ -30,8 +30,8 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
-from nami_lightning.encoders import PromptEncoder
-from nami_lightning.transformer import NamiTransformer2DModel
+from nami_lightning.models.text_encoder import PromptEncoder
+from nami_lightning.models.transformer import NamiTransformer2DModel
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # float16 would need a scaled loss
 DTypeName = Literal["float32", "bfloat16"]

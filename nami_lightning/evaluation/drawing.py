@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from nami_lightning.evaluation.items import Item, prompts_hash
 from nami_lightning.evaluation.reports import first_line, write_json
-from nami_lightning.pipeline import NamiPipeline
+from nami_lightning.models.pipeline import NamiPipeline
 from nami_lightning.runs import RECIPE_FILE, find_run
 from nami_lightning.utils.image_grid import save_image
 

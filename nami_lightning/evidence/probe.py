@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nami_lightning.encoders import MINILM, PromptEncoder, TextEncoderConfig
 from nami_lightning.evidence.features import name_of
+from nami_lightning.models.text_encoder import MINILM, PromptEncoder, TextEncoderConfig
 
 WIDTH = 128
 """Directions that the probe keeps, at most."""

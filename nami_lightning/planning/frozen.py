@@ -12,7 +12,8 @@ from diffusers import AutoencoderKL
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from nami_lightning.encoders import PIXELS, AutoencoderConfig, TextEncoderConfig, resolve_name, text_model_class
+from nami_lightning.models.autoencoder import PIXELS, AutoencoderConfig
+from nami_lightning.models.text_encoder import TextEncoderConfig, resolve_name, text_model_class
 from nami_lightning.planning.memory import LiveBytes
 
 

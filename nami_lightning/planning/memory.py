@@ -21,8 +21,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from nami_lightning.models.transformer import NamiTransformer2DModel
 from nami_lightning.strategies import parallelize
-from nami_lightning.transformer import NamiTransformer2DModel
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from torch import nn
 from nami_lightning.curriculum import Curriculum, Phase
 from nami_lightning.datamodules.stream import split_evenly
 from nami_lightning.flops import number_type
+from nami_lightning.models.transformer import NamiTransformer2DModel
 from nami_lightning.planning.frozen import FrozenModel
-from nami_lightning.transformer import NamiTransformer2DModel
 
 
 @dataclass(frozen=True)

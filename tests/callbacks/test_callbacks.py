@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from nami_lightning.batch import MicroBatch
-from nami_lightning.bridge import BridgeFlow
 from nami_lightning.callbacks import EMA, BridgePretraining, Metrics, RunCheckpoint, Throughput
 from nami_lightning.callbacks.throughput import StageMemory
+from nami_lightning.models.bridge import BridgeFlow
 from nami_lightning.module import NamiModule
 from nami_lightning.recipe import Recipe
 

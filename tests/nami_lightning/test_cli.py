@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nami_lightning.cli import main
 from nami_lightning.commands import last_scalars, load_module, load_pipeline
-from nami_lightning.pipeline import NamiPipeline
+from nami_lightning.models.pipeline import NamiPipeline
 from nami_lightning.recipe import RECIPES, Recipe
 from nami_lightning.runs import Run
 

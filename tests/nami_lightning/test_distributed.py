@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nami_lightning.commands import load_module
-from nami_lightning.encoders import PromptEncoder
+from nami_lightning.models.text_encoder import PromptEncoder
 from nami_lightning.runs import Run
 from nami_lightning.strategies import FSDP2Strategy, shard_text_encoder
 

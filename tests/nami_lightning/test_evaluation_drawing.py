@@ -14,16 +14,16 @@ from PIL import Image
 from tiny_judges import FILE, make_clip, make_detector, make_vilt
 from tiny_models import MakeFlux, TextModel
 
-from nami_lightning.bridge import BridgeFlow
 from nami_lightning.cli import main
-from nami_lightning.encoders import PixelCodec
 from nami_lightning.evaluate_commands import model_names
 from nami_lightning.evaluation.drawing import ImageFolder, Sampling, draw
 from nami_lightning.evaluation.items import Item
 from nami_lightning.evaluation.nami1k import read_prompts
 from nami_lightning.evaluation.side_by_side import side_by_side, spread
-from nami_lightning.pipeline import NamiPipeline
-from nami_lightning.transformer import NamiTransformer2DModel
+from nami_lightning.models.autoencoder import PixelCodec
+from nami_lightning.models.bridge import BridgeFlow
+from nami_lightning.models.pipeline import NamiPipeline
+from nami_lightning.models.transformer import NamiTransformer2DModel
 from nami_lightning.utils.image_grid import save_image
 
 pytest_plugins = "tiny_models"

@@ -13,7 +13,7 @@ from faults import numbers, run, same_numbers, with_callback
 from kill_ranks import check
 
 from nami_lightning.cli import main
-from nami_lightning.pipeline import NamiPipeline
+from nami_lightning.models.pipeline import NamiPipeline
 from nami_lightning.preemption import INTERRUPTED, REQUEUE
 from nami_lightning.runs import Run, step_of
 

@@ -13,11 +13,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from nami_lightning.flops import transformer_flops
+from nami_lightning.models.transformer import NamiTransformer2DModel
 from nami_lightning.planning.memory import MicroBatchShape, activations
 from nami_lightning.planning.setup import Network
 from nami_lightning.recipe import Recipe
 from nami_lightning.strategies import parallelize
-from nami_lightning.transformer import NamiTransformer2DModel
 
 SMALL: dict[str, Any] = {
     "in_channels": 3,

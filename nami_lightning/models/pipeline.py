@@ -14,11 +14,12 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 
-from nami_lightning import flow
-from nami_lightning.bridge import BridgeFlow
-from nami_lightning.encoders import Autoencoder, PromptEncoder, TextStates, autoencoder_factor, decode_latents
-from nami_lightning.flow import SolverKind
-from nami_lightning.transformer import NamiTransformer2DModel
+from nami_lightning.models import flow
+from nami_lightning.models.autoencoder import Autoencoder, autoencoder_factor, decode_latents
+from nami_lightning.models.bridge import BridgeFlow
+from nami_lightning.models.flow import SolverKind
+from nami_lightning.models.text_encoder import PromptEncoder, TextStates
+from nami_lightning.models.transformer import NamiTransformer2DModel
 
 StepCallback = Callable[["NamiPipeline", int, float, dict[str, Any]], dict[str, Any] | None]
 

@@ -10,17 +10,15 @@ from torch import Tensor
 from transformers import AltCLIPTextModel, BertConfig, BertModel, PreTrainedTokenizerFast
 from transformers.models.altclip.configuration_altclip import AltCLIPTextConfig
 
-from nami_lightning.encoders import (
-    MINILM,
+from nami_lightning.models.autoencoder import (
     AutoencoderConfig,
     PixelCodec,
-    PromptEncoder,
-    TextEncoderConfig,
     autoencoder_factor,
     decode_latents,
-    encode_images,
+    encode_posterior,
     load_autoencoder,
 )
+from nami_lightning.models.text_encoder import MINILM, PromptEncoder, TextEncoderConfig
 
 pytest_plugins = "tiny_models"
 
@@ -225,9 +223,9 @@ def test_latents_are_normalised_as_diffusers_does(vae: AutoencoderKL) -> None:
     posterior = vae.encode(images).latent_dist
     noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(1))
     sample = posterior.sample(torch.Generator().manual_seed(1))
-    latents = encode_images(vae, images, noise)
+    latents = encode_posterior(vae, images).draw(noise)
     torch.testing.assert_close(latents, (sample - 0.2) * 0.7)
-    torch.testing.assert_close(encode_images(vae, images), (posterior.mode() - 0.2) * 0.7)
+    torch.testing.assert_close(encode_posterior(vae, images).mean, (posterior.mode() - 0.2) * 0.7)
     torch.testing.assert_close(decode_latents(vae, latents), vae.decode(latents / 0.7 + 0.2).sample.clamp(-1, 1))
 
 
@@ -235,7 +233,7 @@ def test_latents_are_normalised_as_diffusers_does(vae: AutoencoderKL) -> None:
 def test_an_autoencoder_without_a_shift(vae: AutoencoderKL) -> None:
     """As Stable Diffusion's, whose ``shift_factor`` is null."""
     vae.register_to_config(shift_factor=None)
-    torch.testing.assert_close(encode_images(vae, _images()), vae.encode(_images()).latent_dist.mean * 0.7)
+    torch.testing.assert_close(encode_posterior(vae, _images()).mean, vae.encode(_images()).latent_dist.mean * 0.7)
 
 
 def test_autoencoder_loads_from_a_folder(vae: AutoencoderKL, tmp_path: Path) -> None:
@@ -245,15 +243,15 @@ def test_autoencoder_loads_from_a_folder(vae: AutoencoderKL, tmp_path: Path) -> 
     assert isinstance(loaded, AutoencoderKL)
     assert not any(p.requires_grad for p in loaded.parameters())
     assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in vae.state_dict().items())
-    torch.testing.assert_close(encode_images(loaded, _images()), encode_images(vae, _images()))
+    torch.testing.assert_close(encode_posterior(loaded, _images()).mean, encode_posterior(vae, _images()).mean)
     half = load_autoencoder(AutoencoderConfig(str(tmp_path / "model" / "vae"), factor=2, dtype="bfloat16"))
-    assert encode_images(half, _images()).dtype == torch.float32
+    assert encode_posterior(half, _images()).mean.dtype == torch.float32
     with pytest.raises(ValueError, match=r"reduces by 2, .*factor is 8"):
         load_autoencoder(AutoencoderConfig(str(tmp_path / "model"), subfolder="vae", factor=8))
 
 
 def test_factor_is_what_the_autoencoder_does(vae: AutoencoderKL) -> None:
-    assert 16 // encode_images(vae, _images(16)).shape[-1] == autoencoder_factor(vae) == 2
+    assert 16 // encode_posterior(vae, _images(16)).mean.shape[-1] == autoencoder_factor(vae) == 2
     assert autoencoder_factor(PixelCodec()) == 1
 
 
@@ -261,12 +259,14 @@ def test_pixels_there_and_back(tmp_path: Path) -> None:
     codec = load_autoencoder(AutoencoderConfig(scaling_factor=2.0, shift_factor=-0.25))
     assert isinstance(codec, PixelCodec)
     images = _images()
-    latents = encode_images(codec, images)
+    latents = encode_posterior(codec, images).mean
     torch.testing.assert_close(latents, (images + 0.25) * 2)
     torch.testing.assert_close(decode_latents(codec, latents), images)
-    assert torch.equal(encode_images(codec, images, torch.randn_like(images)), latents)  # no variance to draw from
+    assert torch.equal(
+        encode_posterior(codec, images).draw(torch.randn_like(images)), latents
+    )  # no variance to draw from
     codec.save_pretrained(tmp_path)
-    assert torch.equal(encode_images(PixelCodec.from_pretrained(tmp_path), images), latents)
+    assert torch.equal(encode_posterior(PixelCodec.from_pretrained(tmp_path), images).mean, latents)
 
 
 def test_decoded_images_stay_in_range() -> None:

@@ -11,10 +11,11 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from nami_lightning.bridge import BridgeFlow
-from nami_lightning.encoders import PixelCodec, TextStates
-from nami_lightning.pipeline import NamiPipeline
-from nami_lightning.transformer import NamiTransformer2DModel
+from nami_lightning.models.autoencoder import PixelCodec
+from nami_lightning.models.bridge import BridgeFlow
+from nami_lightning.models.pipeline import NamiPipeline
+from nami_lightning.models.text_encoder import TextStates
+from nami_lightning.models.transformer import NamiTransformer2DModel
 
 pytest_plugins = "tiny_models"
 

@@ -8,7 +8,8 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from nami_lightning.encoders import PIXELS, AutoencoderConfig, TextEncoderConfig, resolve_name
+from nami_lightning.models.autoencoder import PIXELS, AutoencoderConfig
+from nami_lightning.models.text_encoder import TextEncoderConfig, resolve_name
 
 MODEL_FILES = {".json", ".txt", ".model", ".safetensors", ".bin"}
 """What a model's folder is hashed by: settings, tokenizer and weights."""

@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from nami_lightning import flow
-from nami_lightning.bridge import BridgeFlow, BridgeKind, LeastSquares, fit_by_gradient
+from nami_lightning.models import flow
+from nami_lightning.models.bridge import BridgeFlow, BridgeKind, LeastSquares, fit_by_gradient
 
 LEARNED: list[tuple[BridgeKind, int]] = [("shuffle", 1), ("shuffle", 3), ("channels", 1)]
 KINDS: list[tuple[BridgeKind, int]] = [*LEARNED, ("matched", 1)]

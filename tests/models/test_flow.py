@@ -12,8 +12,8 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from scipy import special, stats
 from torch import Tensor
 
-from nami_lightning import flow
-from nami_lightning.flow import LossWeighting, SolverKind, Window
+from nami_lightning.models import flow
+from nami_lightning.models.flow import LossWeighting, SolverKind, Window
 
 # --- windows -----------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from nami_lightning import flow
+from nami_lightning.models import flow
 
 BridgeKind = Literal["shuffle", "channels", "matched"]
 

@@ -10,7 +10,7 @@ import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
 from torch import Tensor
 
-from nami_lightning.transformer import NamiTransformer2DModel, RopePositions, patchify, unpatchify
+from nami_lightning.models.transformer import NamiTransformer2DModel, RopePositions, patchify, unpatchify
 
 pytest_plugins = "tiny_models"
 

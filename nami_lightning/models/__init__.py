@@ -1,0 +1,10 @@
+"""What is trained and sampled with: the network, the bridges, the flow, the frozen encoders. No trainer, no run.
+
+- ``flow``: the mathematics: windows, pyramids, interpolation, time, loss weights, solvers.
+- ``bridge``: the windows of the stages, and the linear maps from one stage to the next.
+- ``transformer``: the nested network, made of diffusers' FLUX blocks.
+- ``pipeline``: sampling, as a diffusers pipeline.
+- ``text_encoder``: prompts to text states, by frozen models of transformers.
+- ``autoencoder``: images to latents and back, by a frozen model of diffusers, or pixels.
+- ``encoder_revisions``: which encoders made a data set's encodings, and whether they are a recipe's.
+"""

@@ -1,0 +1,119 @@
+"""Encode images to latents and decode latents to images, with a frozen autoencoder of diffusers or none (pixels).
+
+An autoencoder goes by Hugging Face name or local folder. It is never trained, never in a checkpoint, and loaded only
+when something is to be encoded or decoded.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
+
+import torch
+from diffusers import AutoencoderKL
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor
+
+PIXELS = "pixels"
+"""The name of :class:`PixelCodec` where an autoencoder's is asked for."""
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """Which autoencoder makes the latents.
+
+    Args:
+        name: Hugging Face name or folder of a diffusers ``AutoencoderKL``, or ``pixels`` for none.
+        subfolder: where in it the autoencoder lies (``vae`` in a pipeline's repository); null for its root.
+        factor: pixels a latent's side; 8 for FLUX's autoencoder, 1 for pixels.
+        dtype: number type of its weights: ``float32``, ``bfloat16`` or ``float16``.
+        scaling_factor: ``pixels`` alone: latents are ``(pixels - shift_factor) * scaling_factor``.
+        shift_factor: ``pixels`` alone, see above.
+    """
+
+    name: str = PIXELS
+    subfolder: str | None = None
+    factor: int = 1
+    dtype: str = "float32"
+    scaling_factor: float = 1.0
+    shift_factor: float = 0.0
+
+
+class PixelCodec(ModelMixin, ConfigMixin):
+    """No autoencoder, with ``AutoencoderKL``'s interface: latents are pixels."""
+
+    @register_to_config
+    def __init__(self, scaling_factor: float = 1.0, shift_factor: float = 0.0) -> None:
+        super().__init__()
+        self.register_buffer("anchor", torch.zeros(()))
+
+    def encode(self, images: Tensor) -> AutoencoderKLOutput:
+        """Images as a distribution without variance."""
+        parameters = torch.cat([images, torch.zeros_like(images)], 1)
+        return AutoencoderKLOutput(latent_dist=DiagonalGaussianDistribution(parameters, deterministic=True))
+
+    def decode(self, latents: Tensor) -> DecoderOutput:
+        """Latents as they are."""
+        return DecoderOutput(sample=latents)
+
+
+Autoencoder: TypeAlias = AutoencoderKL | PixelCodec
+
+
+def load_autoencoder(config: AutoencoderConfig) -> Autoencoder:
+    """Load the autoencoder that ``config`` names, frozen.
+
+    Raises:
+        FileNotFoundError: a name that can be neither found nor fetched.
+        ValueError: it reduces by another factor than ``config`` says.
+    """
+    if config.name == PIXELS:
+        return PixelCodec(config.scaling_factor, config.shift_factor)
+    dtype = getattr(torch, config.dtype)
+    try:
+        vae = AutoencoderKL.from_pretrained(config.name, subfolder=config.subfolder, torch_dtype=dtype)
+    except OSError as error:
+        raise FileNotFoundError(f"autoencoder {config.name} can't be loaded: {str(error).splitlines()[0]}") from error
+    if (factor := autoencoder_factor(vae)) != config.factor:
+        raise ValueError(
+            f"autoencoder {config.name} reduces by {factor}, but the recipe's autoencoder.factor is {config.factor}"
+        )
+    return vae.eval().requires_grad_(False)
+
+
+def autoencoder_factor(vae: Autoencoder) -> int:
+    """Pixels along the side of one latent."""
+    return 1 if isinstance(vae, PixelCodec) else 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+class Posterior(NamedTuple):
+    """What an autoencoder says of images: normalised latents are drawn from ``mean`` and ``std``, ``(B, C, H, W)``.
+
+    Attributes:
+        mean: of the latents.
+        std: of the latents; None: nothing is to be drawn (pixels).
+    """
+
+    mean: Tensor
+    std: Tensor | None = None
+
+    def draw(self, noise: Tensor | None) -> Tensor:
+        """Latents from standard normal ``noise`` of their shape; None: their mean."""
+        return self.mean if self.std is None or noise is None else self.mean + self.std * noise
+
+
+@torch.no_grad()
+def encode_posterior(vae: Autoencoder, images: Tensor) -> Posterior:
+    """Images ``(B, 3, H, W)`` in [-1, 1] to the distribution of their normalised latents, float32."""
+    posterior = vae.encode(images.to(vae.dtype)).latent_dist
+    scale, shift = vae.config.scaling_factor, vae.config.shift_factor or 0.0
+    std = None if isinstance(vae, PixelCodec) else posterior.std.float() * scale
+    return Posterior((posterior.mean.float() - shift) * scale, std)
+
+
+@torch.no_grad()
+def decode_latents(vae: Autoencoder, latents: Tensor) -> Tensor:
+    """Normalised latents back to images in [-1, 1], float32."""
+    latents = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+    return vae.decode(latents.to(vae.dtype)).sample.float().clamp(-1, 1)
