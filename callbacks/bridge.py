@@ -11,11 +11,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from nami_lightning import chance
-from nami_lightning.batch import MicroBatch
 from nami_lightning.datamodules.multires import MultiResolutionDataModule, StepDataset
 from nami_lightning.models.bridge import LeastSquares, fit_by_gradient
-from nami_lightning.module import NamiModule
+from nami_lightning.training import rng
+from nami_lightning.training.batch import MicroBatch
+from nami_lightning.training.module import NamiModule
 
 PRETRAINING = "bridge"
 
@@ -94,6 +94,6 @@ class BridgePretraining(L.Callback):
         while True:
             micro: MicroBatch = steps.stage_batch(number, stage).to(module.device)
             latents, coarse_latents = module.latents(micro, PRETRAINING)
-            draws = chance.draw(module.seed, PRETRAINING, micro.places, latents.shape[1:], module.device)
+            draws = rng.draw(module.seed, PRETRAINING, micro.places, latents.shape[1:], module.device)
             yield module.bridge.fitting_pair(stage, latents, coarse_latents, draws.noise)
             number += 1

@@ -5,7 +5,7 @@ from typing import Any
 import lightning as L
 import torch
 
-from nami_lightning.module import NamiModule
+from nami_lightning.training.module import NamiModule
 
 
 class CurriculumCallback(L.Callback):

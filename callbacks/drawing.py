@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from nami_lightning.models.flow import SolverKind
-from nami_lightning.module import NamiModule
+from nami_lightning.training.module import NamiModule
 
 
 @dataclass(frozen=True)

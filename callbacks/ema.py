@@ -5,8 +5,8 @@ from typing import Any, Literal
 import lightning as L
 import torch
 
-from nami_lightning.module import NamiModule
-from nami_lightning.strategies import local_shards
+from nami_lightning.training.module import NamiModule
+from nami_lightning.training.strategies import local_shards
 
 
 class EMA(L.Callback):

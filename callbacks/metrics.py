@@ -26,7 +26,7 @@ from nami_lightning.evidence.budget import flops_per_sample, samples_before
 from nami_lightning.evidence.features import EfficientNetLite0, name_of
 from nami_lightning.evidence.probe import ClipScore, Probe
 from nami_lightning.evidence.record import Entry, Evaluation, read_entries, write_entries
-from nami_lightning.module import NamiModule
+from nami_lightning.training.module import NamiModule
 
 COPIES = 0.05
 """Quantile of the held-out images' distances to training images below which a drawn image counts as a copy."""

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from nami_lightning.callbacks.drawing import Drawing
-from nami_lightning.module import NamiModule
+from nami_lightning.training.module import NamiModule
 from nami_lightning.utils.image_grid import caption_grid, save_image
 
 

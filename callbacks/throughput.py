@@ -7,10 +7,10 @@ import lightning as L
 import torch
 from torch import nn
 
-from nami_lightning.batch import MicroBatch
 from nami_lightning.flops import Flops, device_called, number_type, transformer_flops
-from nami_lightning.module import NamiModule
-from nami_lightning.strategies import FSDP2Strategy
+from nami_lightning.training.batch import MicroBatch
+from nami_lightning.training.module import NamiModule
+from nami_lightning.training.strategies import FSDP2Strategy
 
 PROGRESS_BAR = ("images_per_second", "model_flops_utilization")
 

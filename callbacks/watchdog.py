@@ -8,7 +8,7 @@ from time import monotonic, sleep
 
 import lightning as L
 
-from nami_lightning.module import NamiModule
+from nami_lightning.training.module import NamiModule
 
 HUNG = 1
 """Exit status: not the one that asks to be started again, since it may hang for ever."""

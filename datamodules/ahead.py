@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nami_lightning.batch import MicroBatch
 from nami_lightning.datamodules.cache import ChunkCache
 from nami_lightning.datamodules.dataset import Bucket
 from nami_lightning.datamodules.order import BucketOrder, apportion
 from nami_lightning.datamodules.stream import StepDataset
+from nami_lightning.training.batch import MicroBatch
 
 TRAINING, HELDOUT = "training", "heldout"
 

@@ -25,8 +25,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from nami_lightning.batch import pixels
-from nami_lightning.chance import uniform_of
 from nami_lightning.datamodules.dataset import (
     DESCRIPTION,
     ENCODED_FORMAT,
@@ -57,7 +55,9 @@ from nami_lightning.models import flow
 from nami_lightning.models.autoencoder import PIXELS, encode_posterior
 from nami_lightning.models.encoder_revisions import check_identity, identify
 from nami_lightning.models.text_encoder import TextStates
-from nami_lightning.module import NamiModule
+from nami_lightning.training.batch import pixels
+from nami_lightning.training.module import NamiModule
+from nami_lightning.training.rng import uniform_of
 from nami_lightning.utils.atomic_write import this_process
 
 CHUNK_BYTES = 2**29

@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nami_lightning.batch import Encodings
 from nami_lightning.datamodules.dataset import Bucket, PreparedDataset
 from nami_lightning.datamodules.images import read_image
 from nami_lightning.datamodules.shapes import Aspect
@@ -26,7 +25,8 @@ from nami_lightning.datamodules.stages import Choice, Place, Sample, StageImages
 from nami_lightning.models.autoencoder import Posterior
 from nami_lightning.models.encoder_revisions import check_identity
 from nami_lightning.models.text_encoder import TextStates
-from nami_lightning.module import NamiModule
+from nami_lightning.training.batch import Encodings
+from nami_lightning.training.module import NamiModule
 
 
 class Level(NamedTuple):

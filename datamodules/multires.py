@@ -16,9 +16,6 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader
 
-from nami_lightning.batch import MicroBatch
-from nami_lightning.checks import check_shapes
-from nami_lightning.curriculum import Curriculum
 from nami_lightning.datamodules.ahead import HELDOUT, RemoteStepDataset, check_room, spread_of
 from nami_lightning.datamodules.cache import CacheSettings
 from nami_lightning.datamodules.dataset import DESCRIPTION, SPLITS, PreparedDataset, Split
@@ -30,7 +27,10 @@ from nami_lightning.datamodules.shapes import Aspect
 from nami_lightning.datamodules.sources.base import Source
 from nami_lightning.datamodules.stages import StageImages
 from nami_lightning.datamodules.stream import Damaged, HeldoutDataset, StepDataset, StepLoader
-from nami_lightning.module import NamiModule
+from nami_lightning.training.batch import MicroBatch
+from nami_lightning.training.checks import check_shapes
+from nami_lightning.training.curriculum import Curriculum
+from nami_lightning.training.module import NamiModule
 
 
 class MultiResolutionDataModule(L.LightningDataModule):

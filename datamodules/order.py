@@ -11,7 +11,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from nami_lightning.chance import seed_of
+from nami_lightning.training.rng import seed_of
 
 
 @dataclass(frozen=True)

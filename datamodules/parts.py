@@ -21,7 +21,6 @@ from typing import Any, Literal
 from PIL import Image
 from tqdm.auto import tqdm
 
-from nami_lightning.chance import seed_of
 from nami_lightning.datamodules.chunks import checksum
 from nami_lightning.datamodules.dataset import FORMAT, SPLITS, bucket_name, parse_bucket_name
 from nami_lightning.datamodules.filters import Filters
@@ -29,6 +28,7 @@ from nami_lightning.datamodules.images import BadImage, ImageFormat, cover, crop
 from nami_lightning.datamodules.shapes import Aspect, Shape, aspects, highest_filled, nearest_aspect
 from nami_lightning.datamodules.shards import Record, ShardWriter, read_index
 from nami_lightning.datamodules.sources.base import Skipped, Source, SourceSample
+from nami_lightning.training.rng import seed_of
 from nami_lightning.utils.atomic_write import replacing, this_process
 
 SETTINGS = "settings.json"

@@ -8,12 +8,12 @@ import torch
 from PIL import UnidentifiedImageError
 from torch import Tensor
 
-from nami_lightning.batch import Encodings, MicroBatch
 from nami_lightning.datamodules.chunks import DamagedChunk, DataError
 from nami_lightning.datamodules.dataset import Bucket
 from nami_lightning.datamodules.images import Position, read_image
 from nami_lightning.datamodules.shapes import Aspect
 from nami_lightning.datamodules.shards import Record
+from nami_lightning.training.batch import Encodings, MicroBatch
 
 
 class Place(NamedTuple):

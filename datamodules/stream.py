@@ -8,15 +8,15 @@ from typing import Literal
 
 from torch.utils.data import DataLoader, Dataset
 
-from nami_lightning.batch import MicroBatch
-from nami_lightning.chance import uniform_of
-from nami_lightning.curriculum import Curriculum
 from nami_lightning.datamodules.chunks import DataError
 from nami_lightning.datamodules.images import MIDDLE
 from nami_lightning.datamodules.order import BucketOrder, Lots, apportion, reads
 from nami_lightning.datamodules.shapes import Aspect
 from nami_lightning.datamodules.stages import Choice, Place, StageImages
 from nami_lightning.preemption import leave_to_parent
+from nami_lightning.training.batch import MicroBatch
+from nami_lightning.training.curriculum import Curriculum
+from nami_lightning.training.rng import uniform_of
 
 Damaged = Literal["error", "skip"]
 log = logging.getLogger(__name__)

@@ -9,12 +9,13 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "BridgeFlow": "models.bridge",
-    "Curriculum": "curriculum",
-    "MuonAdamW": "optimizers",
-    "NamiModule": "module",
+    "Curriculum": "training.curriculum",
+    "FSDP2Strategy": "training.strategies",
+    "MuonAdamW": "training.optimizers",
+    "NamiModule": "training.module",
     "NamiPipeline": "models.pipeline",
     "NamiTransformer2DModel": "models.transformer",
-    "Phase": "curriculum",
+    "Phase": "training.curriculum",
     "PixelCodec": "models.autoencoder",
 }
 

@@ -12,11 +12,11 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from nami_lightning.batch import MicroBatch
 from nami_lightning.models.transformer import NamiTransformer2DModel
-from nami_lightning.module import NamiModule
 from nami_lightning.recipe import Recipe
-from nami_lightning.strategies import FSDP2Strategy
+from nami_lightning.training.batch import MicroBatch
+from nami_lightning.training.module import NamiModule
+from nami_lightning.training.strategies import FSDP2Strategy
 
 WARM_UP = 3
 """Steps at the start of each phase that don't count."""

@@ -17,13 +17,13 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, PILToTensor, Resize
 
-from nami_lightning.curriculum import Curriculum, Phase
 from nami_lightning.datamodules.dataset import Bucket, PreparedDataset
 from nami_lightning.datamodules.images import read_image
 from nami_lightning.datamodules.shapes import Shape
 from nami_lightning.datamodules.shards import Record
 from nami_lightning.datamodules.stages import StageImages
 from nami_lightning.datamodules.stream import StepDataset, StepLoader
+from nami_lightning.training.curriculum import Curriculum, Phase
 
 COARSER = 4
 """The second stage that is measured takes images so many times smaller."""

@@ -14,14 +14,14 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
-from nami_lightning.curriculum import Curriculum
 from nami_lightning.holding import hold
 from nami_lightning.models.pipeline import NamiPipeline
-from nami_lightning.module import NamiModule
 from nami_lightning.ranks import join_after_restart, output_of_rank
 from nami_lightning.recipe import Recipe
 from nami_lightning.runs import Run, about, find_run, load_weights
-from nami_lightning.strategies import FSDP2Strategy
+from nami_lightning.training.curriculum import Curriculum
+from nami_lightning.training.module import NamiModule
+from nami_lightning.training.strategies import FSDP2Strategy
 from nami_lightning.utils.atomic_write import replacing
 from nami_lightning.utils.image_grid import caption_grid, save_image
 

@@ -12,9 +12,9 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from nami_lightning.curriculum import Curriculum
 from nami_lightning.errors import explain
-from nami_lightning.module import NamiModule
+from nami_lightning.training.curriculum import Curriculum
+from nami_lightning.training.module import NamiModule
 
 RECIPES = Path(__file__).parent / "recipes"
 SET_BY_THE_RUN = {

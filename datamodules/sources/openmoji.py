@@ -10,8 +10,8 @@ from typing import Any
 
 from PIL import Image
 
-from nami_lightning.chance import seed_of
 from nami_lightning.datamodules.sources.base import Source, SourceSample
+from nami_lightning.training.rng import seed_of
 
 SKIN_TONES = range(0x1F3FB, 0x1F400)
 REGIONAL_INDICATORS = range(0x1F1E6, 0x1F200)

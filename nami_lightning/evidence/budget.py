@@ -7,9 +7,9 @@ out, and so is the fitting of the bridges.
 
 from itertools import accumulate
 
-from nami_lightning.curriculum import Curriculum
 from nami_lightning.flops import transformer_flops
-from nami_lightning.module import NamiModule
+from nami_lightning.training.curriculum import Curriculum
+from nami_lightning.training.module import NamiModule
 
 
 def samples_before(curriculum: Curriculum, step: int) -> list[int]:

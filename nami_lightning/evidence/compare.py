@@ -14,11 +14,11 @@ import torch
 import yaml
 from tqdm.auto import tqdm
 
-from nami_lightning.chance import seed_of
 from nami_lightning.evidence import metrics
 from nami_lightning.evidence.record import METRICS, Entry, Evaluation, read_entries
 from nami_lightning.holding import is_held
 from nami_lightning.runs import Run, step_of
+from nami_lightning.training.rng import seed_of
 
 AXES: Mapping[str, Callable[[Entry], float | None]] = {
     "steps": lambda entry: entry.step,

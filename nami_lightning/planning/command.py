@@ -13,14 +13,14 @@ from nami_lightning.callbacks import EMA
 from nami_lightning.datamodules import MultiResolutionDataModule
 from nami_lightning.datamodules.dataset import PreparedDataset, parse_bucket_name
 from nami_lightning.flops import DEVICES
-from nami_lightning.module import NamiModule
 from nami_lightning.planning import frozen
 from nami_lightning.planning.plan import make_plan
 from nami_lightning.planning.remedy import find_remedy
 from nami_lightning.planning.report import Data, as_json, as_text
 from nami_lightning.planning.setup import Network, Setup, Spread
 from nami_lightning.recipe import Recipe
-from nami_lightning.strategies import FSDP2Strategy
+from nami_lightning.training.module import NamiModule
+from nami_lightning.training.strategies import FSDP2Strategy
 
 DEVICES_IF_UNSAID = 8
 ALIASES = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "64": "64-true"}

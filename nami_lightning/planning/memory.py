@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nami_lightning.models.transformer import NamiTransformer2DModel
-from nami_lightning.strategies import parallelize
+from nami_lightning.training.strategies import parallelize
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,10 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from nami_lightning.curriculum import Phase
 from nami_lightning.flops import DEVICES, Flops, transformer_flops
 from nami_lightning.planning.memory import MicroBatchShape, activations
 from nami_lightning.planning.setup import Setup
+from nami_lightning.training.curriculum import Phase
 
 USABLE = 0.92
 """Share of a device's memory that a plan may fill; CUDA, NCCL and gaps between allocations take the rest."""

@@ -91,7 +91,7 @@ def _fsdp2(setup: Setup) -> Iterator[Attempt]:
     if setup.spread == spread or setup.devices == 1:
         return
     strategy = "--trainer.strategy"
-    settings = [strategy, "nami_lightning.strategies.FSDP2Strategy", f"{strategy}.param_dtype", half]
+    settings = [strategy, "nami_lightning.FSDP2Strategy", f"{strategy}.param_dtype", half]
     yield replace(setup, spread=spread, precision="32-true"), [*settings, "--trainer.precision", "32-true"]
 
 

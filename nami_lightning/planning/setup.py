@@ -8,16 +8,16 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from nami_lightning.curriculum import Curriculum, Phase
 from nami_lightning.datamodules.stream import split_evenly
 from nami_lightning.flops import number_type
 from nami_lightning.models.transformer import NamiTransformer2DModel
 from nami_lightning.planning.frozen import FrozenModel
+from nami_lightning.training.curriculum import Curriculum, Phase
 
 
 @dataclass(frozen=True)
 class Spread:
-    """How the weights are spread over devices; the names are :class:`~nami_lightning.strategies.FSDP2Strategy`'s."""
+    """How the weights are spread over devices; the names are :class:`~nami_lightning.FSDP2Strategy`'s."""
 
     kind: Literal["ddp", "fsdp2"] = "ddp"
     replicate: int = 1

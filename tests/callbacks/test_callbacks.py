@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from nami_lightning.batch import MicroBatch
 from nami_lightning.callbacks import EMA, BridgePretraining, Metrics, RunCheckpoint, Throughput
 from nami_lightning.callbacks.throughput import StageMemory
 from nami_lightning.models.bridge import BridgeFlow
-from nami_lightning.module import NamiModule
 from nami_lightning.recipe import Recipe
+from nami_lightning.training.batch import MicroBatch
+from nami_lightning.training.module import NamiModule
 
 SHORT = [
     "--curriculum.phases",

@@ -11,13 +11,13 @@ import pytest
 import torch
 from squares import Squares
 
-from nami_lightning.curriculum import Curriculum, Phase
 from nami_lightning.datamodules.chunks import DamagedChunk, DamagedSample, DataError
 from nami_lightning.datamodules.dataset import Bucket, PreparedDataset
 from nami_lightning.datamodules.multires import MultiResolutionDataModule
 from nami_lightning.datamodules.parts import Preparation
 from nami_lightning.datamodules.prepare import prepare
 from nami_lightning.datamodules.stream import StepDataset, StepLoader
+from nami_lightning.training.curriculum import Curriculum, Phase
 
 STEPS = 60
 CURRICULUM = Curriculum([Phase(STEPS, [1, 1], 1e-3)], unit=4)

@@ -23,7 +23,6 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from squares import Squares, contents
 
-from nami_lightning.batch import pixels
 from nami_lightning.callbacks import BridgePretraining, CurriculumCallback, Metrics
 from nami_lightning.callbacks.drawing import Drawing
 from nami_lightning.cli import main
@@ -41,8 +40,9 @@ from nami_lightning.datamodules.verify import verify
 from nami_lightning.evidence.record import read_entries
 from nami_lightning.models.autoencoder import decode_latents, encode_posterior
 from nami_lightning.models.text_encoder import PromptEncoder, TextStates
-from nami_lightning.module import NamiModule
 from nami_lightning.recipe import Recipe
+from nami_lightning.training.batch import pixels
+from nami_lightning.training.module import NamiModule
 
 TINY = Path(__file__).parents[1] / "tiny.yaml"
 COUNT = 40
@@ -153,7 +153,7 @@ def test_losses_with_and_without_encodings_agree(
         raise AssertionError("training on encodings has built an encoder")
 
     if autoencoder == "vae":
-        monkeypatch.setattr("nami_lightning.encoding.load_autoencoder", built)
+        monkeypatch.setattr("nami_lightning.training.frozen_encoders.load_autoencoder", built)
     monkeypatch.setattr(PromptEncoder, "load", built)
     found, module = train(recipe, encoded)
     assert vars(module).keys() & {"vae", "text_encoder"} == ({"vae"} if autoencoder == "pixels" else set())

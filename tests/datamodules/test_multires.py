@@ -14,7 +14,6 @@ from PIL import Image
 from squares import Squares
 
 from nami_lightning.cli import main
-from nami_lightning.curriculum import Curriculum, Phase
 from nami_lightning.datamodules.dataset import Bucket, PreparedDataset
 from nami_lightning.datamodules.images import read_image
 from nami_lightning.datamodules.multires import MultiResolutionDataModule
@@ -23,6 +22,7 @@ from nami_lightning.datamodules.prepare import prepare
 from nami_lightning.datamodules.shapes import Shape
 from nami_lightning.datamodules.shards import Record
 from nami_lightning.datamodules.stream import StepLoader
+from nami_lightning.training.curriculum import Curriculum, Phase
 
 TINY = Path(__file__).parents[1] / "tiny.yaml"
 RESOLUTIONS = [8, 16, 32]

@@ -20,7 +20,6 @@ from squares import Squares
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from nami_lightning.cli import main
-from nami_lightning.curriculum import Curriculum, Phase
 from nami_lightning.datamodules import remote as remote_module
 from nami_lightning.datamodules.ahead import TRAINING, bytes_needed
 from nami_lightning.datamodules.cache import CacheSettings
@@ -31,6 +30,7 @@ from nami_lightning.datamodules.parts import Preparation
 from nami_lightning.datamodules.prepare import prepare
 from nami_lightning.datamodules.remote import FetchFailed, Remote
 from nami_lightning.datamodules.stream import StepDataset, StepLoader
+from nami_lightning.training.curriculum import Curriculum, Phase
 
 TINY = Path(__file__).parents[1] / "tiny.yaml"
 RESOLUTIONS = [16, 32]

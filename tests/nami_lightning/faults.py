@@ -17,7 +17,7 @@ from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from nami_lightning.cli import main
-from nami_lightning.strategies import local_shards
+from nami_lightning.training.strategies import local_shards
 
 HERE = Path(__file__).parent
 SETTINGS = ["--data.init_args.num_workers", "0", "--trainer.log_every_n_steps", "1"]

@@ -13,7 +13,7 @@ from torch import Tensor
 from nami_lightning.commands import load_module
 from nami_lightning.models.text_encoder import PromptEncoder
 from nami_lightning.runs import Run
-from nami_lightning.strategies import FSDP2Strategy, shard_text_encoder
+from nami_lightning.training.strategies import FSDP2Strategy, shard_text_encoder
 
 PHASES = (
     "{steps: 6, ratio: [2, 4, 0], learning_rate: 0.002, warmup_steps: 2}",  # stage 3 is not touched yet
@@ -26,7 +26,12 @@ STRATEGIES: dict[str, list[str]] = {
     "ddp": ["--trainer.devices", "2", "--trainer.strategy", "ddp_find_unused_parameters_true"],
     "fsdp2": ["--trainer.devices", "2", "--trainer.strategy", "fsdp2", "--model.activation_checkpointing", "2"],
     "hsdp": [
-        *("--trainer.devices", "4", "--trainer.strategy.class_path", "nami_lightning.strategies.FSDP2Strategy"),
+        *(
+            "--trainer.devices",
+            "4",
+            "--trainer.strategy.class_path",
+            "nami_lightning.FSDP2Strategy",
+        ),
         *("--trainer.strategy.init_args.replicate", "2", "--trainer.strategy.init_args.reduce_gradients", "step"),
         *("--trainer.strategy.init_args.shard_text_encoder", "true", "--model.text_encoder.cache", "false"),
     ],
@@ -91,7 +96,7 @@ def test_several_processes_train_as_one(alone: Path, tiny_module: list[str], str
 
 
 def test_bfloat16_computes_nearly_the_same_and_keeps_float32_weights(alone: Path, tiny_module: list[str]) -> None:
-    strategy = ["--trainer.strategy.class_path", "nami_lightning.strategies.FSDP2Strategy"]
+    strategy = ["--trainer.strategy.class_path", "nami_lightning.FSDP2Strategy"]
     strategy += ["--trainer.strategy.init_args.param_dtype", "bfloat16", "--trainer.devices", "2"]
     run([*tiny_module, *phases(*PHASES), *strategy, "--name", "bfloat16"])
     exact, rounded = (losses(alone.parent / name)["train/loss"] for name in ("alone", "bfloat16"))

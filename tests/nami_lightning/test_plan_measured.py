@@ -17,7 +17,7 @@ from nami_lightning.models.transformer import NamiTransformer2DModel
 from nami_lightning.planning.memory import MicroBatchShape, activations
 from nami_lightning.planning.setup import Network
 from nami_lightning.recipe import Recipe
-from nami_lightning.strategies import parallelize
+from nami_lightning.training.strategies import parallelize
 
 SMALL: dict[str, Any] = {
     "in_channels": 3,

@@ -5,10 +5,10 @@ from fractions import Fraction
 from itertools import pairwise
 from typing import Any
 
-from nami_lightning.curriculum import Curriculum
 from nami_lightning.models.autoencoder import AutoencoderConfig
 from nami_lightning.models.bridge import BridgeFlow
 from nami_lightning.models.text_encoder import TextEncoderConfig
+from nami_lightning.training.curriculum import Curriculum
 
 
 def check_stages(

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.strategies import Strategy
 
 from nami_lightning.models.transformer import NamiTransformer2DModel
-from nami_lightning.strategies import local_shards, parallelize
+from nami_lightning.training.strategies import local_shards, parallelize
 
 
 def twin(

@@ -14,7 +14,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nami_lightning import NamiTransformer2DModel
-from nami_lightning.strategies import local_shards, parallelize
+from nami_lightning.training.strategies import local_shards, parallelize
 
 RANKS = 4
 

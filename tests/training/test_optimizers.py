@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from nami_lightning import MuonAdamW, NamiTransformer2DModel
-from nami_lightning.optimizers import is_hidden_matrix, orthogonalize
+from nami_lightning.training.optimizers import is_hidden_matrix, orthogonalize
 
 
 def tiny_transformer() -> NamiTransformer2DModel:

@@ -17,7 +17,7 @@ from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from nami_lightning.batch import MicroBatch
+from nami_lightning.training.batch import MicroBatch
 
 NAMED = 8
 """Sample ids that a message names, at most, for each rank."""

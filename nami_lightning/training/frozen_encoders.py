@@ -8,8 +8,6 @@ import torch
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 
-from nami_lightning import chance
-from nami_lightning.batch import MicroBatch, pixels
 from nami_lightning.models import flow
 from nami_lightning.models.autoencoder import (
     Autoencoder,
@@ -20,7 +18,9 @@ from nami_lightning.models.autoencoder import (
     load_autoencoder,
 )
 from nami_lightning.models.text_encoder import PromptEncoder, TextEncoderConfig, TextStates
-from nami_lightning.strategies import shard_text_encoder
+from nami_lightning.training import rng
+from nami_lightning.training.batch import MicroBatch, pixels
+from nami_lightning.training.strategies import shard_text_encoder
 
 LatentPyramid = Literal["encode", "pool"]
 
@@ -113,7 +113,7 @@ class EncodingModule(L.LightningModule):
         mean, std = posterior
         if std is None:
             return mean.float()
-        noise = chance.draw_normal(self.seed, batch, micro.places, purpose, mean.shape[1:], self.device)
+        noise = rng.draw_normal(self.seed, batch, micro.places, purpose, mean.shape[1:], self.device)
         return Posterior(mean.float(), std.float()).draw(noise)
 
     def text_states(self, micro: MicroBatch, drop: Tensor) -> TextStates:

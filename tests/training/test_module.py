@@ -8,10 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nami_lightning import chance
-from nami_lightning.batch import MicroBatch, pixels
-from nami_lightning.module import NamiModule
 from nami_lightning.recipe import Recipe
+from nami_lightning.training import rng
+from nami_lightning.training.batch import MicroBatch, pixels
+from nami_lightning.training.module import NamiModule
 
 TINY = Path(__file__).parents[1] / "tiny.yaml"
 ONE_STAGE = [
@@ -42,7 +42,7 @@ def micro_batch(stage: int, side: int, count: int = 3) -> MicroBatch:
 def test_one_stage_is_plain_rectified_flow() -> None:
     module, micro = make(*ONE_STAGE, "--model.tau", "logit_normal"), micro_batch(0, 16)
     z = micro.images.float() / 127.5 - 1
-    draws = chance.draw(3, 7, micro.places, (3, 16, 16))
+    draws = rng.draw(3, 7, micro.places, (3, 16, 16))
     t = torch.sigmoid(draws.normal)
     x = t.view(-1, 1, 1, 1) * draws.noise + (1 - t.view(-1, 1, 1, 1)) * z
     text = module.text_encoder(micro.captions)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from nami_lightning.curriculum import Curriculum, Phase
+from nami_lightning.training.curriculum import Curriculum, Phase
 
 
 def _phases() -> list[Phase]:

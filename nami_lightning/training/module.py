@@ -12,13 +12,6 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 
-from nami_lightning import chance
-from nami_lightning.agreement import SkippedSteps, agree
-from nami_lightning.averaging import Exchange, twin
-from nami_lightning.batch import MicroBatch
-from nami_lightning.checks import check_checkpoint, check_stages, identity, per_stage
-from nami_lightning.curriculum import Curriculum
-from nami_lightning.encoding import EncodingModule, LatentPyramid
 from nami_lightning.models import flow
 from nami_lightning.models.autoencoder import AutoencoderConfig
 from nami_lightning.models.bridge import BridgeFlow
@@ -26,8 +19,15 @@ from nami_lightning.models.flow import LossWeighting, TauKind
 from nami_lightning.models.pipeline import NamiPipeline
 from nami_lightning.models.text_encoder import TextEncoderConfig
 from nami_lightning.models.transformer import NamiTransformer2DModel
-from nami_lightning.strategies import parallelize, reduce_gradients, whole
-from nami_lightning.validation import LossByTau
+from nami_lightning.training import rng
+from nami_lightning.training.batch import MicroBatch
+from nami_lightning.training.checks import check_checkpoint, check_stages, identity, per_stage
+from nami_lightning.training.curriculum import Curriculum
+from nami_lightning.training.ema import Exchange, twin
+from nami_lightning.training.frozen_encoders import EncodingModule, LatentPyramid
+from nami_lightning.training.loss import LossByTau
+from nami_lightning.training.step_sync import SkippedSteps, agree
+from nami_lightning.training.strategies import parallelize, reduce_gradients, whole
 
 VALIDATION = "validation"
 
@@ -43,7 +43,7 @@ class NamiModule(EncodingModule):
         resolutions: side in px of each stage's images, coarsest first, each twice the one before.
         curriculum: phases, ratios, learning rates.
         optimizer: makes the optimizer from parameters; the curriculum sets its learning rate. null: torch's AdamW.
-        seed: of the weights and of all chance.
+        seed: of the weights and of all rng.
         tau: distribution of the local time in training.
         tau_mean: mean of its logit; one number, or one a stage.
         tau_std: standard deviation of its logit; likewise.
@@ -266,7 +266,7 @@ class NamiModule(EncodingModule):
     def flow_loss(
         self, transformer: torch.nn.Module, micro: MicroBatch, batch: int | str, prompt_dropout: float = 0.0
     ) -> Tensor:
-        """Mean squared error of the velocity over one micro-batch; ``batch`` and the places decide all chance."""
+        """Mean squared error of the velocity over one micro-batch; ``batch`` and the places decide all rng."""
         velocity, target, _ = self.predict(transformer, micro, batch, prompt_dropout)
         return F.mse_loss(velocity, target) * self.loss_scales[micro.stage]
 
@@ -276,7 +276,7 @@ class NamiModule(EncodingModule):
         """The velocity of one micro-batch, its target, both ``(n, C, H, W)`` float32, and tau ``(n,)``."""
         stage, window = micro.stage, self.bridge.windows[micro.stage]
         latents, coarse_latents = self.latents(micro, batch)
-        draws = chance.draw(self.seed, batch, micro.places, latents.shape[1:], self.device)
+        draws = rng.draw(self.seed, batch, micro.places, latents.shape[1:], self.device)
         text = self.text_states(micro, drop=draws.uniform[:, 2] < prompt_dropout)
 
         start, end = self.bridge.endpoints(stage, latents, coarse_latents, draws.noise)
@@ -286,7 +286,7 @@ class NamiModule(EncodingModule):
         target = flow.velocity_target(start, end, window)
         return transformer(x, text.sequence, text.pooled, t, stage).float(), target, tau
 
-    def sample_tau(self, stage: int, draws: chance.Draws, tokens: int) -> Tensor:
+    def sample_tau(self, stage: int, draws: rng.Draws, tokens: int) -> Tensor:
         """Local times of a micro-batch; ``tokens`` counts latents, before patches."""
         tau = flow.sample_tau(
             self.tau,

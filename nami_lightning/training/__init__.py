@@ -1,0 +1,14 @@
+"""One training step, and what it needs: the module, its loss, its curriculum, its random numbers, its devices.
+
+- ``module``: ``NamiModule``, the LightningModule that trains a NAMI.
+- ``loss``: the loss of training and of validation.
+- ``curriculum``: which phase a step belongs to, its sampling ratio, its learning rate.
+- ``batch``: what the data hands to the model.
+- ``frozen_encoders``: samples to latents and text states.
+- ``rng``: every random number as a pure function of the seed and of a sample's place.
+- ``optimizers``: Muon beside AdamW.
+- ``ema``: the network of averaged weights.
+- ``strategies``: how a network is sharded over devices and fitted into their memory.
+- ``step_sync``: what the ranks agree on in every step.
+- ``checks``: whether the parts of a recipe, and a checkpoint, fit together.
+"""
