@@ -14,7 +14,7 @@ test: install
 	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 faults: install
-	$(BIN)/python tests/nami_lightning/kill_ranks.py --kills 20
+	$(BIN)/python tests/faults/kill_ranks.py --kills 20
 	NAMI_KILLS=20 $(BIN)/python -m pytest tests -k kill_9_at_random_points
 
 lint: install

@@ -10,8 +10,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-from nami_lightning.preemption import StopRequest, preempted
-from nami_lightning.runs import Run, publish, remove, step_of
+from nami_lightning.runs.preemption import StopRequest, preempted
+from nami_lightning.runs.run_dir import Run, publish, remove, step_of
 from nami_lightning.training.module import NamiModule
 from nami_lightning.training.strategies import FSDP2Strategy
 

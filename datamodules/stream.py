@@ -13,7 +13,7 @@ from nami_lightning.datamodules.images import MIDDLE
 from nami_lightning.datamodules.order import BucketOrder, Lots, apportion, reads
 from nami_lightning.datamodules.shapes import Aspect
 from nami_lightning.datamodules.stages import Choice, Place, StageImages
-from nami_lightning.preemption import leave_to_parent
+from nami_lightning.runs.preemption import leave_to_parent
 from nami_lightning.training.batch import MicroBatch
 from nami_lightning.training.curriculum import Curriculum
 from nami_lightning.training.rng import uniform_of

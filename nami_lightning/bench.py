@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from nami_lightning.models.transformer import NamiTransformer2DModel
-from nami_lightning.recipe import Recipe
+from nami_lightning.runs.recipe import Recipe
 from nami_lightning.training.batch import MicroBatch
 from nami_lightning.training.module import NamiModule
 from nami_lightning.training.strategies import FSDP2Strategy

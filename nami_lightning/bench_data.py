@@ -70,7 +70,7 @@ def data(options: Namespace) -> None:
 def _open(recipe_or_dir: str, overrides: list[str]) -> PreparedDataset:
     if Path(recipe_or_dir).is_dir():
         return PreparedDataset(Path(recipe_or_dir))
-    from nami_lightning.recipe import Recipe
+    from nami_lightning.runs.recipe import Recipe
 
     module: Any = Recipe(recipe_or_dir, overrides).make_data()
     dataset: PreparedDataset = module.dataset

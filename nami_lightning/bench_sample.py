@@ -19,7 +19,7 @@ from nami_lightning.models.bridge import BridgeFlow
 from nami_lightning.models.pipeline import NamiPipeline
 from nami_lightning.models.text_encoder import TextStates
 from nami_lightning.models.transformer import NamiTransformer2DModel
-from nami_lightning.recipe import Recipe
+from nami_lightning.runs.recipe import Recipe
 from nami_lightning.training.module import NamiModule
 from nami_lightning.utils.text_table import table
 

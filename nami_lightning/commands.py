@@ -14,11 +14,12 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
-from nami_lightning.holding import hold
 from nami_lightning.models.pipeline import NamiPipeline
-from nami_lightning.ranks import join_after_restart, output_of_rank
-from nami_lightning.recipe import Recipe
-from nami_lightning.runs import Run, about, find_run, load_weights
+from nami_lightning.runs.load import load_pipeline
+from nami_lightning.runs.lock import hold
+from nami_lightning.runs.rank_logs import join_after_restart, output_of_rank
+from nami_lightning.runs.recipe import Recipe
+from nami_lightning.runs.run_dir import Run, find_run
 from nami_lightning.training.curriculum import Curriculum
 from nami_lightning.training.module import NamiModule
 from nami_lightning.training.strategies import FSDP2Strategy
@@ -204,39 +205,6 @@ def write_comparison(folders: list[Path], options: Namespace, by: str, output: s
     print(f"\nPage: {target / 'index.html'}  Overlay: tensorboard --logdir {target / 'tensorboard'}")
 
 
-def load_pipeline(source: str) -> NamiPipeline:
-    """The pipeline of a run's newest checkpoint (the EMA's weights), or of a saved pipeline's folder.
-
-    Raises:
-        FileNotFoundError: neither; or a run without a checkpoint.
-    """
-    if (Path(source) / "model_index.json").exists():
-        pipeline = NamiPipeline.from_pretrained(source)
-    else:
-        pipeline = load_module(find_run(source)).pipeline()
-    return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def load_module(this: Run, step: int | None = None, ema: bool = True) -> NamiModule:
-    """A run's model on the CPU with a checkpoint's weights, from a file or shards, and no memory for anything else.
-
-    Args:
-        this: the run.
-        step: the checkpoint's; the newest if None.
-        ema: the EMA's weights if the checkpoint has them, not the trained ones.
-    """
-    path = this.checkpoint(step)
-    checkpoint = about(path)
-    model = Recipe(this.recipe).make_model()
-    model.check_checkpoint(checkpoint)
-    with torch.device("meta"):
-        model.transformer = model.make_transformer()
-    model.transformer.to_empty(device="cpu")
-    network = "ema." if ema and checkpoint["nami"]["ema"] else "transformer."
-    load_weights(path, model, {name: name.replace("transformer.", network, 1) for name in model.state_dict()})
-    return model.eval().requires_grad_(False)
-
-
 def export(options: Namespace) -> None:
     """Write a checkpoint as a pipeline's folder."""
     from nami_lightning.export import export
@@ -270,6 +238,8 @@ def sample(options: Namespace) -> None:
     if not prompts:
         raise ValueError("nothing to draw: give --prompt TEXT, or --prompts FILE with one prompt a line")
     pipeline = load_pipeline(options.run)
+    if not isinstance(pipeline, NamiPipeline):
+        raise ValueError(f"{options.run} is a {type(pipeline).__name__}; only a NAMI can be sampled here")
     prompts = [prompt for prompt in prompts for _ in range(options.images)]
     pictures: list[Any] = []
     for first in range(0, len(prompts), options.batch_size):

@@ -25,7 +25,7 @@ from nami_lightning.datamodules.sources import find_source
 from nami_lightning.datamodules.sources.base import Source
 from nami_lightning.datamodules.verify import report
 from nami_lightning.errors import explain
-from nami_lightning.recipe import Recipe, keys
+from nami_lightning.runs.recipe import Recipe, keys
 
 PREPARE = """\
 Make a data set of a collection of images with captions. Run the same command again to go on after an interruption.

@@ -59,6 +59,11 @@ def explain(error: BaseException, known_keys: Iterable[str] = ()) -> str:
     return where + _first_cause(text)
 
 
+def first_line(error: Exception) -> str:
+    """Of what a library says of a failure; its kind if it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def _nearest(wrong: str, names: Iterable[str]) -> str:
     nearest = get_close_matches(wrong, list(names), n=1, cutoff=0.6)
     return f"; did you mean {nearest[0]}?" if nearest else ""

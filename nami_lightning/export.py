@@ -3,8 +3,8 @@
 from argparse import Namespace
 from pathlib import Path
 
-from nami_lightning.commands import load_module
-from nami_lightning.runs import find_run, remove, step_of
+from nami_lightning.runs.load import load_module
+from nami_lightning.runs.run_dir import find_run, remove, step_of
 
 SHARD_SIZE = "2GB"
 """Largest file of weights, which is what writing needs besides the model itself."""

@@ -10,8 +10,8 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-from nami_lightning.preemption import REQUEUE
-from nami_lightning.recipe import Recipe
+from nami_lightning.runs.preemption import REQUEUE
+from nami_lightning.runs.recipe import Recipe
 
 SECONDS_TO_SAVE = 120
 SECONDS_TO_FOLLOW = 300

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from nami_lightning.evaluation.reports import first_line
+from nami_lightning.errors import first_line
 
 YES_OR_NO = "{question} Answer with one word, yes or no."
 MOST_TOKENS = 8

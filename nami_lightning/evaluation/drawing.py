@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
-from safetensors import SafetensorError
 from tqdm import tqdm
 
 from nami_lightning.evaluation.items import Item, prompts_hash
-from nami_lightning.evaluation.reports import first_line, write_json
+from nami_lightning.evaluation.reports import write_json
 from nami_lightning.models.pipeline import NamiPipeline
-from nami_lightning.runs import RECIPE_FILE, find_run
+from nami_lightning.runs.load import load_pipeline
+from nami_lightning.runs.run_dir import find_run, is_run
 from nami_lightning.utils.image_grid import save_image
 
 DRAWING = "drawing.json"
@@ -114,45 +114,6 @@ def weights_of(source: str) -> str:
     return hashlib.sha256(repr(stats).encode()).hexdigest()[:16] if stats else source
 
 
-def is_run(source: str) -> bool:
-    """Whether ``source`` is a run's folder or name."""
-    return any((folder / RECIPE_FILE).exists() for folder in (Path(source), Path("runs") / source))
-
-
-def load_pipeline(source: str, dtype: str | None) -> DiffusionPipeline:
-    """A run's newest checkpoint, a saved NAMI pipeline, or any text-to-image pipeline of diffusers, ready to draw.
-
-    Args:
-        source: a run, a pipeline's folder, or its Hugging Face name.
-        dtype: see :class:`Sampling`.
-
-    Raises:
-        FileNotFoundError: it is none of these, or can't be fetched.
-        ValueError: a pipeline that takes no prompt.
-    """
-    from nami_lightning.commands import load_module
-
-    number_type = getattr(torch, dtype) if dtype else None
-    if is_run(source):
-        pipeline: Any = load_module(find_run(source)).pipeline()
-    else:
-        try:
-            ours = DiffusionPipeline.load_config(source)["_class_name"] == NamiPipeline.__name__
-            loader = NamiPipeline if ours else DiffusionPipeline
-            pipeline = loader.from_pretrained(source, **({} if ours else {"torch_dtype": number_type}))
-        except (OSError, AttributeError, KeyError, ValueError, SafetensorError) as error:
-            raise FileNotFoundError(
-                f"{source} is neither a run (a folder, or a name below runs/) nor a pipeline that diffusers can load: "
-                f"{first_line(error)}"
-            ) from error
-    if number_type and isinstance(pipeline, NamiPipeline):
-        pipeline.transformer.to(number_type)  # the bridges stay float32: they are small, and joints must be exact
-    if "prompt" not in inspect.signature(pipeline.__call__).parameters:
-        raise ValueError(f"{source} is a {type(pipeline).__name__}, which takes no prompt")
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def draw(
     source: str,
     folder: ImageFolder,
@@ -180,6 +141,7 @@ def draw(
     if not missing:
         return
     pipeline = load_pipeline(source, drawing["dtype"])
+    pipeline.set_progress_bar_config(disable=True)
     known = inspect.signature(pipeline.__call__).parameters
     if unknown := [name for name in drawing["settings"] if name not in known]:
         raise ValueError(f"{type(pipeline).__name__} of {source} does not take {', '.join(unknown)}")

@@ -14,9 +14,10 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from nami_lightning.errors import first_line
 from nami_lightning.evaluation.geneval_prompts import COLORS, object_names
 from nami_lightning.evaluation.geneval_rules import THRESHOLD, Box, Detection
-from nami_lightning.evaluation.reports import first_line, need
+from nami_lightning.evaluation.reports import need
 
 DETECTOR = "facebook/mask2former-swin-small-coco-instance"
 CLIP = "openai/clip-vit-large-patch14"

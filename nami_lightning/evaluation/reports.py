@@ -101,11 +101,6 @@ def interval(strata: Sequence[np.ndarray], rounds: int = ROUNDS, level: float = 
     return float(low), float(high)
 
 
-def first_line(error: Exception) -> str:
-    """Of what a library says of a failure; its kind if it says nothing."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
 def percent(value: float) -> str:
     """A share as Table 4 prints it: 83.8."""
     return f"{100 * value:.1f}"

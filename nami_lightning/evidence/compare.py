@@ -16,8 +16,8 @@ from tqdm.auto import tqdm
 
 from nami_lightning.evidence import metrics
 from nami_lightning.evidence.record import METRICS, Entry, Evaluation, read_entries
-from nami_lightning.holding import is_held
-from nami_lightning.runs import Run, step_of
+from nami_lightning.runs.lock import is_held
+from nami_lightning.runs.run_dir import Run, step_of
 from nami_lightning.training.rng import seed_of
 
 AXES: Mapping[str, Callable[[Entry], float | None]] = {

@@ -27,9 +27,9 @@ from typing import Any
 import yaml
 
 from nami_lightning.evidence.compare import AXES
-from nami_lightning.preemption import INTERRUPTED, REQUEUE, SIGNALS
-from nami_lightning.recipe import RECIPES, Recipe
-from nami_lightning.runs import Run, step_of
+from nami_lightning.runs.preemption import INTERRUPTED, REQUEUE, SIGNALS
+from nami_lightning.runs.recipe import RECIPES, Recipe
+from nami_lightning.runs.run_dir import Run, step_of
 
 
 @dataclass(frozen=True)

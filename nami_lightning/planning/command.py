@@ -18,7 +18,7 @@ from nami_lightning.planning.plan import make_plan
 from nami_lightning.planning.remedy import find_remedy
 from nami_lightning.planning.report import Data, as_json, as_text
 from nami_lightning.planning.setup import Network, Setup, Spread
-from nami_lightning.recipe import Recipe
+from nami_lightning.runs.recipe import Recipe
 from nami_lightning.training.module import NamiModule
 from nami_lightning.training.strategies import FSDP2Strategy
 

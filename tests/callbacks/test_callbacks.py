@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from nami_lightning.callbacks import EMA, BridgePretraining, Metrics, RunCheckpoint, Throughput
 from nami_lightning.callbacks.throughput import StageMemory
 from nami_lightning.models.bridge import BridgeFlow
-from nami_lightning.recipe import Recipe
+from nami_lightning.runs.recipe import Recipe
 from nami_lightning.training.batch import MicroBatch
 from nami_lightning.training.module import NamiModule
 

@@ -40,7 +40,7 @@ from nami_lightning.datamodules.verify import verify
 from nami_lightning.evidence.record import read_entries
 from nami_lightning.models.autoencoder import decode_latents, encode_posterior
 from nami_lightning.models.text_encoder import PromptEncoder, TextStates
-from nami_lightning.recipe import Recipe
+from nami_lightning.runs.recipe import Recipe
 from nami_lightning.training.batch import pixels
 from nami_lightning.training.module import NamiModule
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from nami_lightning.bench_sample import PIPELINES, draw
 from nami_lightning.cli import main
-from nami_lightning.recipe import Recipe
+from nami_lightning.runs.recipe import Recipe
 
 TINY = Path(__file__).parents[1] / "tiny.yaml"
 

@@ -15,10 +15,11 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from nami_lightning.cli import main
-from nami_lightning.commands import last_scalars, load_module, load_pipeline
+from nami_lightning.commands import last_scalars
 from nami_lightning.models.pipeline import NamiPipeline
-from nami_lightning.recipe import RECIPES, Recipe
-from nami_lightning.runs import Run
+from nami_lightning.runs.load import load_module, load_pipeline
+from nami_lightning.runs.recipe import RECIPES, Recipe
+from nami_lightning.runs.run_dir import Run
 
 TINY = Path(__file__).parents[1] / "tiny.yaml"
 PROMPT = ["--prompt", "red apple", "--prompt", "dog", "--steps", "1", "2", "3"]

@@ -25,9 +25,9 @@ from nami_lightning.evidence.record import Entry, Evaluation, read_entries, writ
 from nami_lightning.evidence.report import amount, budget_table, reach_table, si
 from nami_lightning.evidence.seeds import groups, seed_differences
 from nami_lightning.evidence.sweep import load_sweep, run_arguments
-from nami_lightning.preemption import INTERRUPTED, REQUEUE
-from nami_lightning.recipe import RECIPES, Recipe
-from nami_lightning.runs import Run, step_of
+from nami_lightning.runs.preemption import INTERRUPTED, REQUEUE
+from nami_lightning.runs.recipe import RECIPES, Recipe
+from nami_lightning.runs.run_dir import Run, step_of
 
 FRECHET, RECALL = "metrics/frechet_x", "metrics/recall_x"
 

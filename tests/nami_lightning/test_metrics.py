@@ -30,7 +30,7 @@ from nami_lightning.evidence.features import EfficientNetLite0, Inception, name_
 from nami_lightning.evidence.metrics import once
 from nami_lightning.evidence.probe import ClipScore, Probe, sentences
 from nami_lightning.evidence.record import Entry, Evaluation, read_entries, write_entries
-from nami_lightning.recipe import Recipe
+from nami_lightning.runs.recipe import Recipe
 
 
 class Identity(nn.Module):

@@ -24,7 +24,7 @@ from nami_lightning.planning.frozen import autoencoder, text_encoders
 from nami_lightning.planning.plan import USABLE, make_plan
 from nami_lightning.planning.report import Data, draws
 from nami_lightning.planning.setup import Setup
-from nami_lightning.recipe import Recipe
+from nami_lightning.runs.recipe import Recipe
 from nami_lightning.training.strategies import FSDP2Strategy, parallelize
 
 pytest_plugins = "tiny_models"

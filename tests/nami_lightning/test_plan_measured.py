@@ -16,7 +16,7 @@ from nami_lightning.flops import transformer_flops
 from nami_lightning.models.transformer import NamiTransformer2DModel
 from nami_lightning.planning.memory import MicroBatchShape, activations
 from nami_lightning.planning.setup import Network
-from nami_lightning.recipe import Recipe
+from nami_lightning.runs.recipe import Recipe
 from nami_lightning.training.strategies import parallelize
 
 SMALL: dict[str, Any] = {

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nami_lightning.recipe import Recipe
+from nami_lightning.runs.recipe import Recipe
 from nami_lightning.training import rng
 from nami_lightning.training.batch import MicroBatch, pixels
 from nami_lightning.training.module import NamiModule

@@ -1,6 +1,6 @@
 """Kills one of two ranks again and again, in a step or while a checkpoint is written; torchrun starts both anew.
 
-    python tests/nami_lightning/kill_ranks.py --kills 20        # what `make faults` does
+    python tests/faults/kill_ranks.py --kills 20        # what `make faults` does
 
 After every kill the newest checkpoint must load. In the end weights, EMA and moments must be those of a run that nobody
 disturbed: equal bit for bit. Prints a line a kill; the exit status is 1 if anything differs.
@@ -26,7 +26,7 @@ from tqdm import tqdm
 from nami_lightning.datamodules.parts import Preparation, fingerprint, settings_of
 from nami_lightning.datamodules.prepare import prepare
 from nami_lightning.datamodules.sources import OpenMoji
-from nami_lightning.runs import Run, about, step_of
+from nami_lightning.runs.run_dir import Run, read_metadata, step_of
 
 TINY = Path(__file__).parents[1] / "tiny.yaml"
 
@@ -89,7 +89,7 @@ def disturb(process: "subprocess.Popen[bytes]", run: Path, kills: int, steps: in
         newest = newest_step(run)
         if newest:
             checkpoint = Run(run).checkpoint()
-            assert about(checkpoint)["nami"]["step"] == step_of(checkpoint)
+            assert read_metadata(checkpoint)["nami"]["step"] == step_of(checkpoint)
             assert numbers(checkpoint)
         tqdm.write(f"killed rank {rank} in {'writing' if in_writing else 'a step'}; the newest is of step {newest}")
         # Not before the other is gone too: what it wrote must not pass for a sign of the next start.

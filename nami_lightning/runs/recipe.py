@@ -16,7 +16,7 @@ from nami_lightning.errors import explain
 from nami_lightning.training.curriculum import Curriculum
 from nami_lightning.training.module import NamiModule
 
-RECIPES = Path(__file__).parent / "recipes"
+RECIPES = Path(__file__).parents[1] / "recipes"
 SET_BY_THE_RUN = {
     "default_root_dir",
     "max_epochs",

@@ -19,7 +19,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
 
-from nami_lightning.holding import hold
+from nami_lightning.runs.lock import hold
 
 RECIPE_FILE = "recipe.yaml"
 
@@ -57,8 +57,8 @@ class Run:
         return found[max(found) if step is None else step]
 
     def load_newest(self) -> tuple[Path, dict[str, Any]] | None:
-        """The newest checkpoint and :func:`about` it; None if there is none."""
-        return (self.checkpoints[-1], about(self.checkpoints[-1])) if self.checkpoints else None
+        """The newest checkpoint and :func:`read_metadata` of it; None if there is none."""
+        return (self.checkpoints[-1], read_metadata(self.checkpoints[-1])) if self.checkpoints else None
 
     def set_aside(self) -> Path | None:
         """Give the folder another name, so that a new run can take its place; None if there was no run.
@@ -73,7 +73,7 @@ class Run:
             return self.folder.rename(aside)
 
 
-def about(checkpoint: Path) -> dict[str, Any]:
+def read_metadata(checkpoint: Path) -> dict[str, Any]:
     """What a checkpoint says of itself: all of a file, its tensors left on disk until used, or what isn't sharded.
 
     Raises:
@@ -100,7 +100,7 @@ def load_weights(checkpoint: Path, model: nn.Module, names: dict[str, str]) -> N
     if checkpoint.is_dir():
         dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
         return
-    saved = about(checkpoint)["state_dict"]
+    saved = read_metadata(checkpoint)["state_dict"]
     for name, weight in state["state_dict"].items():
         weight.copy_(saved[name])
 
@@ -127,13 +127,22 @@ def remove(checkpoint: Path) -> None:
         checkpoint.unlink(missing_ok=True)
 
 
+def is_run(name: str) -> bool:
+    """Tell whether ``name`` is a run's folder, or the name of one below ``runs``."""
+    return any((folder / RECIPE_FILE).exists() for folder in _folders(name))
+
+
 def find_run(name: str) -> Run:
-    """The run at the path ``name``, or of that name below ``runs``.
+    """Return the run at the path ``name``, or of that name below ``runs``.
 
     Raises:
         FileNotFoundError: there is no run.
     """
-    for folder in (Path(name), Path("runs") / name):
+    for folder in _folders(name):
         if (folder / RECIPE_FILE).exists():
             return Run(folder)
     raise FileNotFoundError(f"{name} is not a run: neither {name} nor runs/{name} holds a {RECIPE_FILE}")
+
+
+def _folders(name: str) -> tuple[Path, Path]:
+    return Path(name), Path("runs") / name

@@ -15,7 +15,7 @@ import yaml
 
 from nami_lightning.callbacks import RunCheckpoint
 from nami_lightning.cli import main
-from nami_lightning.runs import Run
+from nami_lightning.runs.run_dir import Run
 
 # A server process that has imported everything: each run starts at once, in a process of its own.
 SPAWN = multiprocessing.get_context("forkserver")

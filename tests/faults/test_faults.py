@@ -14,8 +14,8 @@ from kill_ranks import check
 
 from nami_lightning.cli import main
 from nami_lightning.models.pipeline import NamiPipeline
-from nami_lightning.preemption import INTERRUPTED, REQUEUE
-from nami_lightning.runs import Run, step_of
+from nami_lightning.runs.preemption import INTERRUPTED, REQUEUE
+from nami_lightning.runs.run_dir import Run, step_of
 
 SHORT = ["--curriculum.phases", "[{steps: 12, ratio: [2, 2, 2], learning_rate: 0.002, warmup_steps: 2}]"]
 TWO_RANKS = ["--trainer.devices", "2", "--trainer.strategy"]

@@ -9,16 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from nami_lightning import holding
 from nami_lightning.cli import main
-from nami_lightning.holding import hold, is_held
+from nami_lightning.runs import lock
+from nami_lightning.runs.lock import hold, is_held
 
 TINY = Path(__file__).parents[1] / "tiny.yaml"
 
 TRAINING = """
 import os, sys, time
 from pathlib import Path
-from nami_lightning.holding import hold
+from nami_lightning.runs.lock import hold
 with hold(Path(sys.argv[1])):
     if os.fork() == 0:  # as a data worker: it outlives the kill of its parent
         time.sleep(60)
@@ -30,7 +30,7 @@ with hold(Path(sys.argv[1])):
 
 @pytest.fixture(autouse=True)
 def impatience(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(holding, "PATIENCE", 0.5)
+    monkeypatch.setattr(lock, "PATIENCE", 0.5)
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from nami_lightning.commands import load_module
 from nami_lightning.models.text_encoder import PromptEncoder
-from nami_lightning.runs import Run
+from nami_lightning.runs.load import load_module
+from nami_lightning.runs.run_dir import Run
 from nami_lightning.training.strategies import FSDP2Strategy, shard_text_encoder
 
 PHASES = (

@@ -1,0 +1,9 @@
+"""A recipe, and the folder that a run of it makes.
+
+- ``recipe``: one YAML file that describes a whole run: read, checked, made into objects.
+- ``run_dir``: the folder of a run: its checkpoints, and how they are read and written.
+- ``load``: a trained model from a run or from a pipeline's folder.
+- ``lock``: one process at a time trains a run.
+- ``preemption``: signals that ask a run to stop.
+- ``rank_logs``: where each rank prints, and how ranks meet again after a restart.
+"""

@@ -1,0 +1,69 @@
+"""Load a trained model, from a run's checkpoint or from a pipeline's folder, ready to sample with."""
+
+import inspect
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from safetensors import SafetensorError
+
+from nami_lightning.errors import first_line
+from nami_lightning.models.pipeline import NamiPipeline
+from nami_lightning.runs.recipe import Recipe
+from nami_lightning.runs.run_dir import Run, find_run, is_run, load_weights, read_metadata
+from nami_lightning.training.module import NamiModule
+
+
+def load_module(run: Run, step: int | None = None, ema: bool = True) -> NamiModule:
+    """Load a run's model on the CPU with a checkpoint's weights, from a file or shards, and nothing else of it.
+
+    Args:
+        run: the run.
+        step: the checkpoint's; the newest if None.
+        ema: the EMA's weights if the checkpoint has them, not the trained ones.
+
+    Raises:
+        FileNotFoundError: the run has no such checkpoint.
+        ValueError: the checkpoint can't be read, or is of another model than the run's recipe.
+    """
+    path = run.checkpoint(step)
+    checkpoint = read_metadata(path)
+    model = Recipe(run.recipe).make_model()
+    model.check_checkpoint(checkpoint)
+    with torch.device("meta"):
+        model.transformer = model.make_transformer()
+    model.transformer.to_empty(device="cpu")
+    network = "ema." if ema and checkpoint["nami"]["ema"] else "transformer."
+    load_weights(path, model, {name: name.replace("transformer.", network, 1) for name in model.state_dict()})
+    return model.eval().requires_grad_(False)
+
+
+def load_pipeline(source: str, dtype: str | None = None) -> DiffusionPipeline:
+    """Load a run's newest checkpoint, a saved NAMI pipeline, or any text-to-image pipeline of diffusers.
+
+    Args:
+        source: a run, a pipeline's folder, or its Hugging Face name.
+        dtype: of the network's weights, ``bfloat16`` say; None: as it was saved for a NAMI, float32 for others.
+
+    Raises:
+        FileNotFoundError: it is none of these, or can't be fetched.
+        ValueError: a pipeline that takes no prompt.
+    """
+    torch_dtype = getattr(torch, dtype) if dtype else None
+    if is_run(source):
+        pipeline: Any = load_module(find_run(source)).pipeline()
+    else:
+        try:
+            ours = DiffusionPipeline.load_config(source)["_class_name"] == NamiPipeline.__name__
+            loader = NamiPipeline if ours else DiffusionPipeline
+            pipeline = loader.from_pretrained(source, **({} if ours else {"torch_dtype": torch_dtype}))
+        except (OSError, AttributeError, KeyError, ValueError, SafetensorError) as error:
+            raise FileNotFoundError(
+                f"{source} is neither a run (a folder, or a name below runs/) nor a pipeline that diffusers can load: "
+                f"{first_line(error)}"
+            ) from error
+    if torch_dtype and isinstance(pipeline, NamiPipeline):
+        pipeline.transformer.to(torch_dtype)  # the bridges stay float32: they are small, and joints must be exact
+    if "prompt" not in inspect.signature(pipeline.__call__).parameters:
+        raise ValueError(f"{source} is a {type(pipeline).__name__}, which takes no prompt")
+    return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
