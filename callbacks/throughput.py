@@ -7,7 +7,7 @@ import lightning as L
 import torch
 from torch import nn
 
-from nami_lightning.flops import Flops, device_called, number_type, transformer_flops
+from nami_lightning.planning.flops import Flops, device_called, number_type, transformer_flops
 from nami_lightning.training.batch import MicroBatch
 from nami_lightning.training.module import NamiModule
 from nami_lightning.training.strategies import FSDP2Strategy
@@ -33,7 +33,7 @@ class Throughput(L.Callback):
 
     Args:
         every_n_steps: how often to log; a rate is a mean over so many steps.
-        peak_flops: FLOP/s that a device can do, for one that ``nami_lightning.flops.DEVICES`` doesn't know.
+        peak_flops: FLOP/s that a device can do, for one that ``nami_lightning.planning.flops.DEVICES`` doesn't know.
 
     Raises:
         ValueError: ``every_n_steps`` below 1, or ``peak_flops`` not above 0.

@@ -15,27 +15,11 @@ from nami_lightning.datamodules.shapes import Aspect
 from nami_lightning.datamodules.stages import Choice, Place, StageImages
 from nami_lightning.runs.preemption import leave_to_parent
 from nami_lightning.training.batch import MicroBatch
-from nami_lightning.training.curriculum import Curriculum
+from nami_lightning.training.curriculum import Curriculum, split_evenly
 from nami_lightning.training.rng import uniform_of
 
 Damaged = Literal["error", "skip"]
 log = logging.getLogger(__name__)
-
-
-def split_evenly(samples: int, ranks: int, limit: int, stage: int) -> tuple[int, int]:
-    """Micro-batches a rank, and samples in each, for ``samples`` of one stage over ``ranks``.
-
-    Raises:
-        ValueError: they don't come out even, with a unit that would.
-    """
-    each, rest = divmod(samples, ranks)
-    count = -(-each // limit)
-    if rest or (each and each % count):
-        raise ValueError(
-            f"stage {stage + 1}: {samples} samples a step can't be split evenly over {ranks} rank(s) in micro-batches "
-            f"of at most {limit}: change curriculum.unit, the phase's ratio, or data.max_micro_batch[{stage}]"
-        )
-    return count, each // count if count else 0
 
 
 class StepDataset(Dataset[list[MicroBatch]]):

@@ -7,7 +7,7 @@ out, and so is the fitting of the bridges.
 
 from itertools import accumulate
 
-from nami_lightning.flops import transformer_flops
+from nami_lightning.planning.flops import transformer_flops
 from nami_lightning.training.curriculum import Curriculum
 from nami_lightning.training.module import NamiModule
 

@@ -12,12 +12,12 @@ from lightning.pytorch.strategies import DDPStrategy
 from nami_lightning.callbacks import EMA
 from nami_lightning.datamodules import MultiResolutionDataModule
 from nami_lightning.datamodules.dataset import PreparedDataset, parse_bucket_name
-from nami_lightning.flops import DEVICES
-from nami_lightning.planning import frozen
+from nami_lightning.planning import encoder_memory as frozen
+from nami_lightning.planning.flops import DEVICES
+from nami_lightning.planning.inputs import Network, Setup, Spread
 from nami_lightning.planning.plan import make_plan
-from nami_lightning.planning.remedy import find_remedy
 from nami_lightning.planning.report import Data, as_json, as_text
-from nami_lightning.planning.setup import Network, Setup, Spread
+from nami_lightning.planning.suggestions import find_remedy
 from nami_lightning.runs.recipe import Recipe
 from nami_lightning.training.module import NamiModule
 from nami_lightning.training.strategies import FSDP2Strategy

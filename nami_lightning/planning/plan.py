@@ -21,9 +21,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from nami_lightning.flops import DEVICES, Flops, transformer_flops
+from nami_lightning.planning.flops import DEVICES, Flops, transformer_flops
+from nami_lightning.planning.inputs import Setup
 from nami_lightning.planning.memory import MicroBatchShape, activations
-from nami_lightning.planning.setup import Setup
 from nami_lightning.training.curriculum import Phase
 
 USABLE = 0.92

@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from nami_lightning.flops import DEVICES
+from nami_lightning.planning.flops import DEVICES
 from nami_lightning.planning.plan import USABLE, Memory, Plan
-from nami_lightning.planning.remedy import Remedy
+from nami_lightning.planning.suggestions import Remedy
 from nami_lightning.utils.text_table import table
 
 MEMORY_ROWS = ("weights", "gradients", "optimizer", "ema", "frozen", "communication", "activations", "temporary")

@@ -148,3 +148,19 @@ def _check_phase(index: int, past: Phase, now: Sequence[Phase], running: bool) -
                 f"curriculum.phases[{index}].{key} was {value} in the checkpoint, and that phase {what}; "
                 f"the recipe now says {getattr(now[0], key)}. Restore it, or {way_out}"
             )
+
+
+def split_evenly(samples: int, ranks: int, limit: int, stage: int) -> tuple[int, int]:
+    """Micro-batches a rank, and samples in each, for ``samples`` of one stage over ``ranks``.
+
+    Raises:
+        ValueError: they don't come out even, with a unit that would.
+    """
+    each, rest = divmod(samples, ranks)
+    count = -(-each // limit)
+    if rest or (each and each % count):
+        raise ValueError(
+            f"stage {stage + 1}: {samples} samples a step can't be split evenly over {ranks} rank(s) in micro-batches "
+            f"of at most {limit}: change curriculum.unit, the phase's ratio, or data.max_micro_batch[{stage}]"
+        )
+    return count, each // count if count else 0

@@ -16,14 +16,14 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 
 from nami_lightning.cli import main, make_parser
-from nami_lightning.flops import DEVICES, Device, device_called, number_type
 from nami_lightning.models.autoencoder import AutoencoderConfig
 from nami_lightning.models.text_encoder import TextEncoderConfig
 from nami_lightning.planning.command import read_setup
-from nami_lightning.planning.frozen import autoencoder, text_encoders
+from nami_lightning.planning.encoder_memory import autoencoder, text_encoders
+from nami_lightning.planning.flops import DEVICES, Device, device_called, number_type
+from nami_lightning.planning.inputs import Setup
 from nami_lightning.planning.plan import USABLE, make_plan
 from nami_lightning.planning.report import Data, draws
-from nami_lightning.planning.setup import Setup
 from nami_lightning.runs.recipe import Recipe
 from nami_lightning.training.strategies import FSDP2Strategy, parallelize
 

@@ -8,11 +8,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from nami_lightning.datamodules.stream import split_evenly
-from nami_lightning.flops import number_type
 from nami_lightning.models.transformer import NamiTransformer2DModel
-from nami_lightning.planning.frozen import FrozenModel
-from nami_lightning.training.curriculum import Curriculum, Phase
+from nami_lightning.planning.encoder_memory import FrozenModel
+from nami_lightning.planning.flops import number_type
+from nami_lightning.training.curriculum import Curriculum, Phase, split_evenly
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
+from nami_lightning.planning.inputs import Setup, Spread, largest_even
 from nami_lightning.planning.plan import Plan, least_memory, make_plan, memory_limit
-from nami_lightning.planning.setup import Setup, Spread, largest_even
 
 MOST_DEVICES = 1024
 

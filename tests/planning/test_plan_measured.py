@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from nami_lightning.flops import transformer_flops
 from nami_lightning.models.transformer import NamiTransformer2DModel
+from nami_lightning.planning.flops import transformer_flops
+from nami_lightning.planning.inputs import Network
 from nami_lightning.planning.memory import MicroBatchShape, activations
-from nami_lightning.planning.setup import Network
 from nami_lightning.runs.recipe import Recipe
 from nami_lightning.training.strategies import parallelize
 
