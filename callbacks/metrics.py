@@ -21,11 +21,11 @@ from tqdm.auto import tqdm
 from nami_lightning.callbacks.bridge import BridgePretraining
 from nami_lightning.callbacks.drawing import Drawing
 from nami_lightning.datamodules.multires import MultiResolutionDataModule
-from nami_lightning.evidence import metrics
-from nami_lightning.evidence.budget import flops_per_sample, samples_before
-from nami_lightning.evidence.features import EfficientNetLite0, name_of
-from nami_lightning.evidence.probe import ClipScore, Probe
-from nami_lightning.evidence.record import Entry, Evaluation, read_entries, write_entries
+from nami_lightning.metrics import distances
+from nami_lightning.metrics.budget import flops_per_sample, samples_before
+from nami_lightning.metrics.caption_agreement import ClipScore, Probe
+from nami_lightning.metrics.features import EfficientNetLite0, name_of
+from nami_lightning.metrics.record import Entry, Evaluation, read_entries, write_entries
 from nami_lightning.training.module import NamiModule
 
 COPIES = 0.05
@@ -66,7 +66,7 @@ class Metrics(L.Callback):
         samples: images on either side; at most as many as are held out.
         every_n_steps: how often; the end of training always counts. 0: only the end.
         features: a network from uint8 images to ``(B, num_features)``, with a ``name``; the packaged
-            EfficientNet-Lite0 if null. ``nami_lightning.evidence.features.Inception`` is FID's.
+            EfficientNet-Lite0 if null. ``nami_lightning.metrics.Inception`` is FID's.
         agreement: ``probe``, two linear maps on MiniLM's and the features, fitted to training images; the name or
             folder of a CLIP; or null for none.
         training_images: what the probe is fitted to and memorisation is measured against.
@@ -202,8 +202,8 @@ class Metrics(L.Callback):
         drawn, real, training = torch.stack([row["features"] for row in rows]), reference.real, reference.training[0]
         name = name_of(self.features)  # type: ignore[arg-type]
         neighbours = min(3, len(drawn) - 1)
-        precision, recall = metrics.precision_recall(drawn, real, neighbours)
-        near, near_real = metrics.nearest(drawn, training)[0], metrics.nearest(real, training)[0]
+        precision, recall = distances.precision_recall(drawn, real, neighbours)
+        near, near_real = distances.nearest(drawn, training)[0], distances.nearest(real, training)[0]
         of_drawn = {
             f"metrics/precision_{name}": precision,
             f"metrics/nearest_training_{name}": near / near_real.mean(),
@@ -215,7 +215,7 @@ class Metrics(L.Callback):
         elif self.probe:
             similarity = self.probe.similarity(drawn, captions)
             for k in (1, 5):
-                of_drawn[f"probe/retrieval_at_{k}_{name}"] = metrics.retrieval(similarity, captions, k)
+                of_drawn[f"probe/retrieval_at_{k}_{name}"] = distances.retrieval(similarity, captions, k)
         return Evaluation(
             step=step,
             features=name,
@@ -234,16 +234,16 @@ class Metrics(L.Callback):
         drawn, real = torch.from_numpy(evaluation.drawn), torch.from_numpy(evaluation.real)
         perfect = reference.training[0][: len(drawn)]
         values = {}
-        for kind, distance in metrics.DISTANCES.items():
+        for kind, distance in distances.DISTANCES.items():
             for images, of in ((drawn, ""), (perfect, "_of_real")):
-                value = distance(images, real)(metrics.once(images), metrics.once(real))
+                value = distance(images, real)(distances.once(images), distances.once(real))
                 values[f"metrics/{kind}_{evaluation.features}{of}"] = value
         per_sample = evaluation.of_drawn | evaluation.of_real
         values |= {name: float(np.mean(numbers)) for name, numbers in per_sample.items()}
         if self.probe:
             similarity = self.probe.similarity(reference.real, reference.captions)
             for k in (1, 5):
-                found = metrics.retrieval(similarity, reference.captions, k)
+                found = distances.retrieval(similarity, reference.captions, k)
                 values[f"probe/retrieval_at_{k}_{evaluation.features}_of_real"] = float(found.mean())
         return values
 

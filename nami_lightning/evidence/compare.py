@@ -14,8 +14,8 @@ import torch
 import yaml
 from tqdm.auto import tqdm
 
-from nami_lightning.evidence import metrics
-from nami_lightning.evidence.record import METRICS, Entry, Evaluation, read_entries
+from nami_lightning.metrics import distances
+from nami_lightning.metrics.record import METRICS, Entry, Evaluation, read_entries
 from nami_lightning.runs.lock import is_held
 from nami_lightning.runs.run_dir import Run, step_of
 from nami_lightning.training.rng import seed_of
@@ -28,9 +28,9 @@ AXES: Mapping[str, Callable[[Entry], float | None]] = {
 }
 """What runs can be compared by."""
 
-SMALLER_IS_BETTER = tuple(metrics.DISTANCES)
+SMALLER_IS_BETTER = tuple(distances.DISTANCES)
 LARGER_IS_BETTER = ("precision", "recall", "clip_score", "retrieval")
-HEADLINES = (*metrics.DISTANCES, "clip_score", "retrieval_at_1")
+HEADLINES = (*distances.DISTANCES, "clip_score", "retrieval_at_1")
 """The metrics whose budgets to reach another run's best are listed."""
 
 APART = (
@@ -293,7 +293,7 @@ def estimators(evaluation: Evaluation) -> dict[str, Estimator]:
     """Each metric as a function of how often each drawn and each held-out image counts."""
     drawn, real = torch.from_numpy(evaluation.drawn), torch.from_numpy(evaluation.real)
     found: dict[str, Estimator] = {
-        f"metrics/{kind}_{evaluation.features}": distance(drawn, real) for kind, distance in metrics.DISTANCES.items()
+        f"metrics/{kind}_{evaluation.features}": distance(drawn, real) for kind, distance in distances.DISTANCES.items()
     }
     found |= {name: _mean(numbers, 0) for name, numbers in evaluation.of_drawn.items()}
     return found | {name: _mean(numbers, 1) for name, numbers in evaluation.of_real.items()}

@@ -37,7 +37,7 @@ from nami_lightning.datamodules.shards import ShardWriter
 from nami_lightning.datamodules.sources import ImageFolder
 from nami_lightning.datamodules.sources.base import SourceSample
 from nami_lightning.datamodules.verify import verify
-from nami_lightning.evidence.record import read_entries
+from nami_lightning.metrics.record import read_entries
 from nami_lightning.models.autoencoder import decode_latents, encode_posterior
 from nami_lightning.models.text_encoder import PromptEncoder, TextStates
 from nami_lightning.runs.recipe import Recipe

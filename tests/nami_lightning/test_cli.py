@@ -221,7 +221,7 @@ def test_show_tells_what_a_run_is(finished: Path, capsys: Any) -> None:
         (["run", str(TINY), "--model.bridge.init_args.channels", "4"], "both are the channels of the latents"),
         (["run", str(TINY), "--model.text_encoder.sequence", "no/such-model"], "no/such-model"),
         (["sample", "nowhere", "--prompt", "x", "--out", "o"], "nowhere is neither a run"),
-        (["show", "nowhere"], "nowhere is neither a run"),
+        (["show", "nowhere"], "nowhere is not a run"),
     ],
 )
 def test_a_mistake_gets_one_clear_message(

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nami_lightning.evidence.features import name_of
+from nami_lightning.metrics.features import name_of
 from nami_lightning.models.text_encoder import MINILM, PromptEncoder, TextEncoderConfig
 
 WIDTH = 128

@@ -25,11 +25,11 @@ from torchmetrics.image.kid import KernelInceptionDistance
 
 from nami_lightning.callbacks import BridgePretraining, Drawing, Metrics, RunCheckpoint
 from nami_lightning.datamodules import MultiResolutionDataModule
-from nami_lightning.evidence import metrics
-from nami_lightning.evidence.features import EfficientNetLite0, Inception, name_of
-from nami_lightning.evidence.metrics import once
-from nami_lightning.evidence.probe import ClipScore, Probe, sentences
-from nami_lightning.evidence.record import Entry, Evaluation, read_entries, write_entries
+from nami_lightning.metrics import distances
+from nami_lightning.metrics.caption_agreement import ClipScore, Probe, sentences
+from nami_lightning.metrics.distances import once
+from nami_lightning.metrics.features import EfficientNetLite0, Inception, name_of
+from nami_lightning.metrics.record import Entry, Evaluation, read_entries, write_entries
 from nami_lightning.runs.recipe import Recipe
 
 
@@ -57,13 +57,13 @@ def test_frechet_is_torchmetrics_and_scipys(n: int, m: int, width: int) -> None:
     theirs = FrechetInceptionDistance(feature=Identity(width)).set_dtype(torch.float64)
     theirs.update(drawn.double(), real=False)
     theirs.update(real.double(), real=True)
-    found = metrics.frechet(drawn, real)(once(drawn), once(real))
+    found = distances.frechet(drawn, real)(once(drawn), once(real))
     assert found == pytest.approx(float(theirs.compute()), rel=1e-4)
     covariances = np.cov(drawn.double().numpy().T), np.cov(real.double().numpy().T)
     root = scipy.linalg.sqrtm(covariances[0] @ covariances[1] + 1e-12 * np.eye(width)).real
     between = float((drawn.double().mean(0) - real.double().mean(0)).square().sum())
     assert found == pytest.approx(between + np.trace(covariances[0] + covariances[1] - 2 * root), rel=1e-4)
-    assert metrics.frechet(real, real)(once(real), once(real)) == pytest.approx(0, abs=1e-8)
+    assert distances.frechet(real, real)(once(real), once(real)) == pytest.approx(0, abs=1e-8)
 
 
 def test_kid_is_torchmetrics_on_one_subset_of_all() -> None:
@@ -71,7 +71,7 @@ def test_kid_is_torchmetrics_on_one_subset_of_all() -> None:
     theirs = KernelInceptionDistance(feature=Identity(12), subsets=1, subset_size=50)
     theirs.update(drawn, real=False)
     theirs.update(real, real=True)
-    assert metrics.kid(drawn, real)(once(drawn), once(real)) == pytest.approx(float(theirs.compute()[0]), rel=1e-4)
+    assert distances.kid(drawn, real)(once(drawn), once(real)) == pytest.approx(float(theirs.compute()[0]), rel=1e-4)
 
 
 def test_mmd_is_cmmds_formula() -> None:
@@ -81,17 +81,17 @@ def test_mmd_is_cmmds_formula() -> None:
         return np.exp(-scipy.spatial.distance.cdist(x, y, "sqeuclidean") / 200).mean()
 
     expected = 1000 * (kernel(drawn, drawn) + kernel(real, real) - 2 * kernel(drawn, real))
-    found = metrics.mmd(*sets())(once(torch.from_numpy(drawn)), once(torch.from_numpy(real)))
+    found = distances.mmd(*sets())(once(torch.from_numpy(drawn)), once(torch.from_numpy(real)))
     assert found == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize("kind", metrics.DISTANCES)
+@pytest.mark.parametrize("kind", distances.DISTANCES)
 def test_counts_are_repeated_samples(kind: str) -> None:
     """KID alone differs: it pairs no sample with itself, nor with its repetition."""
     drawn, real = sets(30, 30)
     counts = torch.randint(0, 3, (30,), generator=torch.Generator().manual_seed(1))
     repeated = drawn.repeat_interleave(counts, dim=0)
-    distance = metrics.DISTANCES[kind]
+    distance = distances.DISTANCES[kind]
     found = distance(drawn, real)(counts, once(real))
     if kind != "kid":
         assert found == pytest.approx(distance(repeated, real)(once(repeated), once(real)), rel=1e-6)
@@ -113,22 +113,22 @@ def test_precision_and_recall_against_a_k_d_tree() -> None:
         reach = scipy.spatial.KDTree(manifold).query(manifold, k=4)[0][:, -1]
         return [float((np.linalg.norm(manifold - point, axis=1) <= reach).any()) for point in points]
 
-    precision, recall = metrics.precision_recall(torch.from_numpy(drawn), torch.from_numpy(real))
+    precision, recall = distances.precision_recall(torch.from_numpy(drawn), torch.from_numpy(real))
     assert precision.tolist() == covered(drawn, real)
     assert recall.tolist() == covered(real, drawn)
     assert 0 < precision.mean() < 1
-    distances, indices = metrics.nearest(torch.from_numpy(drawn), torch.from_numpy(real))
+    found, indices = distances.nearest(torch.from_numpy(drawn), torch.from_numpy(real))
     expected = scipy.spatial.KDTree(real).query(drawn)
-    np.testing.assert_allclose(distances, expected[0])
+    np.testing.assert_allclose(found, expected[0])
     assert indices.tolist() == expected[1].tolist()
 
 
 def test_retrieval_counts_equal_captions_once() -> None:
     similarity = torch.tensor([[3.0, 9, 2, 1], [1, 9, 0, 9], [3, 2, 1, 0], [0, 1, 2, 3]])
     captions = ["a", "b", "c", "b"]
-    assert metrics.retrieval(similarity, captions, 1).tolist() == [0, 1, 0, 0]
-    assert metrics.retrieval(similarity, captions, 2).tolist() == [1, 1, 0, 1]
-    assert metrics.retrieval(similarity, captions, 5).tolist() == [1, 1, 1, 1]
+    assert distances.retrieval(similarity, captions, 1).tolist() == [0, 1, 0, 0]
+    assert distances.retrieval(similarity, captions, 2).tolist() == [1, 1, 0, 1]
+    assert distances.retrieval(similarity, captions, 5).tolist() == [1, 1, 1, 1]
 
 
 def test_the_probe_finds_the_captions_that_features_tell() -> None:
@@ -144,10 +144,10 @@ def test_the_probe_finds_the_captions_that_features_tell() -> None:
     rest = [caption for caption, kept in zip(captions, unseen, strict=True) if kept]
     similarity = Probe(features[~unseen], told).similarity(features[unseen], rest)
     assert similarity.abs().max() <= 1 + 1e-9
-    assert metrics.retrieval(similarity, rest, 1).mean() > 0.5
+    assert distances.retrieval(similarity, rest, 1).mean() > 0.5
     shuffled = torch.randperm(len(told), generator=generator)
     nothing = Probe(features[~unseen][shuffled], told).similarity(features[unseen], rest)
-    assert metrics.retrieval(nothing, rest, 1).mean() < 0.1
+    assert distances.retrieval(nothing, rest, 1).mean() < 0.1
 
 
 @pytest.fixture
@@ -342,10 +342,10 @@ def test_the_callback_measures_what_the_pipeline_draws(tiny: list[str], tmp_path
     found = last.metrics
     assert found["metrics/frechet_mean_colours"] == pytest.approx(float(expected.compute()), rel=1e-2)
     assert found["metrics/mmd_mean_colours"] == pytest.approx(
-        metrics.mmd(fake.float(), real.float())(once(fake), once(real)), rel=1e-3
+        distances.mmd(fake.float(), real.float())(once(fake), once(real)), rel=1e-3
     )
     training = torch.cat([data.steps(seed=5).stage_batch(number, 2).images for number in range(2)])  # 4 each
-    perfect = metrics.frechet(MeanColours()(training).float(), real.float())
+    perfect = distances.frechet(MeanColours()(training).float(), real.float())
     assert found["metrics/frechet_mean_colours_of_real"] == pytest.approx(perfect(once(fake), once(real)), rel=1e-3)
     assert {
         *(f"metrics/{kind}_mean_colours{of}" for kind in ("frechet", "kid", "mmd") for of in ("", "_of_real")),
