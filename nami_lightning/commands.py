@@ -179,7 +179,7 @@ def sweep(options: Namespace) -> None:
     Raises:
         RuntimeError: naming the runs that failed.
     """
-    from nami_lightning.evidence.sweep import find_sweep, train_all
+    from nami_lightning.comparison.sweep import find_sweep, train_all
 
     path = find_sweep(options.file)
     file, failed = train_all(path)
@@ -194,8 +194,8 @@ def sweep(options: Namespace) -> None:
 
 def write_comparison(folders: list[Path], options: Namespace, by: str, output: str | None) -> None:
     """Compare the runs in ``folders``, print the tables, and say where the rest is."""
-    from nami_lightning.evidence.compare import differences, load_records
-    from nami_lightning.evidence.page import write
+    from nami_lightning.comparison.compare import differences, load_records
+    from nami_lightning.comparison.page import write
 
     target = Path(output or "comparison")
     target.mkdir(parents=True, exist_ok=True)

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nami_lightning.evidence import compare
-from nami_lightning.evidence.compare import AXES, HEADLINES, Difference, RunRecord, direction
-from nami_lightning.evidence.seeds import groups, seed_differences
+from nami_lightning.comparison import compare
+from nami_lightning.comparison.compare import AXES, HEADLINES, Difference, RunRecord, direction
+from nami_lightning.comparison.seed_variance import groups, seed_differences
 from nami_lightning.utils.text_table import table as aligned
 
 MISSING = "—"

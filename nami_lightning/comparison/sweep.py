@@ -26,7 +26,7 @@ from typing import Any
 
 import yaml
 
-from nami_lightning.evidence.compare import AXES
+from nami_lightning.comparison.compare import AXES
 from nami_lightning.runs.preemption import INTERRUPTED, REQUEUE, SIGNALS
 from nami_lightning.runs.recipe import RECIPES, Recipe
 from nami_lightning.runs.run_dir import Run, step_of

@@ -7,7 +7,7 @@ from math import comb
 
 import numpy as np
 
-from nami_lightning.evidence.compare import RunRecord, direction, metrics_of
+from nami_lightning.comparison.compare import RunRecord, direction, metrics_of
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,12 @@ import yaml
 from PIL import Image
 
 from nami_lightning.cli import main
-from nami_lightning.evidence import compare
-from nami_lightning.evidence import sweep as sweep_module
-from nami_lightning.evidence.compare import differences, load_records
-from nami_lightning.evidence.report import amount, budget_table, reach_table, si
-from nami_lightning.evidence.seeds import groups, seed_differences
-from nami_lightning.evidence.sweep import load_sweep, run_arguments
+from nami_lightning.comparison import compare
+from nami_lightning.comparison import sweep as sweep_module
+from nami_lightning.comparison.compare import differences, load_records
+from nami_lightning.comparison.report import amount, budget_table, reach_table, si
+from nami_lightning.comparison.seed_variance import groups, seed_differences
+from nami_lightning.comparison.sweep import load_sweep, run_arguments
 from nami_lightning.metrics.record import Entry, Evaluation, read_entries, write_entries
 from nami_lightning.runs.preemption import INTERRUPTED, REQUEUE
 from nami_lightning.runs.recipe import RECIPES, Recipe

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from nami_lightning.evidence import compare
-from nami_lightning.evidence.compare import RunRecord, direction
-from nami_lightning.evidence.seeds import groups
+from nami_lightning.comparison import compare
+from nami_lightning.comparison.compare import RunRecord, direction
+from nami_lightning.comparison.seed_variance import groups
 from nami_lightning.utils.image_grid import caption_grid, save_figure
 
 COLUMNS = 8

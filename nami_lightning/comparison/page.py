@@ -9,9 +9,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from nami_lightning.evidence.compare import Difference, RunRecord
-from nami_lightning.evidence.pictures import grid, plots, tensorboard
-from nami_lightning.evidence.report import Table, tables
+from nami_lightning.comparison.compare import Difference, RunRecord
+from nami_lightning.comparison.plots import grid, plots, tensorboard
+from nami_lightning.comparison.report import Table, tables
 from nami_lightning.utils.atomic_write import replacing
 from nami_lightning.utils.image_grid import save_image
 
