@@ -134,14 +134,14 @@ def bench(options: Namespace) -> None:
         ValueError: an option of another benchmark.
     """
     quieten_libraries()
-    module = {"step": "bench", "sample": "bench_sample", "data": "bench_data"}[options.what]
+    module = {"step": "train_step", "sample": "sampling", "data": "data_loading"}[options.what]
     own = BENCH_OPTIONS[options.what]
     for key in sorted({key for of_one in BENCH_OPTIONS.values() for key in of_one}):
         if getattr(options, key) is None:
             setattr(options, key, own.get(key))
         elif key not in own:
             raise ValueError(f"--{key} is not an option of: lightning bench {options.what}")
-    getattr(import_module(f"nami_lightning.{module}"), options.what)(options)
+    getattr(import_module(f"nami_lightning.benchmarks.{module}"), options.what)(options)
 
 
 def plan(options: Namespace) -> None:

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
+from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 WORDS = ["a", "the", "red", "blue", "green", "cat", "dog", "tree", "house", "on", "in", "under", "big", "small", "and"]
@@ -100,3 +101,14 @@ def make_flux() -> MakeFlux:
         return flux.eval()
 
     return make
+
+
+class MeanColours(nn.Module):
+    """Six numbers an image: means and deviations of its colours."""
+
+    name = "mean_colours"
+    num_features = 6
+
+    def forward(self, images: Tensor) -> Tensor:
+        images = images.double() / 255
+        return torch.cat([images.mean((2, 3)), images.std((2, 3))], 1)

@@ -409,7 +409,7 @@ def test_a_sweep_trains_resumes_skips_and_compares(
                 "training_images": 12,
                 "every_n_steps": 2,
                 "agreement": None,
-                "features": {"class_path": "test_metrics.MeanColours"},
+                "features": {"class_path": "tiny_models.MeanColours"},
                 "drawing": {"num_inference_steps": 1, "guidance_scale": 1.0},
             },
         },
@@ -436,7 +436,7 @@ def test_a_sweep_trains_resumes_skips_and_compares(
         return real_run(command) if "wrong" in command else main(command[3:])
 
     monkeypatch.setattr(sweep_module, "run_to_its_end", run_here)
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]), prepend=os.pathsep)
 
     assert main(["sweep", str(path), "--resamples", "20"]) == 2
     told = capfd.readouterr()

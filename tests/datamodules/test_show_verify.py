@@ -14,7 +14,7 @@ from litdata import StreamingDataset
 from PIL import Image
 from squares import Squares
 
-from nami_lightning import bench_data
+from nami_lightning.benchmarks import data_loading
 from nami_lightning.datamodules.chunk_checks import Damage, problem_of
 from nami_lightning.datamodules.chunks import ChunkFile, DamagedChunk
 from nami_lightning.datamodules.dataset import DESCRIPTION
@@ -243,7 +243,7 @@ def options(folder: Path, **changes: object) -> Namespace:
 
 def test_bench_prints_three_rates_and_two_quotients(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = prepare(Squares(60, [(40, 40)]), whole.with_name("alike"), Preparation([8, 32]), 1)
-    bench_data.data(options(folder))
+    data_loading.data(options(folder))
     printed = capsys.readouterr().out
     for shape in ("32x32", "8x8"):
         row = re.search(rf"^ +{shape} +(\d+)/s +(\d+)/s +(\d+)/s +([\d.]+) +([\d.]+)$", printed, re.MULTILINE)
@@ -253,8 +253,8 @@ def test_bench_prints_three_rates_and_two_quotients(whole: Path, capsys: pytest.
 
 def test_bench_says_what_it_lacks(whole: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"too few .* choose a smaller --batch_size"):
-        bench_data.data(options(whole, batch_size=64))
-    with bench_data.exported(bench_data._largest(bench_data.PreparedDataset(whole)), 2) as images:
+        data_loading.data(options(whole, batch_size=64))
+    with data_loading.exported(data_loading._largest(data_loading.PreparedDataset(whole)), 2) as images:
         assert len(list(images.glob("*/*.png"))) == 2
         with pytest.raises(ValueError, match="--images"):
-            bench_data.data(options(whole, images=str(images)))
+            data_loading.data(options(whole, images=str(images)))

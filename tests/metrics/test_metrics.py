@@ -16,6 +16,7 @@ import pytest
 import scipy.linalg
 import scipy.spatial
 import torch
+from tiny_models import MeanColours
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -284,17 +285,6 @@ def test_an_evaluation_comes_back_as_it_was(tmp_path: Path) -> None:
 # --- the callback ----------------------------------------------------------------------------------
 
 
-class MeanColours(nn.Module):
-    """Six numbers an image: means and deviations of its colours."""
-
-    name = "mean_colours"
-    num_features = 6
-
-    def forward(self, images: Tensor) -> Tensor:
-        images = images.double() / 255
-        return torch.cat([images.mean((2, 3)), images.std((2, 3))], 1)
-
-
 DRAWING = Drawing(num_inference_steps=2, guidance_scale=2.0)
 PHASES = "[{steps: 4, ratio: [2, 1, 1], learning_rate: 0.002}, {steps: %d, ratio: [0, 2, 1], learning_rate: 0.002}]"
 
@@ -433,7 +423,7 @@ def test_two_processes_measure_what_one_does(tiny: list[str], tmp_path: Path) ->
             "samples": 8,
             "training_images": 20,
             "agreement": None,
-            "features": {"class_path": "test_metrics.MeanColours"},
+            "features": {"class_path": "tiny_models.MeanColours"},
             "drawing": {"num_inference_steps": 1, "guidance_scale": 1.0},
             "batch_size": 2,
         },
@@ -442,7 +432,7 @@ def test_two_processes_measure_what_one_does(tiny: list[str], tmp_path: Path) ->
     settings = ["--curriculum.phases", "[{steps: 2, ratio: [2, 1, 1], learning_rate: 0.002}]"]
     settings += ["--trainer.callbacks", json.dumps(callbacks), "--data.init_args.num_workers", "0"]
     two = ["--trainer.devices", "2", "--trainer.strategy", "fsdp2", "--name", "two"]
-    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    path = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     for more in (["--name", "one"], two):
         command = [sys.executable, "-m", "nami_lightning.cli", "run", *tiny, *settings, *more]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from torch import nn
 
-from nami_lightning.bench_sample import PIPELINES, draw
+from nami_lightning.benchmarks.sampling import PIPELINES, draw
 from nami_lightning.cli import main
 from nami_lightning.runs.recipe import Recipe
 
