@@ -8,14 +8,17 @@ from typing import Any
 
 import torch
 
-from nami_lightning.evaluation import dpg, geneval, nami1k, ratings
-from nami_lightning.evaluation.describe import describe
-from nami_lightning.evaluation.drawing import ImageFolder, Sampling, draw
-from nami_lightning.evaluation.geneval_prompts import geneval_items
-from nami_lightning.evaluation.items import Item, first_of_each_kind
+from nami_lightning.evaluation.dpg import judge as dpg
+from nami_lightning.evaluation.generate import ImageFolder, Sampling, draw
+from nami_lightning.evaluation.geneval import judge as geneval
+from nami_lightning.evaluation.geneval.prompts import geneval_items
+from nami_lightning.evaluation.nami1k import prompts as nami1k
+from nami_lightning.evaluation.nami1k import ratings
+from nami_lightning.evaluation.nami1k.rating_pages import Plan, write_pages
 from nami_lightning.evaluation.options import check_options
-from nami_lightning.evaluation.rating_pages import Plan, write_pages
-from nami_lightning.evaluation.reports import write_json
+from nami_lightning.evaluation.prompt_stats import describe
+from nami_lightning.evaluation.prompts import Item, first_of_each_kind
+from nami_lightning.evaluation.results import write_json
 from nami_lightning.evaluation.side_by_side import side_by_side, spread
 from nami_lightning.utils.image_grid import save_image
 
@@ -124,7 +127,7 @@ def _judges(options: Namespace) -> tuple[Score, dict[str, str], Callable[[Any], 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     images = _images(options)
     if options.benchmark == "dpg":
-        from nami_lightning.evaluation.dpg_models import QuestionJudge
+        from nami_lightning.evaluation.dpg.models import QuestionJudge
 
         if not options.judge:
             raise ValueError("the images are drawn; give --judge, a model that answers questions about images")
@@ -132,7 +135,7 @@ def _judges(options: Namespace) -> tuple[Score, dict[str, str], Callable[[Any], 
         answer = QuestionJudge(options.judge, device)
         kept = names | {"answers": "text"}
         return lambda folder, items: dpg.judge_images(folder, items, images, answer, kept), names, dpg.lines
-    from nami_lightning.evaluation.geneval_models import CLIP, DETECTOR, LONGEST, SHORTEST, ColorClassifier, Detector
+    from nami_lightning.evaluation.geneval.models import CLIP, DETECTOR, LONGEST, SHORTEST, ColorClassifier, Detector
 
     names = {"detector": options.detector or DETECTOR, "CLIP": options.clip or CLIP}
     models = geneval.Judge(

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
-from nami_lightning.evaluation.drawing import ImageFolder
-from nami_lightning.evaluation.items import Item
+from nami_lightning.evaluation.generate import ImageFolder
+from nami_lightning.evaluation.prompts import Item
 from nami_lightning.utils.image_grid import caption_grid
 
 FONT_SIZE = 14

@@ -13,13 +13,11 @@ import pytest
 from PIL import Image
 from scipy import stats
 
-from nami_lightning.evaluation.describe import describe, lengths, nearest_topics, topics
-from nami_lightning.evaluation.drawing import ImageFolder
-from nami_lightning.evaluation.geneval_prompts import geneval_items, object_names
-from nami_lightning.evaluation.items import Item
-from nami_lightning.evaluation.nami1k import KINDS, TOPICS, read_prompts, shares
-from nami_lightning.evaluation.rating_pages import DIMENSIONS, Plan, page, write_pages
-from nami_lightning.evaluation.ratings import (
+from nami_lightning.evaluation.generate import ImageFolder
+from nami_lightning.evaluation.geneval.prompts import geneval_items, object_names
+from nami_lightning.evaluation.nami1k.prompts import KINDS, TOPICS, read_prompts, shares
+from nami_lightning.evaluation.nami1k.rating_pages import DIMENSIONS, Plan, page, write_pages
+from nami_lightning.evaluation.nami1k.ratings import (
     agreement,
     krippendorff_alpha,
     lines,
@@ -28,7 +26,9 @@ from nami_lightning.evaluation.ratings import (
     read_key,
     summarise,
 )
-from nami_lightning.evaluation.reports import interval
+from nami_lightning.evaluation.prompt_stats import describe, lengths, nearest_topics, topics
+from nami_lightning.evaluation.prompts import Item
+from nami_lightning.evaluation.results import interval
 from nami_lightning.utils.image_grid import save_image
 
 # --- prompts -----------------------------------------------------------------------------------

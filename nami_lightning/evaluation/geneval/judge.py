@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from nami_lightning.evaluation.drawing import ImageFolder
-from nami_lightning.evaluation.geneval_prompts import TASKS
-from nami_lightning.evaluation.geneval_rules import Detection, judge, kept
-from nami_lightning.evaluation.items import Item
-from nami_lightning.evaluation.reports import Ledger, interval, span
+from nami_lightning.evaluation.generate import ImageFolder
+from nami_lightning.evaluation.geneval.prompts import TASKS
+from nami_lightning.evaluation.geneval.rules import Detection, judge, kept
+from nami_lightning.evaluation.prompts import Item
+from nami_lightning.evaluation.results import Ledger, interval, span
 from nami_lightning.utils.text_table import table
 
 IMAGES = 4

@@ -106,7 +106,7 @@ def judge(metadata: Mapping[str, Any], objects: Objects, classify_colors: Classi
     """Whether an image shows what its prompt asks for.
 
     Args:
-        metadata: of the prompt, see :mod:`~nami_lightning.evaluation.geneval_prompts`.
+        metadata: of the prompt, see :mod:`~nami_lightning.evaluation.geneval.prompts`.
         objects: what :func:`kept` leaves of the detections.
         classify_colors: asked only where a colour matters.
     """

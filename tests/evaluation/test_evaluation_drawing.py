@@ -16,9 +16,9 @@ from tiny_models import MakeFlux, TextModel
 
 from nami_lightning.cli import main
 from nami_lightning.evaluate_commands import model_names
-from nami_lightning.evaluation.drawing import ImageFolder, Sampling, draw
-from nami_lightning.evaluation.items import Item
-from nami_lightning.evaluation.nami1k import read_prompts
+from nami_lightning.evaluation.generate import ImageFolder, Sampling, draw
+from nami_lightning.evaluation.nami1k.prompts import read_prompts
+from nami_lightning.evaluation.prompts import Item
 from nami_lightning.evaluation.side_by_side import side_by_side, spread
 from nami_lightning.models.autoencoder import PixelCodec
 from nami_lightning.models.bridge import BridgeFlow

@@ -4,7 +4,7 @@
 
 ``id`` names the prompt's folder of images; ``kind`` is ``open`` (from open benchmarks), ``human`` (written by people)
 or ``long`` (written by a model); ``topic`` may be left out. The paper prints 15 of its 1,000 prompts, five of each
-kind: they come with the package (``nami1k_examples.jsonl``; their topics are ours).
+kind: they come with the package (``examples.jsonl``; their topics are ours).
 """
 
 import json
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from importlib.resources import as_file, files
 from pathlib import Path
 
-from nami_lightning.evaluation.items import Item, checked_id, read_text
+from nami_lightning.evaluation.prompts import Item, checked_id, read_text
 
 IMAGES = 1
 KINDS = {"open": 360, "human": 320, "long": 320}
@@ -46,7 +46,7 @@ def read_prompts(path: Path | None = None) -> list[Item]:
         FileNotFoundError: no such file.
     """
     if path is None:
-        with as_file(files("nami_lightning.evaluation").joinpath("nami1k_examples.jsonl")) as examples:
+        with as_file(files("nami_lightning.evaluation.nami1k").joinpath("examples.jsonl")) as examples:
             return read_prompts(examples)
     items: dict[str, Item] = {}
     for number, line in enumerate(read_text(path).split("\n"), 1):

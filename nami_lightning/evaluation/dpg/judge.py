@@ -26,9 +26,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from nami_lightning.evaluation.drawing import ImageFolder
-from nami_lightning.evaluation.items import Item, checked_id, read_text
-from nami_lightning.evaluation.reports import Ledger, interval, percent, span
+from nami_lightning.evaluation.generate import ImageFolder
+from nami_lightning.evaluation.prompts import Item, checked_id, read_text
+from nami_lightning.evaluation.results import Ledger, interval, percent, span
 from nami_lightning.utils.text_table import table
 
 IMAGES = 4

@@ -7,10 +7,10 @@ import pytest
 from PIL import Image
 from tiny_judges import FILE, make_llava, make_vilt
 
-from nami_lightning.evaluation import reports
-from nami_lightning.evaluation.dpg import image_score, is_no, is_yes, judge_images, lines, read_questions, scores
-from nami_lightning.evaluation.dpg_models import QuestionJudge
-from nami_lightning.evaluation.drawing import ImageFolder
+from nami_lightning.evaluation import results as reports
+from nami_lightning.evaluation.dpg.judge import image_score, is_no, is_yes, judge_images, lines, read_questions, scores
+from nami_lightning.evaluation.dpg.models import QuestionJudge
+from nami_lightning.evaluation.generate import ImageFolder
 from nami_lightning.utils.image_grid import save_image
 
 

@@ -20,8 +20,8 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from tqdm import tqdm
 
-from nami_lightning.evaluation.items import Item, prompts_hash
-from nami_lightning.evaluation.reports import write_json
+from nami_lightning.evaluation.prompts import Item, prompts_hash
+from nami_lightning.evaluation.results import write_json
 from nami_lightning.models.pipeline import NamiPipeline
 from nami_lightning.runs.load import load_pipeline
 from nami_lightning.runs.run_dir import find_run, is_run

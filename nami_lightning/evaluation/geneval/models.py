@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from nami_lightning.errors import first_line
-from nami_lightning.evaluation.geneval_prompts import COLORS, object_names
-from nami_lightning.evaluation.geneval_rules import THRESHOLD, Box, Detection
-from nami_lightning.evaluation.reports import need
+from nami_lightning.evaluation.geneval.prompts import COLORS, object_names
+from nami_lightning.evaluation.geneval.rules import THRESHOLD, Box, Detection
+from nami_lightning.evaluation.results import need
 
 DETECTOR = "facebook/mask2former-swin-small-coco-instance"
 CLIP = "openai/clip-vit-large-patch14"

@@ -15,12 +15,12 @@ from tiny_judges import make_clip, make_detector
 from torchvision.ops import box_iou
 from transformers import CLIPModel, CLIPProcessor
 
-from nami_lightning.evaluation.drawing import ImageFolder
-from nami_lightning.evaluation.geneval import Judge, judge_images, lines, scores
-from nami_lightning.evaluation.geneval_models import ColorClassifier, Detector, box_of, crop
-from nami_lightning.evaluation.geneval_prompts import COLORS, TASKS, geneval_items, object_names
-from nami_lightning.evaluation.geneval_rules import Box, Detection, judge, kept, overlap, relations
-from nami_lightning.evaluation.items import Item, first_of_each_kind
+from nami_lightning.evaluation.generate import ImageFolder
+from nami_lightning.evaluation.geneval.judge import Judge, judge_images, lines, scores
+from nami_lightning.evaluation.geneval.models import ColorClassifier, Detector, box_of, crop
+from nami_lightning.evaluation.geneval.prompts import COLORS, TASKS, geneval_items, object_names
+from nami_lightning.evaluation.geneval.rules import Box, Detection, judge, kept, overlap, relations
+from nami_lightning.evaluation.prompts import Item, first_of_each_kind
 from nami_lightning.utils.image_grid import save_image
 
 PUBLISHED = "55b6e3650e980c13daf30569eb666e000faf19bfc2b7b4cbe999fcdb7aa9d680"
@@ -288,7 +288,7 @@ def test_a_detector_of_other_classes_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nami_lightning.evaluation.reports.find_spec", lambda name: None)
+    monkeypatch.setattr("nami_lightning.evaluation.results.find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=r"scipy is needed: pip install 'nami_lightning\[evaluate\]'"):
         Detector("any", "cpu")
 

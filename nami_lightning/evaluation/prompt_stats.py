@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from nami_lightning.evaluation.items import Item
-from nami_lightning.evaluation.nami1k import TOPICS
-from nami_lightning.evaluation.reports import need, percent, write_json
+from nami_lightning.evaluation.nami1k.prompts import TOPICS
+from nami_lightning.evaluation.prompts import Item
+from nami_lightning.evaluation.results import need, percent, write_json
 from nami_lightning.models.text_encoder import PromptEncoder, TextEncoderConfig
 from nami_lightning.utils.image_grid import save_figure
 from nami_lightning.utils.text_table import table

@@ -24,9 +24,9 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
-from nami_lightning.evaluation.drawing import ImageFolder
-from nami_lightning.evaluation.items import Item
-from nami_lightning.evaluation.reports import write_json
+from nami_lightning.evaluation.generate import ImageFolder
+from nami_lightning.evaluation.prompts import Item
+from nami_lightning.evaluation.results import write_json
 from nami_lightning.utils.atomic_write import replacing
 
 FORMAT = 1
@@ -177,6 +177,6 @@ def page(study: str, rater: int, part: int, entries: Sequence[Mapping[str, str]]
     """
     dimensions = [{"name": name, "title": title, "asks": asks} for name, (title, asks) in DIMENSIONS.items()]
     data = {"format": FORMAT, "study": study, "rater": rater, "part": part, "dimensions": dimensions}
-    template = files("nami_lightning.evaluation").joinpath("rating_page.html").read_text(encoding="utf-8")
+    template = files("nami_lightning.evaluation.nami1k").joinpath("rating_page.html").read_text(encoding="utf-8")
     script = json.dumps(data | {"entries": list(entries)}).replace("<", "\\u003c")
     return template.replace("{{title}}", html.escape(f"Rater {rater}, part {part}")).replace("{{data}}", script)

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from nami_lightning.evaluation.items import Item, prompts_hash
+from nami_lightning.evaluation.prompts import Item, prompts_hash
 
 SEED = 43
 DRAWS = 100
@@ -38,7 +38,7 @@ Metadata = dict[str, Any]
 @cache
 def object_names() -> tuple[str, ...]:
     """The 80 classes of COCO in COCO's order, by GenEval's names."""
-    text = files("nami_lightning.evaluation").joinpath("geneval_objects.txt").read_text(encoding="utf-8")
+    text = files("nami_lightning.evaluation.geneval").joinpath("objects.txt").read_text(encoding="utf-8")
     return tuple(text.split("\n")[:80])
 
 
