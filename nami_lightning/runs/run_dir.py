@@ -20,6 +20,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 
 from nami_lightning.runs.lock import hold
+from nami_lightning.utils.atomic_write import replacing
 
 RECIPE_FILE = "recipe.yaml"
 
@@ -55,6 +56,11 @@ class Run:
                 f"{self.folder} has no checkpoint of step {step}, but of {', '.join(map(str, found))}"
             )
         return found[max(found) if step is None else step]
+
+    def write_recipe(self, text: str) -> None:
+        """Write the resolved recipe, whole or not at all."""
+        with replacing(self.recipe) as partial:
+            partial.write_text(text)
 
     def load_newest(self) -> tuple[Path, dict[str, Any]] | None:
         """The newest checkpoint and :func:`read_metadata` of it; None if there is none."""

@@ -83,6 +83,11 @@ class Curriculum:
         """The phase of ``step``."""
         return self.phases[self.phase_index(step)]
 
+    def describe(self, step: int) -> str:
+        """Say where in training ``step`` is: ``step 600 of 900, phase 2 of 3``."""
+        phase = self.phase_index(min(step, self.total_steps - 1)) + 1
+        return f"step {step} of {self.total_steps}, phase {phase} of {len(self.phases)}"
+
     def learning_rate(self, step: int) -> float:
         """Learning rate of ``step``."""
         index = self.phase_index(step)

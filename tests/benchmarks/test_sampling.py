@@ -9,7 +9,7 @@ import pytest
 from torch import nn
 
 from nami_lightning.benchmarks.sampling import PIPELINES, draw
-from nami_lightning.cli import main
+from nami_lightning.cli.main import main
 from nami_lightning.runs.recipe import Recipe
 
 TINY = Path(__file__).parents[1] / "tiny.yaml"

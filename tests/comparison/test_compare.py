@@ -17,7 +17,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from nami_lightning.cli import main
+from nami_lightning.cli.main import main
 from nami_lightning.comparison import compare
 from nami_lightning.comparison import sweep as sweep_module
 from nami_lightning.comparison.compare import differences, load_records

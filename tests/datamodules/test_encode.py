@@ -25,7 +25,7 @@ from squares import Squares, contents
 
 from nami_lightning.callbacks import BridgePretraining, CurriculumCallback, Metrics
 from nami_lightning.callbacks.drawing import Drawing
-from nami_lightning.cli import main
+from nami_lightning.cli.main import main
 from nami_lightning.datamodules import encode as encode_module
 from nami_lightning.datamodules.dataset import PreparedDataset
 from nami_lightning.datamodules.encode import Encoding, encode_batch, encode_parts, merge

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from squares import Squares
 
-from nami_lightning.cli import main
+from nami_lightning.cli.main import main
 from nami_lightning.datamodules.dataset import Bucket, PreparedDataset
 from nami_lightning.datamodules.images import read_image
 from nami_lightning.datamodules.multires import MultiResolutionDataModule

@@ -19,7 +19,7 @@ from moto.server import ThreadedMotoServer
 from squares import Squares
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from nami_lightning.cli import main
+from nami_lightning.cli.main import main
 from nami_lightning.datamodules import remote as remote_module
 from nami_lightning.datamodules.ahead import TRAINING, bytes_needed
 from nami_lightning.datamodules.cache import CacheSettings

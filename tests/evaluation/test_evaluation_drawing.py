@@ -14,8 +14,8 @@ from PIL import Image
 from tiny_judges import FILE, make_clip, make_detector, make_vilt
 from tiny_models import MakeFlux, TextModel
 
-from nami_lightning.cli import main
-from nami_lightning.evaluate_commands import model_names
+from nami_lightning.cli.evaluate import model_names
+from nami_lightning.cli.main import main
 from nami_lightning.evaluation.generate import ImageFolder, Sampling, draw
 from nami_lightning.evaluation.nami1k.prompts import read_prompts
 from nami_lightning.evaluation.prompts import Item

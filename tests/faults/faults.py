@@ -16,7 +16,7 @@ import torch
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from nami_lightning.cli import main
+from nami_lightning.cli.main import main
 from nami_lightning.training.strategies import local_shards
 
 HERE = Path(__file__).parent

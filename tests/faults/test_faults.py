@@ -12,7 +12,7 @@ import yaml
 from faults import numbers, run, same_numbers, with_callback
 from kill_ranks import check
 
-from nami_lightning.cli import main
+from nami_lightning.cli.main import main
 from nami_lightning.models.pipeline import NamiPipeline
 from nami_lightning.runs.preemption import INTERRUPTED, REQUEUE
 from nami_lightning.runs.run_dir import Run, step_of

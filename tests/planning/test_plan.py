@@ -15,10 +15,10 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 
-from nami_lightning.cli import main, make_parser
+from nami_lightning.cli.main import main, make_parser
+from nami_lightning.cli.plan import read_setup
 from nami_lightning.models.autoencoder import AutoencoderConfig
 from nami_lightning.models.text_encoder import TextEncoderConfig
-from nami_lightning.planning.command import read_setup
 from nami_lightning.planning.encoder_memory import autoencoder, text_encoders
 from nami_lightning.planning.flops import DEVICES, Device, device_called, number_type
 from nami_lightning.planning.inputs import Setup

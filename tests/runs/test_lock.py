@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from nami_lightning.cli import main
+from nami_lightning.cli.main import main
 from nami_lightning.runs import lock
 from nami_lightning.runs.lock import hold, is_held
 

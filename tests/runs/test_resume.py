@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from nami_lightning.callbacks import RunCheckpoint
-from nami_lightning.cli import main
+from nami_lightning.cli.main import main
 from nami_lightning.runs.run_dir import Run
 
 # A server process that has imported everything: each run starts at once, in a process of its own.

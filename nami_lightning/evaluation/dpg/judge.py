@@ -31,7 +31,6 @@ from nami_lightning.evaluation.prompts import Item, checked_id, read_text
 from nami_lightning.evaluation.results import Ledger, interval, percent, span
 from nami_lightning.utils.text_table import table
 
-IMAGES = 4
 VERDICTS = "verdicts.jsonl"
 CATEGORIES = {"global": "Gbl", "entity": "Ent", "attribute": "Attr", "relation": "Rel", "other": "Oth"}
 COLUMNS = ("item_id", "text", "proposition_id", "dependency", "tuple", "question_natural_language")

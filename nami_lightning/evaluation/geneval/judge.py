@@ -15,7 +15,6 @@ from nami_lightning.evaluation.prompts import Item
 from nami_lightning.evaluation.results import Ledger, interval, span
 from nami_lightning.utils.text_table import table
 
-IMAGES = 4
 VERDICTS = "verdicts.jsonl"
 HEADINGS = {
     "single_object": "Sgl",

@@ -15,7 +15,6 @@ from pathlib import Path
 
 from nami_lightning.evaluation.prompts import Item, checked_id, read_text
 
-IMAGES = 1
 KINDS = {"open": 360, "human": 320, "long": 320}
 """The kinds, and the paper's number of each."""
 

@@ -1,4 +1,6 @@
-"""What the commands of ``lightning data`` do; imported only when one runs."""
+"""``lightning data``: make a data set of images with captions, encode it, look at it, check it."""
+
+from __future__ import annotations
 
 import argparse
 import os
@@ -9,23 +11,23 @@ from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from jsonargparse import ArgumentError, ArgumentParser
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
 
-from nami_lightning.datamodules.dataset import ENCODINGS, PreparedDataset
-from nami_lightning.datamodules.multires import MultiResolutionDataModule
-from nami_lightning.datamodules.parts import Preparation, prepare_parts
-from nami_lightning.datamodules.prepare import is_complete, merge
-from nami_lightning.datamodules.remote import is_remote
-from nami_lightning.datamodules.show import outcome
-from nami_lightning.datamodules.show import show as show_dataset
-from nami_lightning.datamodules.sources import find_source
-from nami_lightning.datamodules.sources.base import Source
-from nami_lightning.datamodules.verify import report
-from nami_lightning.errors import explain
-from nami_lightning.runs.recipe import Recipe, keys
+    from nami_lightning.datamodules.parts import Preparation
+    from nami_lightning.datamodules.sources.base import Source
+
+EXAMPLES = """\
+examples:
+  lightning data prepare --source photos/ --output shards/ --resolutions 256 512 1024
+  lightning data prepare --source 'laion/*.tar' --output shards/ --resolutions 256 512 --filters.min_aesthetic 5
+  lightning data prepare recipes/openmoji.yaml             what the recipe's data: block says
+  lightning data encode recipes/nami_0.6b.yaml             latents and text states: training without the encoders
+  lightning data show shards/                              counts, captions, a contact sheet
+  lightning data verify shards/                            read all, and report the damaged
+"""
 
 PREPARE = """\
 Make a data set of a collection of images with captions. Run the same command again to go on after an interruption.
@@ -60,12 +62,49 @@ SHARD = "I/N: only the I-th of N shares of the work, I from 0."
 MERGE = "Only join what the shards have made."
 
 
+def add_command(commands: Any) -> None:
+    """Add ``data`` and what it does to the command line."""
+    parser = commands.add_parser(
+        "data",
+        help="image-caption collections to shards",
+        description="Make a data set of any collection of images with captions, look at it, check it.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="what", required=True, metavar="COMMAND")
+    # These two have parsers of their own, below: they take every setting of a preparation, or every key of a recipe.
+    for name, what, execute in (
+        ("prepare", "images and captions to shards", prepare),
+        ("encode", "images and captions to latents and text states", encode),
+    ):
+        own = commands.add_parser(name, help=what, add_help=False, allow_abbrev=False)
+        own.set_defaults(execute=execute, takes_keys=True)
+
+    shower = commands.add_parser("show", help="counts, captions, a contact sheet", description="Print what it is.")
+    shower.add_argument("folder", metavar="DIR", help="a prepared data set, or its URL (s3://bucket/path)")
+    shower.add_argument("--out", metavar="DIR", default=".", help="where contact_sheet.png goes (default: here)")
+    shower.add_argument("--images", type=int, default=48, help="images on it (default 48)")
+    shower.set_defaults(execute=show)
+
+    verifier = commands.add_parser("verify", help="read all, and report the damaged", description="Read it whole.")
+    verifier.add_argument("folder", metavar="DIR", help="a prepared data set")
+    verifier.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
+    verifier.set_defaults(execute=verify)
+
+
 def prepare(options: Namespace) -> None:
     """From a source, or from a recipe's, to a data set.
 
     Raises:
         ValueError: arguments that don't fit together.
     """
+    from nami_lightning.datamodules.dataset import PreparedDataset
+    from nami_lightning.datamodules.multires import MultiResolutionDataModule
+    from nami_lightning.datamodules.parts import prepare_parts
+    from nami_lightning.datamodules.prepare import is_complete, merge
+    from nami_lightning.datamodules.show import outcome
+    from nami_lightning.runs.recipe import Recipe
+
     arguments = list(options.overrides)
     if arguments and not arguments[0].startswith("-"):
         work, overrides = _work_parser().parse_known_args(arguments)
@@ -101,6 +140,11 @@ def _work_parser() -> argparse.ArgumentParser:
 
 def _prepare_parser() -> ArgumentParser:
     """What ``lightning data prepare --source ...`` takes: every setting of a preparation."""
+    from jsonargparse import ArgumentParser
+
+    from nami_lightning.datamodules.parts import Preparation
+    from nami_lightning.datamodules.sources.base import Source
+
     parser = ArgumentParser(prog="lightning data prepare", description=PREPARE, exit_on_error=False)
     parser.add_argument("--source", type=Source, required=True, help=SOURCE)
     parser.add_argument("--output", type=str, required=True, help="The data set's folder.")
@@ -112,6 +156,12 @@ def _prepare_parser() -> ArgumentParser:
 
 
 def _parse(arguments: Sequence[str]) -> tuple[Any, Source, Preparation]:
+    from jsonargparse import ArgumentError
+
+    from nami_lightning.datamodules.parts import Preparation
+    from nami_lightning.errors import explain
+    from nami_lightning.runs.recipe import keys
+
     parser = _prepare_parser()
     try:
         config = parser.parse_args(_expand(arguments))
@@ -146,6 +196,9 @@ def _expand(arguments: Sequence[str]) -> list[str]:
 
 
 def _source_arguments(value: str) -> list[str]:
+    from nami_lightning.datamodules.sources import find_source
+    from nami_lightning.datamodules.sources.base import Source
+
     if re.fullmatch(r"[A-Za-z_][\w.]*", value) and not Path(value).exists():
         known = [kind.__name__ for kind in Source.__subclasses__()]
         if "." not in value and value not in known:
@@ -173,7 +226,10 @@ def encode(options: Namespace) -> None:
     Raises:
         ValueError: arguments that don't fit together.
     """
+    from nami_lightning.datamodules.dataset import ENCODINGS
     from nami_lightning.datamodules.encode import Encoding, encode_parts, merge
+    from nami_lightning.datamodules.multires import MultiResolutionDataModule
+    from nami_lightning.runs.recipe import Recipe
 
     work, overrides = _encode_parser().parse_known_args(list(options.overrides))
     recipe = Recipe(work.recipe, overrides)
@@ -201,6 +257,8 @@ def encode(options: Namespace) -> None:
 
 def _encode_parser() -> argparse.ArgumentParser:
     """What ``lightning data encode RECIPE`` takes besides recipe keys."""
+    import torch
+
     parser = argparse.ArgumentParser(
         prog="lightning data encode",
         description=ENCODE,
@@ -235,6 +293,8 @@ def _encode_parser() -> argparse.ArgumentParser:
 
 def show(options: Namespace) -> None:
     """Print what a data set is, and draw a contact sheet."""
+    from nami_lightning.datamodules.show import show as show_dataset
+
     show_dataset(options.folder, Path(options.out), options.images)
 
 
@@ -244,6 +304,9 @@ def verify(options: Namespace) -> None:
     Raises:
         ValueError: it is remote.
     """
+    from nami_lightning.datamodules.remote import is_remote
+    from nami_lightning.datamodules.verify import report
+
     if is_remote(options.folder):
         raise ValueError(
             f"{options.folder} is remote: copy it to a disk, and verify the copy. Training checks each chunk that it "

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nami_lightning.cli import main
+from nami_lightning.cli.main import main
 
 # Of sbatch's manual page; all that a script of ours may hold.
 OPTIONS = {

@@ -9,22 +9,60 @@ import shlex
 import sys
 from argparse import Namespace
 from pathlib import Path
-
-from nami_lightning.runs.preemption import REQUEUE
-from nami_lightning.runs.recipe import Recipe
+from typing import Any
 
 SECONDS_TO_SAVE = 120
 SECONDS_TO_FOLLOW = 300
 """How long the other processes may go on after the first ended, for whatever reason."""
 
 
-def slurm(options: Namespace) -> str:
-    """The text of an sbatch script; makes the folder that its log goes to, without which SLURM ends a job at once.
+def add_command(commands: Any) -> None:
+    """Add ``launch`` and the clusters that it knows to the command line."""
+    parser = commands.add_parser(
+        "launch",
+        help="a script that runs a recipe on a cluster",
+        description="Write the script that runs a recipe on a cluster.",
+    )
+    clusters = parser.add_subparsers(dest="what", required=True, metavar="CLUSTER")
+    slurm = clusters.add_parser(
+        "slurm",
+        help="an sbatch script",
+        description="Write the sbatch script that trains RECIPE on a SLURM cluster, one process a GPU. Two minutes "
+        "before its time is up the job saves and is queued again; each time it goes on from its newest checkpoint.",
+        epilog="Any recipe key can follow, as for: lightning run",
+        allow_abbrev=False,
+    )
+    slurm.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a packaged one")
+    slurm.add_argument("--nodes", type=int, required=True, help="how many")
+    slurm.add_argument("--gpus", type=int, required=True, help="of each node")
+    slurm.add_argument("--cpus", type=int, help="cores for each GPU (default: the recipe's data workers and one more)")
+    slurm.add_argument("--partition", help="as sbatch takes it")
+    slurm.add_argument("--account", help="as sbatch takes it")
+    slurm.add_argument("--time", help="as sbatch takes it: 24:00:00, 2-00:00:00")
+    slurm.add_argument("--output", metavar="FILE", help="where the script goes (default: the terminal)")
+    slurm.set_defaults(execute=launch_slurm, takes_keys=True)
+
+
+def launch_slurm(options: Namespace) -> None:
+    """Write or print the script."""
+    script = slurm_script(options)
+    if options.output is None:
+        print(script, end="")
+    else:
+        Path(options.output).write_text(script)
+        print(f"Submit it with: sbatch {options.output}")
+
+
+def slurm_script(options: Namespace) -> str:
+    """Return the text of an sbatch script, and make its log's folder, without which SLURM ends a job at once.
 
     Args:
         options: ``recipe``, ``overrides``, ``nodes``, ``gpus`` (a node), ``cpus`` (a GPU; None for the recipe's workers
             and one more), ``partition``, ``account`` and ``time`` (None for the cluster's own).
     """
+    from nami_lightning.runs.preemption import REQUEUE
+    from nami_lightning.runs.recipe import Recipe
+
     sizes = ["--trainer.num_nodes", str(options.nodes), "--trainer.devices", str(options.gpus)]
     recipe = Recipe(options.recipe, [*options.overrides, *sizes])
     logs = recipe.folder.resolve() / "logs"

@@ -1,34 +1,64 @@
-"""What ``lightning plan`` does: a recipe's settings to a plan, on the terminal or as JSON."""
+"""``lightning plan``: what a recipe needs on given devices, on the terminal or as JSON."""
 
+from __future__ import annotations
+
+import argparse
 import json
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from lightning.pytorch.strategies import DDPStrategy
+if TYPE_CHECKING:
+    from nami_lightning.datamodules import MultiResolutionDataModule
+    from nami_lightning.planning.inputs import Network, Setup, Spread
+    from nami_lightning.planning.report import Data
+    from nami_lightning.training.module import NamiModule
 
-from nami_lightning.callbacks import EMA
-from nami_lightning.datamodules import MultiResolutionDataModule
-from nami_lightning.datamodules.dataset import PreparedDataset, parse_bucket_name
-from nami_lightning.planning import encoder_memory as frozen
-from nami_lightning.planning.flops import DEVICES
-from nami_lightning.planning.inputs import Network, Setup, Spread
-from nami_lightning.planning.plan import make_plan
-from nami_lightning.planning.report import Data, as_json, as_text
-from nami_lightning.planning.suggestions import find_remedy
-from nami_lightning.runs.recipe import Recipe
-from nami_lightning.training.module import NamiModule
-from nami_lightning.training.strategies import FSDP2Strategy
+EXAMPLES = """\
+examples:
+  lightning plan nami_2b --devices 64 --device a100-80gb
+  lightning plan nami_0.6b --devices 8 --device h100 --images 50000000
+  lightning plan nami_2b --devices 64 --device a100-40gb --model.activation_checkpointing 2   any recipe key
+  lightning plan nami_2b --devices 64 --json               the same for programs
+"""
 
 DEVICES_IF_UNSAID = 8
 ALIASES = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "64": "64-true"}
 """Lightning's own short names of precisions."""
 
 
+def add_command(commands: Any) -> None:
+    """Add ``plan`` to the command line."""
+    parser = commands.add_parser(
+        "plan",
+        help="what a recipe needs: memory, operations, GPU-hours",
+        description="Say before anything is bought what RECIPE needs on given devices, beside FLUX-base, the same "
+        "network with one stage. Nothing is downloaded, prepared or trained.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a packaged one; keys may follow")
+    parser.add_argument("--devices", type=int, help="how many (default: the recipe's trainer.devices; 8 if it is auto)")
+    parser.add_argument("--device", default="a100-80gb", help="which: a100-40gb, h100, h200, ... (default a100-80gb)")
+    parser.add_argument(
+        "--utilization", type=float, default=0.4, help="share of the device's peak that is reached (default 0.4)"
+    )
+    parser.add_argument(
+        "--images", type=int, nargs="+", metavar="N", help="images for training: all, or those of each resolution"
+    )
+    parser.add_argument("--json", action="store_true", help="all figures for programs: bytes, operations, seconds")
+    parser.set_defaults(execute=plan, takes_keys=True)
+
+
 def plan(options: Namespace) -> None:
     """Print what a recipe needs, beside FLUX-base."""
+    from nami_lightning.planning.plan import make_plan
+    from nami_lightning.planning.report import as_json, as_text
+    from nami_lightning.planning.suggestions import find_remedy
+    from nami_lightning.runs.recipe import Recipe
+
     if not 0 < options.utilization <= 1:
         raise ValueError(f"--utilization must lie above 0 and not above 1; got {options.utilization}")
     recipe = Recipe(options.recipe, options.overrides)
@@ -50,6 +80,14 @@ def read_setup(name: str, objects: Any, options: Namespace) -> Setup:
     Raises:
         ValueError: a device or strategy that plans don't know, or a DataModule of another kind.
     """
+    import torch
+
+    from nami_lightning.callbacks import EMA
+    from nami_lightning.datamodules import MultiResolutionDataModule
+    from nami_lightning.planning.flops import DEVICES
+    from nami_lightning.planning.inputs import Network, Setup
+    from nami_lightning.training.module import NamiModule
+
     module, data, trainer = objects.model, objects.data, objects.trainer
     assert isinstance(module, NamiModule)
     if not isinstance(data, MultiResolutionDataModule):
@@ -93,6 +131,12 @@ def spread_of(strategy: Any) -> Spread:
     Raises:
         ValueError: it is neither DDP nor FSDP2.
     """
+    import torch
+    from lightning.pytorch.strategies import DDPStrategy
+
+    from nami_lightning.planning.inputs import Spread
+    from nami_lightning.training.strategies import FSDP2Strategy
+
     if strategy == "fsdp2":
         strategy = FSDP2Strategy()
     if isinstance(strategy, FSDP2Strategy):
@@ -119,6 +163,8 @@ def spread_of(strategy: Any) -> Spread:
 
 def optimizer_state(module: NamiModule, network: Network) -> float:
     """Bytes of the optimizer's state for each byte of weights, found by one step on small ones with the same names."""
+    import torch
+
     real = dict(network.model.named_parameters())
     small = {name: torch.nn.Parameter(torch.zeros([2] * weight.ndim)) for name, weight in real.items()}
     optimizer = module.make_optimizer(small.items())
@@ -134,6 +180,8 @@ def optimizer_state(module: NamiModule, network: Network) -> float:
 
 def with_frozen(setup: Setup, module: NamiModule, data: MultiResolutionDataModule) -> Setup:
     """The setup with the encoders that its training loads."""
+    from nami_lightning.planning import encoder_memory
+
     if (about := description(data)) is not None and about.get("encodings"):
         return setup
     finest = module.resolutions[-1]
@@ -141,16 +189,18 @@ def with_frozen(setup: Setup, module: NamiModule, data: MultiResolutionDataModul
     if module.latent_pyramid == "pool":
         encodes = [[finest] for _ in module.resolutions]
     micro_batches = [setup.micro_batch(stage) for stage in range(len(encodes))]
-    models = frozen.text_encoders(module.text_encoder_config, len(encodes))
+    models = encoder_memory.text_encoders(module.text_encoder_config, len(encodes))
     if setup.spread.shard_text_encoder:
         shards = setup.spread.shards(setup.devices)
         models = [replace(model, memory=model.memory and -(-model.memory // shards)) for model in models]
-    models += frozen.autoencoder(module.autoencoder_config, encodes, micro_batches)
+    models += encoder_memory.autoencoder(module.autoencoder_config, encodes, micro_batches)
     return replace(setup, frozen=tuple(models))
 
 
 def description(data: MultiResolutionDataModule) -> dict[str, Any] | None:
     """What the recipe's data set says of itself, if it is prepared."""
+    from nami_lightning.datamodules.dataset import PreparedDataset
+
     try:
         return PreparedDataset(data.dataset_folder).description
     except FileNotFoundError:
@@ -163,6 +213,9 @@ def read_data(data: MultiResolutionDataModule, images: Sequence[int] | None) -> 
     Raises:
         ValueError: as many numbers as neither one nor the stages.
     """
+    from nami_lightning.datamodules.dataset import parse_bucket_name
+    from nami_lightning.planning.report import Data
+
     if images:
         if len(images) not in (1, len(data.resolutions)):
             raise ValueError(f"--images takes one number, or one for each of {data.resolutions}; got {list(images)}")

@@ -1,0 +1,51 @@
+"""``lightning export``: a checkpoint, one file or every rank's shards, as a folder for NamiPipeline.from_pretrained."""
+
+import argparse
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+SHARD_SIZE = "2GB"
+"""Largest file of weights, which is what writing needs besides the model itself."""
+
+
+def add_command(commands: Any) -> None:
+    """Add ``export`` to the command line."""
+    parser = commands.add_parser(
+        "export",
+        help="a checkpoint as a diffusers pipeline",
+        description="Write a checkpoint, of one process or of many, as a folder for NamiPipeline.from_pretrained. "
+        "Needs no GPU, and memory for the model alone.",
+    )
+    parser.add_argument("run", metavar="RUN", help="a run (folder, or name below runs/)")
+    parser.add_argument("--step", type=int, help="of the checkpoint (default: the newest)")
+    parser.add_argument("--output", metavar="DIR", help="a new folder (default: RUN/pipelines/step=NNNNNNN)")
+    parser.add_argument(
+        "--ema", action=argparse.BooleanOptionalAction, default=True, help="the EMA's weights, not the trained ones"
+    )
+    parser.set_defaults(execute=export)
+
+
+def export(options: Namespace) -> None:
+    """Write the pipeline's folder under a temporary name, and rename it when it is complete.
+
+    Args:
+        options: ``run``, ``step`` (or None for the newest), ``output`` (or None: below the run), ``ema``.
+
+    Raises:
+        FileNotFoundError: no such run, or no such checkpoint.
+        FileExistsError: the output is there already.
+    """
+    from nami_lightning.runs.load import load_module
+    from nami_lightning.runs.run_dir import find_run, remove, step_of
+
+    run = find_run(options.run)
+    step = step_of(run.checkpoint(options.step))
+    target = Path(options.output or run.folder / "pipelines" / f"step={step:07d}{'' if options.ema else '_no_ema'}")
+    if target.exists():
+        raise FileExistsError(f"{target} exists: remove it, or give another --output")
+    partial = target.with_name(f"{target.name}.partial")
+    remove(partial)
+    load_module(run, step, options.ema).pipeline().save_pretrained(partial, max_shard_size=SHARD_SIZE)
+    partial.rename(target)
+    print(f"{target}: load it with NamiPipeline.from_pretrained, or use: lightning sample {target} --prompt '...'")

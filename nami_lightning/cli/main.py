@@ -1,0 +1,87 @@
+"""The command ``lightning`` (also ``nami``): all commands' options, and errors as one clear message."""
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+
+from nami_lightning.cli import bench, compare, data, evaluate, export, launch, plan, run, sample, show, sweep
+
+COMMANDS = (run, sample, show, plan, data, export, launch, evaluate, compare, sweep, bench)
+"""In the order of ``lightning --help``."""
+
+EXAMPLES = """\
+examples:
+  lightning run recipes/openmoji.yaml                      train the demo; run it again to resume
+  lightning run recipes/openmoji.yaml --curriculum.unit 8  with another value of any recipe key
+  lightning sample openmoji --prompt "red apple"           sample with the run's newest checkpoint
+  lightning show openmoji                                  how far it is, and where its files lie
+  lightning export openmoji                                its newest checkpoint as a diffusers pipeline
+  lightning launch slurm recipes/nami_2b.yaml --nodes 8 --gpus 8 --output nami_2b.sh
+  lightning plan nami_2b --devices 64 --device a100-80gb   memory, operations and GPU-hours before anything is bought
+  lightning data prepare --source photos/ --output shards/ --resolutions 256 512 1024
+  lightning compare nami flux_base --by flops              tables, plots, grids, one page
+  lightning sweep openmoji_components                      train a list of recipes, then compare
+"""
+
+NOISE = (
+    r".*isinstance\(treespec, LeafSpec\).*",
+    r".*does not have many workers which may be a bottleneck.*",
+    r".*Starting from v1.9.0, `tensorboardX` has been removed.*",
+    r".*FSDP2-wrapped module .* returned a view tensor.*",
+    r".*Checkpoint directory .* exists and is not empty.*",
+    r".*`local_dir_use_symlinks` argument is deprecated.*",
+    r".*your dataloader is not resumable.*",  # the position in the data is the step's number
+)
+"""What libraries say of their own inner workings."""
+
+ADVERTISEMENTS = ("Tip:", "`max_epochs=1` reached")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return the exit status. Set NAMI_TRACEBACK=1 to see where an error came from."""
+    options, rest = make_parser().parse_known_args(arguments)
+    if options.takes_keys:
+        options.overrides = rest
+    elif rest:
+        print(f"error: unknown option {rest[0]}; see: lightning {options.command} --help", file=sys.stderr)
+        return 2
+    quieten_libraries()
+    from nami_lightning.errors import explain, is_for_people
+
+    try:
+        options.execute(options)
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        if os.environ.get("NAMI_TRACEBACK") or not is_for_people(error):
+            raise
+        print(f"error: {explain(error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands. Those with ``takes_keys`` take any recipe key besides their options."""
+    parser = argparse.ArgumentParser(
+        prog="lightning",
+        description="Train text-to-image models in stages of rising resolution (NAMI).",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(takes_keys=False)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for command in COMMANDS:
+        command.add_command(commands)
+    return parser
+
+
+def quieten_libraries() -> None:
+    """Drop what libraries say of their own inner workings, and their advertisements."""
+    for message in NOISE:
+        warnings.filterwarnings("ignore", message=message)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: not any(words in record.getMessage() for words in ADVERTISEMENTS)
+    )

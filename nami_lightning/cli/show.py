@@ -1,0 +1,46 @@
+"""``lightning show``: what a run is: how far it has come, its last losses, where its files lie."""
+
+import shutil
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+
+def add_command(commands: Any) -> None:
+    """Add ``show`` to the command line."""
+    parser = commands.add_parser("show", help="print what a run is", description="Print what a run is.")
+    parser.add_argument("run", metavar="RUN", help="a run (folder, or name below runs/)")
+    parser.set_defaults(execute=show)
+
+
+def show(options: Namespace) -> None:
+    """Print a run's progress, last losses and files."""
+    from nami_lightning.runs.recipe import Recipe
+    from nami_lightning.runs.run_dir import find_run
+
+    run = find_run(options.run)
+    recipe = Recipe(run.recipe)
+    newest = run.load_newest()
+    curriculum = recipe.parser.instantiate(recipe.config).curriculum
+    rows = {"run": str(run.folder), "model": recipe.config.model.transformer.class_path}
+    rows["progress"] = curriculum.describe(newest[1]["nami"]["step"] if newest else 0)
+    rows |= {tag: f"{value:.4f} (step {step})" for tag, (step, value) in last_scalars(run.folder).items()}
+    rows["checkpoints"] = ", ".join(path.name for path in run.checkpoints) or "none yet"
+    samples = sorted((run.folder / "samples").glob("*.png"))
+    rows["newest samples"] = str(samples[-1]) if samples else "none yet"
+    rows["recipe"] = str(run.recipe)
+    rows["curves"] = f"tensorboard --logdir {run.folder.parent}"
+    width = min(max(map(len, rows)), shutil.get_terminal_size().columns // 2)
+    for key, value in rows.items():
+        print(f"{key:{width}}  {value}")
+
+
+def last_scalars(folder: Path) -> dict[str, tuple[int, float]]:
+    """Return the newest loss and metric of each name in a run's TensorBoard events: (step, value)."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 1, "images": 1})
+    events.Reload()
+    kinds = ("train/loss", "val/", "metrics/", "probe/")
+    tags = [tag for tag in sorted(events.Tags()["scalars"]) if tag.startswith(kinds) and "_tau_" not in tag]
+    return {tag: (newest.step, newest.value) for tag in tags for newest in events.Scalars(tag)[-1:]}
