@@ -8,7 +8,7 @@ from nami_lightning.utils.lazy_import import lazy
 _HOMES = {
     "HuggingFaceDataset": "sources",
     "ImageFolder": "sources",
-    "MultiResolutionDataModule": "multires",
+    "MultiResolutionDataModule": "multi_resolution",
     "OpenMoji": "sources",
     "Parquet": "sources",
     "WebDataset": "sources",

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_backward_flop, sdpa_flop
 
-from nami_lightning.datamodules.parts import Preparation, fingerprint, settings_of
-from nami_lightning.datamodules.prepare import prepare
+from nami_lightning.datamodules.preparation.prepare import prepare
+from nami_lightning.datamodules.preparation.prepare_parts import Preparation, fingerprint, settings_of
 from nami_lightning.datamodules.sources import OpenMoji
 
 torch.set_num_threads(1)

@@ -1,7 +1,7 @@
 """Where images come from: one class a kind of collection; yours needs the three methods of :class:`Source`."""
 
 from nami_lightning.datamodules.sources.base import Skipped, Source, SourceSample
-from nami_lightning.datamodules.sources.columns import Columns
+from nami_lightning.datamodules.sources.fields import Columns
 from nami_lightning.datamodules.sources.find import find_source
 from nami_lightning.datamodules.sources.folder import ImageFolder
 from nami_lightning.datamodules.sources.huggingface import HuggingFaceDataset

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nami_lightning.datamodules.sources.base import Skipped, Source, SourceSample
-from nami_lightning.datamodules.sources.columns import COLUMNS, BadText, Columns, decode, decode_object, printable
+from nami_lightning.datamodules.sources.fields import COLUMNS, BadText, Columns, decode, decode_object, printable
 from nami_lightning.datamodules.sources.listing import LINK, Entry, is_inside, list_images
 
 PART_SIZE = 1000

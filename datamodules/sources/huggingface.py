@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from nami_lightning.datamodules.sources.base import Skipped, Source, SourceSample
-from nami_lightning.datamodules.sources.columns import COLUMNS, Columns
+from nami_lightning.datamodules.sources.fields import COLUMNS, Columns
 from nami_lightning.datamodules.sources.tables import BATCH, Layout
 
 PART_SIZE = 1000

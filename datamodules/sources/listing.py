@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from nami_lightning.datamodules.sources.columns import encoding_of
+from nami_lightning.datamodules.sources.fields import encoding_of
 from nami_lightning.datamodules.sources.files import IMAGE_EXTENSIONS
 
 METADATA = ("metadata.jsonl", "metadata.csv")

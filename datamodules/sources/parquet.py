@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nami_lightning.datamodules.sources.base import Skipped, Source, SourceSample
-from nami_lightning.datamodules.sources.columns import COLUMNS, Columns, printable
+from nami_lightning.datamodules.sources.fields import COLUMNS, Columns, printable
 from nami_lightning.datamodules.sources.files import Files
 from nami_lightning.datamodules.sources.tables import BATCH, Layout
 

@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from nami_lightning.datamodules.sources.base import Skipped, SourceSample
-from nami_lightning.datamodules.sources.columns import Columns, printable
+from nami_lightning.datamodules.sources.fields import Columns, printable
 
 IMAGES = ("image", "jpg", "jpeg", "png", "webp", "img", "image_bytes", "bytes")
 KEY = "key"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from nami_lightning.datamodules.sources.base import Skipped, Source, SourceSample
-from nami_lightning.datamodules.sources.columns import COLUMNS, BadText, Columns, decode_object, printable
+from nami_lightning.datamodules.sources.fields import COLUMNS, BadText, Columns, decode_object, printable
 from nami_lightning.datamodules.sources.files import IMAGE_EXTENSIONS, Files
 
 NAME = re.compile(r"(?:\./)*((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)

@@ -17,12 +17,12 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, PILToTensor, Resize
 
-from nami_lightning.datamodules.dataset import Bucket, PreparedDataset
-from nami_lightning.datamodules.images import read_image
-from nami_lightning.datamodules.shapes import Shape
-from nami_lightning.datamodules.shards import Record
-from nami_lightning.datamodules.stages import StageImages
-from nami_lightning.datamodules.stream import StepDataset, StepLoader
+from nami_lightning.datamodules.aspect_buckets import Shape
+from nami_lightning.datamodules.preparation.image_io import read_image
+from nami_lightning.datamodules.stage_images import StageImages
+from nami_lightning.datamodules.step_dataset import StepDataset, StepLoader
+from nami_lightning.datamodules.storage.dataset import Bucket, PreparedDataset
+from nami_lightning.datamodules.storage.shards import Record
 from nami_lightning.training.curriculum import Curriculum, Phase
 
 COARSER = 4

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
-    from nami_lightning.datamodules.parts import Preparation
+    from nami_lightning.datamodules.preparation.prepare_parts import Preparation
     from nami_lightning.datamodules.sources.base import Source
 
 EXAMPLES = """\
@@ -98,11 +98,11 @@ def prepare(options: Namespace) -> None:
     Raises:
         ValueError: arguments that don't fit together.
     """
-    from nami_lightning.datamodules.dataset import PreparedDataset
-    from nami_lightning.datamodules.multires import MultiResolutionDataModule
-    from nami_lightning.datamodules.parts import prepare_parts
-    from nami_lightning.datamodules.prepare import is_complete, merge
-    from nami_lightning.datamodules.show import outcome
+    from nami_lightning.datamodules.multi_resolution import MultiResolutionDataModule
+    from nami_lightning.datamodules.preparation.prepare import is_complete, merge
+    from nami_lightning.datamodules.preparation.prepare_parts import prepare_parts
+    from nami_lightning.datamodules.storage.dataset import PreparedDataset
+    from nami_lightning.datamodules.storage.inspect import outcome
     from nami_lightning.runs.recipe import Recipe
 
     arguments = list(options.overrides)
@@ -142,7 +142,7 @@ def _prepare_parser() -> ArgumentParser:
     """What ``lightning data prepare --source ...`` takes: every setting of a preparation."""
     from jsonargparse import ArgumentParser
 
-    from nami_lightning.datamodules.parts import Preparation
+    from nami_lightning.datamodules.preparation.prepare_parts import Preparation
     from nami_lightning.datamodules.sources.base import Source
 
     parser = ArgumentParser(prog="lightning data prepare", description=PREPARE, exit_on_error=False)
@@ -158,7 +158,7 @@ def _prepare_parser() -> ArgumentParser:
 def _parse(arguments: Sequence[str]) -> tuple[Any, Source, Preparation]:
     from jsonargparse import ArgumentError
 
-    from nami_lightning.datamodules.parts import Preparation
+    from nami_lightning.datamodules.preparation.prepare_parts import Preparation
     from nami_lightning.errors import explain
     from nami_lightning.runs.recipe import keys
 
@@ -226,9 +226,9 @@ def encode(options: Namespace) -> None:
     Raises:
         ValueError: arguments that don't fit together.
     """
-    from nami_lightning.datamodules.dataset import ENCODINGS
-    from nami_lightning.datamodules.encode import Encoding, encode_parts, merge
-    from nami_lightning.datamodules.multires import MultiResolutionDataModule
+    from nami_lightning.datamodules.multi_resolution import MultiResolutionDataModule
+    from nami_lightning.datamodules.precomputed.encode import Encoding, encode_parts, merge
+    from nami_lightning.datamodules.storage.dataset import ENCODINGS
     from nami_lightning.runs.recipe import Recipe
 
     work, overrides = _encode_parser().parse_known_args(list(options.overrides))
@@ -293,7 +293,7 @@ def _encode_parser() -> argparse.ArgumentParser:
 
 def show(options: Namespace) -> None:
     """Print what a data set is, and draw a contact sheet."""
-    from nami_lightning.datamodules.show import show as show_dataset
+    from nami_lightning.datamodules.storage.inspect import show as show_dataset
 
     show_dataset(options.folder, Path(options.out), options.images)
 
@@ -304,8 +304,8 @@ def verify(options: Namespace) -> None:
     Raises:
         ValueError: it is remote.
     """
-    from nami_lightning.datamodules.remote import is_remote
-    from nami_lightning.datamodules.verify import report
+    from nami_lightning.datamodules.storage.remote import is_remote
+    from nami_lightning.datamodules.storage.verify import report
 
     if is_remote(options.folder):
         raise ValueError(

@@ -199,7 +199,7 @@ def with_frozen(setup: Setup, module: NamiModule, data: MultiResolutionDataModul
 
 def description(data: MultiResolutionDataModule) -> dict[str, Any] | None:
     """What the recipe's data set says of itself, if it is prepared."""
-    from nami_lightning.datamodules.dataset import PreparedDataset
+    from nami_lightning.datamodules.storage.dataset import PreparedDataset
 
     try:
         return PreparedDataset(data.dataset_folder).description
@@ -213,7 +213,7 @@ def read_data(data: MultiResolutionDataModule, images: Sequence[int] | None) -> 
     Raises:
         ValueError: as many numbers as neither one nor the stages.
     """
-    from nami_lightning.datamodules.dataset import parse_bucket_name
+    from nami_lightning.datamodules.storage.dataset import parse_bucket_name
     from nami_lightning.planning.report import Data
 
     if images:

@@ -11,12 +11,12 @@ import pytest
 import torch
 from squares import Squares
 
-from nami_lightning.datamodules.chunks import DamagedChunk, DamagedSample, DataError
-from nami_lightning.datamodules.dataset import Bucket, PreparedDataset
-from nami_lightning.datamodules.multires import MultiResolutionDataModule
-from nami_lightning.datamodules.parts import Preparation
-from nami_lightning.datamodules.prepare import prepare
-from nami_lightning.datamodules.stream import StepDataset, StepLoader
+from nami_lightning.datamodules.multi_resolution import MultiResolutionDataModule
+from nami_lightning.datamodules.preparation.prepare import prepare
+from nami_lightning.datamodules.preparation.prepare_parts import Preparation
+from nami_lightning.datamodules.step_dataset import StepDataset, StepLoader
+from nami_lightning.datamodules.storage.chunk_file import DamagedChunk, DamagedSample, DataError
+from nami_lightning.datamodules.storage.dataset import Bucket, PreparedDataset
 from nami_lightning.training.curriculum import Curriculum, Phase
 
 STEPS = 60

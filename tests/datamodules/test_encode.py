@@ -24,19 +24,19 @@ from PIL import Image
 from squares import Squares, contents
 
 from nami_lightning.callbacks import BridgePretraining, CurriculumCallback, Metrics
-from nami_lightning.callbacks.drawing import Drawing
+from nami_lightning.callbacks.sampler_settings import Drawing
 from nami_lightning.cli.main import main
-from nami_lightning.datamodules import encode as encode_module
-from nami_lightning.datamodules.dataset import PreparedDataset
-from nami_lightning.datamodules.encode import Encoding, encode_batch, encode_parts, merge
-from nami_lightning.datamodules.encoded import EncodedRecord, Layout
-from nami_lightning.datamodules.multires import MultiResolutionDataModule
-from nami_lightning.datamodules.parts import Preparation, parts_folder
-from nami_lightning.datamodules.prepare import prepare
-from nami_lightning.datamodules.shards import ShardWriter
+from nami_lightning.datamodules.multi_resolution import MultiResolutionDataModule
+from nami_lightning.datamodules.precomputed import encode as encode_module
+from nami_lightning.datamodules.precomputed.encode import Encoding, encode_batch, encode_parts, merge
+from nami_lightning.datamodules.precomputed.records import EncodedRecord, Layout
+from nami_lightning.datamodules.preparation.prepare import prepare
+from nami_lightning.datamodules.preparation.prepare_parts import Preparation, parts_folder
 from nami_lightning.datamodules.sources import ImageFolder
 from nami_lightning.datamodules.sources.base import SourceSample
-from nami_lightning.datamodules.verify import verify
+from nami_lightning.datamodules.storage.dataset import PreparedDataset
+from nami_lightning.datamodules.storage.shards import ShardWriter
+from nami_lightning.datamodules.storage.verify import verify
 from nami_lightning.metrics.record import read_entries
 from nami_lightning.models.autoencoder import decode_latents, encode_posterior
 from nami_lightning.models.text_encoder import PromptEncoder, TextStates

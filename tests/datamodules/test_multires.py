@@ -14,14 +14,14 @@ from PIL import Image
 from squares import Squares
 
 from nami_lightning.cli.main import main
-from nami_lightning.datamodules.dataset import Bucket, PreparedDataset
-from nami_lightning.datamodules.images import read_image
-from nami_lightning.datamodules.multires import MultiResolutionDataModule
-from nami_lightning.datamodules.parts import Preparation
-from nami_lightning.datamodules.prepare import prepare
-from nami_lightning.datamodules.shapes import Shape
-from nami_lightning.datamodules.shards import Record
-from nami_lightning.datamodules.stream import StepLoader
+from nami_lightning.datamodules.aspect_buckets import Shape
+from nami_lightning.datamodules.multi_resolution import MultiResolutionDataModule
+from nami_lightning.datamodules.preparation.image_io import read_image
+from nami_lightning.datamodules.preparation.prepare import prepare
+from nami_lightning.datamodules.preparation.prepare_parts import Preparation
+from nami_lightning.datamodules.step_dataset import StepLoader
+from nami_lightning.datamodules.storage.dataset import Bucket, PreparedDataset
+from nami_lightning.datamodules.storage.shards import Record
 from nami_lightning.training.curriculum import Curriculum, Phase
 
 TINY = Path(__file__).parents[1] / "tiny.yaml"

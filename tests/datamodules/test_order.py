@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import pytest
 
-from nami_lightning.datamodules.order import BucketOrder, Lots, Read, apportion, reads
+from nami_lightning.datamodules.sample_order import BucketOrder, Lots, Read, apportion, reads
 
 
 @pytest.mark.parametrize("sizes", [[1], [3, 5], [0, 4, 4], [1, 100, 7], [17, 0, 3, 100], [5, 5, 5]])

@@ -15,12 +15,12 @@ import pytest
 from PIL import Image
 from squares import Squares, colour, contents, kill
 
-from nami_lightning.datamodules.dataset import SPLITS, PreparedDataset
-from nami_lightning.datamodules.filters import Filters
-from nami_lightning.datamodules.parts import Preparation, is_heldout, parts_folder, prepare_parts
-from nami_lightning.datamodules.prepare import merge, prepare
-from nami_lightning.datamodules.shards import Record
+from nami_lightning.datamodules.preparation.filters import Filters
+from nami_lightning.datamodules.preparation.prepare import merge, prepare
+from nami_lightning.datamodules.preparation.prepare_parts import Preparation, is_heldout, parts_folder, prepare_parts
 from nami_lightning.datamodules.sources.base import Skipped, SourceSample
+from nami_lightning.datamodules.storage.dataset import SPLITS, PreparedDataset
+from nami_lightning.datamodules.storage.shards import Record
 
 PREPARATION = Preparation([16, 32], heldout_percent=20, aspect_step=4, widest_aspect=2, format="png", chunk_mib=1)
 
@@ -105,7 +105,7 @@ import sys
 from pathlib import Path
 from squares import Squares
 from test_prepare import PREPARATION
-from nami_lightning.datamodules.prepare import prepare
+from nami_lightning.datamodules.preparation.prepare import prepare
 print("ready", flush=True)
 sys.stdin.readline()
 prepare(Squares(pause=0.01), Path(sys.argv[1]), PREPARATION, workers=2)
@@ -145,7 +145,7 @@ def test_a_merge_that_was_interrupted_is_done_again(tmp_path: Path, monkeypatch:
     out = tmp_path / "out"
     prepare_parts(Squares(), out, PREPARATION, workers=1)
     with monkeypatch.context() as patch:
-        patch.setattr("nami_lightning.datamodules.prepare.publish", interrupt)
+        patch.setattr("nami_lightning.datamodules.preparation.prepare.publish", interrupt)
         with pytest.raises(KeyboardInterrupt):
             merge(Squares(), out, PREPARATION)
     assert not out.exists()

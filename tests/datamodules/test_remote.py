@@ -20,16 +20,16 @@ from squares import Squares
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from nami_lightning.cli.main import main
-from nami_lightning.datamodules import remote as remote_module
-from nami_lightning.datamodules.ahead import TRAINING, bytes_needed
-from nami_lightning.datamodules.cache import CacheSettings
-from nami_lightning.datamodules.chunks import DamagedChunk
-from nami_lightning.datamodules.dataset import PreparedDataset
-from nami_lightning.datamodules.multires import MultiResolutionDataModule
-from nami_lightning.datamodules.parts import Preparation
-from nami_lightning.datamodules.prepare import prepare
-from nami_lightning.datamodules.remote import FetchFailed, Remote
-from nami_lightning.datamodules.stream import StepDataset, StepLoader
+from nami_lightning.datamodules.multi_resolution import MultiResolutionDataModule
+from nami_lightning.datamodules.preparation.prepare import prepare
+from nami_lightning.datamodules.preparation.prepare_parts import Preparation
+from nami_lightning.datamodules.step_dataset import StepDataset, StepLoader
+from nami_lightning.datamodules.storage import remote as remote_module
+from nami_lightning.datamodules.storage.chunk_cache import CacheSettings
+from nami_lightning.datamodules.storage.chunk_file import DamagedChunk
+from nami_lightning.datamodules.storage.dataset import PreparedDataset
+from nami_lightning.datamodules.storage.prefetch import TRAINING, bytes_needed
+from nami_lightning.datamodules.storage.remote import FetchFailed, Remote
 from nami_lightning.training.curriculum import Curriculum, Phase
 
 TINY = Path(__file__).parents[1] / "tiny.yaml"

@@ -15,16 +15,16 @@ from PIL import Image
 from squares import Squares
 
 from nami_lightning.benchmarks import data_loading
-from nami_lightning.datamodules.chunk_checks import Damage, problem_of
-from nami_lightning.datamodules.chunks import ChunkFile, DamagedChunk
-from nami_lightning.datamodules.dataset import DESCRIPTION
-from nami_lightning.datamodules.parts import Preparation, checksum
-from nami_lightning.datamodules.prepare import prepare
-from nami_lightning.datamodules.shapes import Shape
-from nami_lightning.datamodules.shards import INDEX, Record, read_index
-from nami_lightning.datamodules.show import show
+from nami_lightning.datamodules.aspect_buckets import Shape
+from nami_lightning.datamodules.preparation.prepare import prepare
+from nami_lightning.datamodules.preparation.prepare_parts import Preparation, checksum
 from nami_lightning.datamodules.sources.base import SourceSample
-from nami_lightning.datamodules.verify import report, verify
+from nami_lightning.datamodules.storage.chunk_checks import Damage, problem_of
+from nami_lightning.datamodules.storage.chunk_file import ChunkFile, DamagedChunk
+from nami_lightning.datamodules.storage.dataset import DESCRIPTION
+from nami_lightning.datamodules.storage.inspect import show
+from nami_lightning.datamodules.storage.shards import INDEX, Record, read_index
+from nami_lightning.datamodules.storage.verify import report, verify
 
 BUCKET = "train/32/32x32"
 

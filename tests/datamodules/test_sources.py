@@ -13,11 +13,9 @@ import pytest
 from PIL import Image
 from squares import SIZES, colour
 
-from nami_lightning.datamodules.dataset import SKIPPED, SPLITS, PreparedDataset
-from nami_lightning.datamodules.images import BadImage, open_image
-from nami_lightning.datamodules.parts import Preparation
-from nami_lightning.datamodules.prepare import prepare
-from nami_lightning.datamodules.shards import Record
+from nami_lightning.datamodules.preparation.image_io import BadImage, open_image
+from nami_lightning.datamodules.preparation.prepare import prepare
+from nami_lightning.datamodules.preparation.prepare_parts import Preparation
 from nami_lightning.datamodules.sources import (
     HuggingFaceDataset,
     ImageFolder,
@@ -26,6 +24,8 @@ from nami_lightning.datamodules.sources import (
     WebDataset,
     find_source,
 )
+from nami_lightning.datamodules.storage.dataset import SKIPPED, SPLITS, PreparedDataset
+from nami_lightning.datamodules.storage.shards import Record
 
 COUNT = 24
 PREPARATION = Preparation([16, 32], heldout_percent=0, aspect_step=4, format="png")

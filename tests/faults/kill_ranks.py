@@ -23,8 +23,8 @@ import yaml
 from faults import ENVIRONMENT, numbers, same_numbers
 from tqdm import tqdm
 
-from nami_lightning.datamodules.parts import Preparation, fingerprint, settings_of
-from nami_lightning.datamodules.prepare import prepare
+from nami_lightning.datamodules.preparation.prepare import prepare
+from nami_lightning.datamodules.preparation.prepare_parts import Preparation, fingerprint, settings_of
 from nami_lightning.datamodules.sources import OpenMoji
 from nami_lightning.runs.run_dir import Run, read_metadata, step_of
 

@@ -8,11 +8,11 @@ import torch
 from PIL import UnidentifiedImageError
 from torch import Tensor
 
-from nami_lightning.datamodules.chunks import DamagedChunk, DataError
-from nami_lightning.datamodules.dataset import Bucket
-from nami_lightning.datamodules.images import Position, read_image
-from nami_lightning.datamodules.shapes import Aspect
-from nami_lightning.datamodules.shards import Record
+from nami_lightning.datamodules.aspect_buckets import Aspect
+from nami_lightning.datamodules.preparation.image_io import Position, read_image
+from nami_lightning.datamodules.storage.chunk_file import DamagedChunk, DataError
+from nami_lightning.datamodules.storage.dataset import Bucket
+from nami_lightning.datamodules.storage.shards import Record
 from nami_lightning.training.batch import Encodings, MicroBatch
 
 

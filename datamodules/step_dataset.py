@@ -8,11 +8,11 @@ from typing import Literal
 
 from torch.utils.data import DataLoader, Dataset
 
-from nami_lightning.datamodules.chunks import DataError
-from nami_lightning.datamodules.images import MIDDLE
-from nami_lightning.datamodules.order import BucketOrder, Lots, apportion, reads
-from nami_lightning.datamodules.shapes import Aspect
-from nami_lightning.datamodules.stages import Choice, Place, StageImages
+from nami_lightning.datamodules.aspect_buckets import Aspect
+from nami_lightning.datamodules.preparation.image_io import MIDDLE
+from nami_lightning.datamodules.sample_order import BucketOrder, Lots, apportion, reads
+from nami_lightning.datamodules.stage_images import Choice, Place, StageImages
+from nami_lightning.datamodules.storage.chunk_file import DataError
 from nami_lightning.runs.preemption import leave_to_parent
 from nami_lightning.training.batch import MicroBatch
 from nami_lightning.training.curriculum import Curriculum, split_evenly

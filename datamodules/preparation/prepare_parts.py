@@ -21,13 +21,13 @@ from typing import Any, Literal
 from PIL import Image
 from tqdm.auto import tqdm
 
-from nami_lightning.datamodules.chunks import checksum
-from nami_lightning.datamodules.dataset import FORMAT, SPLITS, bucket_name, parse_bucket_name
-from nami_lightning.datamodules.filters import Filters
-from nami_lightning.datamodules.images import BadImage, ImageFormat, cover, crop, encode_image, open_image
-from nami_lightning.datamodules.shapes import Aspect, Shape, aspects, highest_filled, nearest_aspect
-from nami_lightning.datamodules.shards import Record, ShardWriter, read_index
+from nami_lightning.datamodules.aspect_buckets import Aspect, Shape, aspects, highest_filled, nearest_aspect
+from nami_lightning.datamodules.preparation.filters import Filters
+from nami_lightning.datamodules.preparation.image_io import BadImage, ImageFormat, cover, crop, encode_image, open_image
 from nami_lightning.datamodules.sources.base import Skipped, Source, SourceSample
+from nami_lightning.datamodules.storage.chunk_file import checksum
+from nami_lightning.datamodules.storage.dataset import FORMAT, SPLITS, bucket_name, parse_bucket_name
+from nami_lightning.datamodules.storage.shards import Record, ShardWriter, read_index
 from nami_lightning.training.rng import seed_of
 from nami_lightning.utils.atomic_write import replacing, this_process
 

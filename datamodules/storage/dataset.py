@@ -15,10 +15,10 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
-from nami_lightning.datamodules.cache import CacheSettings, ChunkCache
-from nami_lightning.datamodules.remote import Remote, is_remote
-from nami_lightning.datamodules.shapes import Aspect, Shape, aspect_of
-from nami_lightning.datamodules.shards import INDEX, Shards
+from nami_lightning.datamodules.aspect_buckets import Aspect, Shape, aspect_of
+from nami_lightning.datamodules.storage.chunk_cache import CacheSettings, ChunkCache
+from nami_lightning.datamodules.storage.remote import Remote, is_remote
+from nami_lightning.datamodules.storage.shards import INDEX, Shards
 
 FORMAT = "nami-shards/3"
 ENCODED_FORMAT = "nami-encodings/1"
@@ -79,7 +79,7 @@ def parse_bucket_name(name: str) -> tuple[int, Shape]:
 
 
 class PreparedDataset:
-    """A data set that :func:`~nami_lightning.datamodules.prepare.prepare` made.
+    """A data set that :func:`~nami_lightning.datamodules.preparation.prepare.prepare` made.
 
     Args:
         folder: where it lies, or the URL of a remote one.
@@ -90,7 +90,7 @@ class PreparedDataset:
         cache: of a remote one.
         description: what ``dataset.json`` says: ``settings``, ``samples`` of each split and bucket, ``removed`` and
             ``skipped`` by reason, ``checksums`` (BLAKE2b) of every chunk; ``encodings``, if it holds those instead of
-            images: see :mod:`nami_lightning.datamodules.encode`.
+            images: see :mod:`nami_lightning.datamodules.precomputed.encode`.
 
     Raises:
         FileNotFoundError: no folder, or one whose preparation did not finish.

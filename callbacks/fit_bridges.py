@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from nami_lightning.datamodules.multires import MultiResolutionDataModule, StepDataset
+from nami_lightning.datamodules.multi_resolution import MultiResolutionDataModule, StepDataset
 from nami_lightning.models.bridge import LeastSquares, fit_by_gradient
 from nami_lightning.training import rng
 from nami_lightning.training.batch import MicroBatch

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 from litdata.streaming import Cache
 
-from nami_lightning.datamodules.cache import OPEN_CHUNKS, ChunkCache
-from nami_lightning.datamodules.chunks import ChunkFile, DamagedChunk, DamagedSample
+from nami_lightning.datamodules.storage.chunk_cache import OPEN_CHUNKS, ChunkCache
+from nami_lightning.datamodules.storage.chunk_file import ChunkFile, DamagedChunk, DamagedSample
 
 INDEX = "index.json"
 

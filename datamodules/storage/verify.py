@@ -11,12 +11,18 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from nami_lightning.datamodules.chunk_checks import Checked, Chunk, Damage, check_chunk, size_of
-from nami_lightning.datamodules.chunks import ChunkFile
-from nami_lightning.datamodules.dataset import DESCRIPTION, ENCODINGS, SPLITS, PreparedDataset, parse_bucket_name
-from nami_lightning.datamodules.encoded import Layout
-from nami_lightning.datamodules.shapes import Shape
-from nami_lightning.datamodules.shards import INDEX, read_index
+from nami_lightning.datamodules.aspect_buckets import Shape
+from nami_lightning.datamodules.precomputed.records import Layout
+from nami_lightning.datamodules.storage.chunk_checks import Checked, Chunk, Damage, check_chunk, size_of
+from nami_lightning.datamodules.storage.chunk_file import ChunkFile
+from nami_lightning.datamodules.storage.dataset import (
+    DESCRIPTION,
+    ENCODINGS,
+    SPLITS,
+    PreparedDataset,
+    parse_bucket_name,
+)
+from nami_lightning.datamodules.storage.shards import INDEX, read_index
 
 LISTED = 20
 """Faults of one file that are printed."""

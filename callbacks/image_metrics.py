@@ -18,9 +18,9 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from nami_lightning.callbacks.bridge import BridgePretraining
-from nami_lightning.callbacks.drawing import Drawing
-from nami_lightning.datamodules.multires import MultiResolutionDataModule
+from nami_lightning.callbacks.fit_bridges import BridgePretraining
+from nami_lightning.callbacks.sampler_settings import Drawing
+from nami_lightning.datamodules.multi_resolution import MultiResolutionDataModule
 from nami_lightning.metrics import distances
 from nami_lightning.metrics.budget import flops_per_sample, samples_before
 from nami_lightning.metrics.caption_agreement import ClipScore, Probe

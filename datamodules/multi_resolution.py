@@ -16,17 +16,17 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader
 
-from nami_lightning.datamodules.ahead import HELDOUT, RemoteStepDataset, check_room, spread_of
-from nami_lightning.datamodules.cache import CacheSettings
-from nami_lightning.datamodules.dataset import DESCRIPTION, SPLITS, PreparedDataset, Split
-from nami_lightning.datamodules.encoded import StageEncodings, check_encodings, layout_of
-from nami_lightning.datamodules.parts import Preparation, fingerprint, settings_of
-from nami_lightning.datamodules.prepare import prepare
-from nami_lightning.datamodules.remote import is_remote
-from nami_lightning.datamodules.shapes import Aspect
+from nami_lightning.datamodules.aspect_buckets import Aspect
+from nami_lightning.datamodules.precomputed.records import StageEncodings, check_encodings, layout_of
+from nami_lightning.datamodules.preparation.prepare import prepare
+from nami_lightning.datamodules.preparation.prepare_parts import Preparation, fingerprint, settings_of
 from nami_lightning.datamodules.sources.base import Source
-from nami_lightning.datamodules.stages import StageImages
-from nami_lightning.datamodules.stream import Damaged, HeldoutDataset, StepDataset, StepLoader
+from nami_lightning.datamodules.stage_images import StageImages
+from nami_lightning.datamodules.step_dataset import Damaged, HeldoutDataset, StepDataset, StepLoader
+from nami_lightning.datamodules.storage.chunk_cache import CacheSettings
+from nami_lightning.datamodules.storage.dataset import DESCRIPTION, SPLITS, PreparedDataset, Split
+from nami_lightning.datamodules.storage.prefetch import HELDOUT, RemoteStepDataset, check_room, spread_of
+from nami_lightning.datamodules.storage.remote import is_remote
 from nami_lightning.training.batch import MicroBatch
 from nami_lightning.training.checks import check_shapes
 from nami_lightning.training.curriculum import Curriculum

@@ -8,12 +8,20 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from nami_lightning.datamodules.dataset import DESCRIPTION, ENCODINGS, SKIPPED, SPLITS, Bucket, PreparedDataset, Split
-from nami_lightning.datamodules.images import open_image
-from nami_lightning.datamodules.order import apportion
-from nami_lightning.datamodules.remote import is_remote
-from nami_lightning.datamodules.shapes import Aspect
-from nami_lightning.datamodules.shards import Record
+from nami_lightning.datamodules.aspect_buckets import Aspect
+from nami_lightning.datamodules.preparation.image_io import open_image
+from nami_lightning.datamodules.sample_order import apportion
+from nami_lightning.datamodules.storage.dataset import (
+    DESCRIPTION,
+    ENCODINGS,
+    SKIPPED,
+    SPLITS,
+    Bucket,
+    PreparedDataset,
+    Split,
+)
+from nami_lightning.datamodules.storage.remote import is_remote
+from nami_lightning.datamodules.storage.shards import Record
 from nami_lightning.utils.image_grid import caption_grid, save_image
 from nami_lightning.utils.text_table import table as _table
 

@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from nami_lightning.datamodules.dataset import DESCRIPTION, FORMAT, SKIPPED, SPLITS
-from nami_lightning.datamodules.parts import (
+from nami_lightning.datamodules.preparation.prepare_parts import (
     DIGEST_BYTES,
     DIGESTS,
     REPORT,
@@ -23,8 +22,9 @@ from nami_lightning.datamodules.parts import (
     publish,
     settings_of,
 )
-from nami_lightning.datamodules.shards import Shards, ShardWriter, join
 from nami_lightning.datamodules.sources.base import Source
+from nami_lightning.datamodules.storage.dataset import DESCRIPTION, FORMAT, SKIPPED, SPLITS
+from nami_lightning.datamodules.storage.shards import Shards, ShardWriter, join
 from nami_lightning.utils.atomic_write import this_process
 
 

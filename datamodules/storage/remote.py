@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from fsspec.core import url_to_fs
 
-from nami_lightning.datamodules.chunks import DamagedChunk, DataError, checksum
+from nami_lightning.datamodules.storage.chunk_file import DamagedChunk, DataError, checksum
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nami_lightning.datamodules.cache import ChunkCache
-from nami_lightning.datamodules.dataset import Bucket
-from nami_lightning.datamodules.order import BucketOrder, apportion
-from nami_lightning.datamodules.stream import StepDataset
+from nami_lightning.datamodules.sample_order import BucketOrder, apportion
+from nami_lightning.datamodules.step_dataset import StepDataset
+from nami_lightning.datamodules.storage.chunk_cache import ChunkCache
+from nami_lightning.datamodules.storage.dataset import Bucket
 from nami_lightning.training.batch import MicroBatch
 
 TRAINING, HELDOUT = "training", "heldout"

@@ -6,7 +6,7 @@ each chunk of images, like a preparation: ``OUTPUT.parts`` keeps what is finishe
 OUTPUT/dataset.json      that of the images, with the encodings' own checksums and, below ``encodings``:
     encoders             name, revision, class and settings of each
     crops                stored of each training sample
-    layout               what the bytes hold, see :class:`~nami_lightning.datamodules.encoded.Layout`
+    layout               what the bytes hold, see :class:`~nami_lightning.datamodules.precomputed.records.Layout`
     empty_prompt         its states, packed like a caption's, in base64; for prompt dropout
     chunks               samples in each chunk of images, by bucket: the order of samples is made of these
 """
@@ -25,18 +25,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from nami_lightning.datamodules.dataset import (
-    DESCRIPTION,
-    ENCODED_FORMAT,
-    SKIPPED,
-    SPLITS,
-    Bucket,
-    PreparedDataset,
-    Split,
-)
-from nami_lightning.datamodules.encoded import EncodedRecord, Layout, Level, as_bytes, levels_of
-from nami_lightning.datamodules.images import MIDDLE, Position, read_image
-from nami_lightning.datamodules.parts import (
+from nami_lightning.datamodules.precomputed.records import EncodedRecord, Layout, Level, as_bytes, levels_of
+from nami_lightning.datamodules.preparation.image_io import MIDDLE, Position, read_image
+from nami_lightning.datamodules.preparation.prepare import counts_of
+from nami_lightning.datamodules.preparation.prepare_parts import (
     REPORT,
     SETTINGS,
     check_settings,
@@ -48,9 +40,17 @@ from nami_lightning.datamodules.parts import (
     parts_folder,
     publish,
 )
-from nami_lightning.datamodules.prepare import counts_of
-from nami_lightning.datamodules.shards import Record, ShardWriter, join
-from nami_lightning.datamodules.stages import StageImages
+from nami_lightning.datamodules.stage_images import StageImages
+from nami_lightning.datamodules.storage.dataset import (
+    DESCRIPTION,
+    ENCODED_FORMAT,
+    SKIPPED,
+    SPLITS,
+    Bucket,
+    PreparedDataset,
+    Split,
+)
+from nami_lightning.datamodules.storage.shards import Record, ShardWriter, join
 from nami_lightning.models import flow
 from nami_lightning.models.autoencoder import PIXELS, encode_posterior
 from nami_lightning.models.encoder_revisions import check_identity, identify

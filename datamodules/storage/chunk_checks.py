@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nami_lightning.datamodules.chunks import ChunkFile, DamagedChunk, checksum
-from nami_lightning.datamodules.dataset import parse_bucket_name
-from nami_lightning.datamodules.encoded import EncodedRecord, Layout, from_bytes
-from nami_lightning.datamodules.images import BadImage, open_image
-from nami_lightning.datamodules.shapes import Shape, aspect_of
-from nami_lightning.datamodules.shards import Record
+from nami_lightning.datamodules.aspect_buckets import Shape, aspect_of
+from nami_lightning.datamodules.precomputed.records import EncodedRecord, Layout, from_bytes
+from nami_lightning.datamodules.preparation.image_io import BadImage, open_image
+from nami_lightning.datamodules.storage.chunk_file import ChunkFile, DamagedChunk, checksum
+from nami_lightning.datamodules.storage.dataset import parse_bucket_name
+from nami_lightning.datamodules.storage.shards import Record
 
 
 class Damage(NamedTuple):

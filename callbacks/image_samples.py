@@ -7,7 +7,7 @@ import lightning as L
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from nami_lightning.callbacks.drawing import Drawing
+from nami_lightning.callbacks.sampler_settings import Drawing
 from nami_lightning.training.module import NamiModule
 from nami_lightning.utils.image_grid import caption_grid, save_image
 

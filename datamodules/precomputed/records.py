@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nami_lightning.datamodules.dataset import Bucket, PreparedDataset
-from nami_lightning.datamodules.images import read_image
-from nami_lightning.datamodules.shapes import Aspect
-from nami_lightning.datamodules.shards import chosen
-from nami_lightning.datamodules.stages import Choice, Place, Sample, StageImages
+from nami_lightning.datamodules.aspect_buckets import Aspect
+from nami_lightning.datamodules.preparation.image_io import read_image
+from nami_lightning.datamodules.stage_images import Choice, Place, Sample, StageImages
+from nami_lightning.datamodules.storage.dataset import Bucket, PreparedDataset
+from nami_lightning.datamodules.storage.shards import chosen
 from nami_lightning.models.autoencoder import Posterior
 from nami_lightning.models.encoder_revisions import check_identity
 from nami_lightning.models.text_encoder import TextStates

@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from nami_lightning.datamodules.shapes import Shape
+from nami_lightning.datamodules.aspect_buckets import Shape
 
 Position: TypeAlias = tuple[float, float]
 """Of a window in a larger image: from left and from top, both in [0, 1)."""

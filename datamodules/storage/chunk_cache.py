@@ -27,8 +27,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from nami_lightning.datamodules.chunks import ChunkFile, DataError
-from nami_lightning.datamodules.remote import Remote
+from nami_lightning.datamodules.storage.chunk_file import ChunkFile, DataError
+from nami_lightning.datamodules.storage.remote import Remote
 
 log = logging.getLogger(__name__)
 
