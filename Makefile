@@ -1,10 +1,11 @@
 # make demo    install, train the demo, show where to look
 # make test    all tests          make lint    ruff and mypy
+# make docs    the site of docs/, into site/
 # make faults  kill -9 of a rank, a run, a preparation, twenty times each, compared with those left alone (20 minutes)
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test faults lint install
+.PHONY: demo test faults lint docs install
 
 demo: install
 	$(BIN)/lightning run recipes/openmoji.yaml
@@ -22,9 +23,12 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
 install: .venv/installed
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -e ".[openmoji,data,compare,evaluate,test]"
+	$(BIN)/python -m pip install -e ".[openmoji,data,compare,evaluate,docs,test]"
 	touch $@
