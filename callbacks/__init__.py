@@ -1,4 +1,15 @@
-"""What watches or steers a run."""
+"""Callbacks: they watch or steer a run.
+
+- ``curriculum``: each step's learning rate.
+- ``fit_bridges``: fits the bridges before training starts.
+- ``ema``: an exponential moving average of the weights.
+- ``checkpoint``: checkpoints, and a clean end when the run is asked to stop.
+- ``image_samples``: grids of generated images.
+- ``image_metrics``: distances and agreement of generated images.
+- ``generation``: how the callbacks generate images.
+- ``throughput``: speed, memory, and time waiting for data.
+- ``watchdog``: ends a run that hangs, and says where.
+"""
 
 from nami_lightning.callbacks.checkpoint import RunCheckpoint
 from nami_lightning.callbacks.curriculum import CurriculumCallback
@@ -6,18 +17,18 @@ from nami_lightning.callbacks.ema import EMA
 from nami_lightning.callbacks.fit_bridges import BridgePretraining
 from nami_lightning.callbacks.image_metrics import Metrics
 from nami_lightning.callbacks.image_samples import ImageSamples
-from nami_lightning.callbacks.sampler_settings import Drawing
 from nami_lightning.callbacks.throughput import Throughput
 from nami_lightning.callbacks.watchdog import Watchdog
+from nami_lightning.models.sampler_settings import SamplerSettings
 
 __all__ = [
     "EMA",
     "BridgePretraining",
     "CurriculumCallback",
-    "Drawing",
     "ImageSamples",
     "Metrics",
     "RunCheckpoint",
+    "SamplerSettings",
     "Throughput",
     "Watchdog",
 ]

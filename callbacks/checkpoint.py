@@ -1,4 +1,4 @@
-"""Checkpoints of a run: the newest few, every so-many-th for good, the last step's, and one when it is told to stop."""
+"""Checkpoints of a run: the newest few, some for good, the last step's, and one when the run is asked to stop."""
 
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -11,9 +11,10 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from nami_lightning.runs.preemption import StopRequest, preempted
-from nami_lightning.runs.run_dir import Run, publish, remove, step_of
+from nami_lightning.runs.run_dir import Run, remove, step_of
 from nami_lightning.training.module import NamiModule
 from nami_lightning.training.strategies import FSDP2Strategy
+from nami_lightning.utils.atomic_write import publish
 
 
 class RunCheckpoint(Checkpoint):
@@ -28,8 +29,8 @@ class RunCheckpoint(Checkpoint):
     Args:
         every_n_steps: how often.
         keep: how many stay.
-        keep_every: every so-many-th stays for good besides; 0 for none.
-        asynchronous: copy to host memory, and write that while training goes on; the run's end waits for it.
+        keep_every: every so-many-th checkpoint is kept for good as well; 0 for none.
+        asynchronous: copy the state to host memory, and write it while training goes on; the run's end waits for it.
 
     Raises:
         ValueError: a number out of its range.
@@ -53,32 +54,32 @@ class RunCheckpoint(Checkpoint):
         self.stop.listen(trainer)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Listen no more."""
+        """Put the former signal handlers back."""
         self.stop.forget()
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Let the step tell the other ranks."""
+        """Tell the step whether this rank was asked to stop, so that all ranks learn it."""
         assert isinstance(pl_module, NamiModule)
-        pl_module.told_to_stop = self.stop.signal is not None
+        pl_module.stop_requested = self.stop.signal is not None
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Write when it is time, or when any rank was told to stop.
+        """Write a checkpoint when it is time, or when any rank was asked to stop.
 
         Raises:
-            Preempted: after that.
+            Preempted: after a checkpoint of a run that was asked to stop.
         """
         assert isinstance(pl_module, NamiModule)
         step = pl_module.step
         last = step == pl_module.curriculum.total_steps
         due = step % self.every_n_steps == 0 and not pl_module.skipped.in_row
-        if due or last or pl_module.stopping:
-            pl_module.begin("writing a checkpoint")
+        if due or last or pl_module.stop_agreed:
+            pl_module.heartbeat.beat("writing a checkpoint")
             self.save(trainer, step)
-        if pl_module.stopping and not last:
+        if pl_module.stop_agreed and not last:
             self.finish(trainer)
             status = self.stop.status
             rank_zero_info(
@@ -88,7 +89,7 @@ class RunCheckpoint(Checkpoint):
             raise preempted(trainer, status)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Wait for what is being written."""
+        """Wait for the checkpoint that is being written."""
         self.finish(trainer)
 
     def save(self, trainer: L.Trainer, step: int) -> None:
@@ -110,7 +111,7 @@ class RunCheckpoint(Checkpoint):
         self._writing = self._writer.submit(self._write, trainer, checkpoint, partial)
 
     def finish(self, trainer: L.Trainer) -> None:
-        """Wait until the checkpoint that is being written has its name; raises what its writing raised."""
+        """Wait until the checkpoint that is being written has its name; an error of the writing is raised here."""
         if self._writing is not None:
             self._writing.result()
             self._writing = None
@@ -127,5 +128,5 @@ class RunCheckpoint(Checkpoint):
 
 
 def copy_to_host(tensor: Tensor) -> Tensor:
-    """A copy that the next step does not change."""
+    """Return a copy that the next step does not change."""
     return tensor.detach().to("cpu", copy=True)

@@ -9,7 +9,7 @@ from nami_lightning.training.module import NamiModule
 
 
 class CurriculumCallback(L.Callback):
-    """Learning rate from the curriculum at each step; phase, ratio and learning rate to the logger.
+    """Sets each step's learning rate from the curriculum; logs the phase, the ratio and the learning rate.
 
     The rate is a pure function of the step, so a recipe edited before a resume takes effect. The data reads its
     ratios from the same curriculum by itself.

@@ -30,7 +30,7 @@ class EMA(L.Callback):
         self.decay, self.every_n_steps, self.device = decay, every_n_steps, device
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Ask the module for the second network, before it builds the first."""
+        """Ask the module for a second network before it builds the first."""
         assert isinstance(pl_module, NamiModule)
         pl_module.use_ema, pl_module.ema_on_host = True, self.device == "host"
 

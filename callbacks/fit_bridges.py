@@ -6,7 +6,6 @@ from typing import Literal
 
 import lightning as L
 import torch
-import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -16,15 +15,16 @@ from nami_lightning.models.bridge import LeastSquares, fit_by_gradient
 from nami_lightning.training import rng
 from nami_lightning.training.batch import MicroBatch
 from nami_lightning.training.module import NamiModule
+from nami_lightning.utils.collectives import sum_over_ranks
 
 PRETRAINING = "bridge"
 
 
 class BridgePretraining(L.Callback):
-    """Fits every bridge at the start of fit on training images, then freezes it; skipped when already fitted.
+    """Fits every bridge on training images at the start of fit, then freezes it; does nothing if it is fitted already.
 
     Args:
-        method: ``closed_form`` solves the least squares; ``gradient`` is the paper's, and reaches the same outputs.
+        method: ``closed_form`` solves the least squares; ``gradient`` is the paper's way to the same outputs.
         samples: images of each boundary's finer stage for ``closed_form``.
         steps: optimizer steps of ``gradient``; 10,000 in the paper.
         learning_rate: of ``gradient``; 1e-3 in the paper.
@@ -44,10 +44,10 @@ class BridgePretraining(L.Callback):
             raise ValueError(f"BridgePretraining needs samples and steps of at least 1; got {samples} and {steps}")
         self.method, self.samples, self.steps, self.learning_rate = method, samples, steps, learning_rate
         self.seconds = 0.0
-        """What the fitting took; 0 where nothing was to be fitted."""
+        """How long the fitting took; 0 if nothing had to be fitted."""
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Fit what is not fitted."""
+        """Fit the bridges that are not fitted."""
         assert isinstance(pl_module, NamiModule)
         bridge = pl_module.bridge
         if bridge.fitted:
@@ -83,17 +83,16 @@ class BridgePretraining(L.Callback):
                 if done >= self.samples:
                     break
         assert sums is not None
-        if dist.is_available() and dist.is_initialized():
-            sums.all_reduce()
+        sum_over_ranks(sums.xtx, sums.xty)
         module.bridge.load_solution(stage, *sums.solve())
 
     @torch.no_grad()
     def _pairs(self, module: NamiModule, steps: StepDataset, stage: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Endless ``(coarse, target)`` batches of the boundary before ``stage``, in the data's own order."""
+        """Yield endless ``(coarse, target)`` batches of the boundary before ``stage``, in the data's own order."""
         number = 0
         while True:
             micro: MicroBatch = steps.stage_batch(number, stage).to(module.device)
             latents, coarse_latents = module.latents(micro, PRETRAINING)
-            draws = rng.draw(module.seed, PRETRAINING, micro.places, latents.shape[1:], module.device)
-            yield module.bridge.fitting_pair(stage, latents, coarse_latents, draws.noise)
+            random = rng.sample(module.seed, PRETRAINING, micro.global_indices, latents.shape[1:], module.device)
+            yield module.bridge.fitting_pair(stage, latents, coarse_latents, random.noise)
             number += 1

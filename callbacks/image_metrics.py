@@ -1,40 +1,42 @@
-"""Measures what a run draws, every so often: held-out captions, fixed noise, the EMA's weights.
+"""Measures the images that a run generates, every so often: held-out captions, fixed noise, the EMA's weights.
 
-From one set of drawn images and one network of features: Frechet distance, KID, CMMD's distance, precision and recall,
-how near they are to training images, and how well they agree with their captions. All go to the loggers and, with what
-the training had used by then, to the run's ``metrics.jsonl``.
+From one set of generated images and one network of features: Frechet distance, KID, CMMD's distance, precision and
+recall, how near they are to training images, and how well they agree with their captions. All go to the loggers, and to
+the run's ``metrics.jsonl`` with the samples, operations and seconds that the training had used by then.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
-import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from nami_lightning.callbacks.fit_bridges import BridgePretraining
-from nami_lightning.callbacks.sampler_settings import Drawing
+from nami_lightning.callbacks.generation import generate
 from nami_lightning.datamodules.multi_resolution import MultiResolutionDataModule
 from nami_lightning.metrics import distances
-from nami_lightning.metrics.budget import flops_per_sample, samples_before
+from nami_lightning.metrics.budget import sample_flops
 from nami_lightning.metrics.caption_agreement import ClipScore, Probe
-from nami_lightning.metrics.features import EfficientNetLite0, name_of
+from nami_lightning.metrics.features import EfficientNetLite0, metric_name
 from nami_lightning.metrics.record import Entry, Evaluation, read_entries, write_entries
+from nami_lightning.models.sampler_settings import SamplerSettings
 from nami_lightning.training.module import NamiModule
+from nami_lightning.utils.collectives import gather_objects
 
 COPIES = 0.05
-"""Quantile of the held-out images' distances to training images below which a drawn image counts as a copy."""
+"""A generated image counts as a copy if it is nearer to a training image than this share of held-out images."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What drawn images are measured against, the same on all ranks.
+    """What generated images are measured against; the same on all ranks.
 
     Attributes:
         real: features of the held-out images.
@@ -50,17 +52,17 @@ class Reference:
 
 
 class Metrics(L.Callback):
-    """Draws the held-out captions and logs ``metrics/NAME_FEATURES``, every ``every_n_steps`` steps and at the end.
+    """Generates images of the held-out captions and logs ``metrics/NAME_FEATURES``, every so often and at the end.
 
     ``frechet`` (FID on Inception), ``kid``, ``mmd`` (as CMMD), ``precision``, ``recall``; ``nearest_training``, the
     mean distance to the nearest training image as a multiple of the held-out images' (1: no nearer than unseen
-    pictures), and ``copies``, the share that is nearer than the nearest 5% of those (0.05: no more than chance). All
+    pictures), and ``copies``, the share that is nearer than the nearest 5% of those (new images: about 0.05). All
     depend on the numbers of images: compare equal ones only. Agreement with the captions is
-    ``metrics/clip_score_MODEL``, or ``probe/retrieval_at_1_FEATURES`` and ``_at_5``, the share of drawn images whose
-    caption a probe finds among all drawn ones.
+    ``metrics/clip_score_MODEL``, or ``probe/retrieval_at_1_FEATURES`` and ``_at_5``, the share of generated images
+    whose caption a probe finds among all of them.
 
-    ``..._of_real`` is the same for real images in place of the drawn ones: held-out ones for the probe, at most as many
-    training images for the distances. It is about what a perfect model would get.
+    ``..._of_real`` is the same for real images in place of the generated ones: held-out ones for the probe, at most as
+    many training images for the distances. It is about what a perfect model would get.
 
     Args:
         samples: images on either side; at most as many as are held out.
@@ -70,10 +72,10 @@ class Metrics(L.Callback):
         agreement: ``probe``, two linear maps on MiniLM's and the features, fitted to training images; the name or
             folder of a CLIP; or null for none.
         training_images: what the probe is fitted to and memorisation is measured against.
-        drawing: settings of the sampler.
-        batch_size: images drawn at once on each rank.
+        sampler: how images are generated.
+        batch_size: images generated at once on each rank.
         seed: of the noise, sample i using ``seed + i``, and of the choice of training images.
-        shown: the first so many drawn images are kept for comparisons.
+        shown: how many of the first generated images are kept for comparisons.
 
     Raises:
         ValueError: a number out of its range.
@@ -86,7 +88,7 @@ class Metrics(L.Callback):
         features: nn.Module | None = None,
         agreement: str | None = "probe",
         training_images: int = 1000,
-        drawing: Drawing = Drawing(),
+        sampler: SamplerSettings = SamplerSettings(),
         batch_size: int = 16,
         seed: int = 0,
         shown: int = 16,
@@ -98,7 +100,7 @@ class Metrics(L.Callback):
             )
         self.samples, self.every_n_steps, self.features = samples, every_n_steps, features
         self.agreement, self.training_images = agreement, training_images
-        self.drawing, self.batch_size, self.seed, self.shown = drawing, batch_size, seed, shown
+        self.sampler, self.batch_size, self.seed, self.shown = sampler, batch_size, seed, shown
         self.reference: Reference | None = None
         self.probe: Probe | None = None
         self.clip: ClipScore | None = None
@@ -107,18 +109,18 @@ class Metrics(L.Callback):
     # --- what the training has used --------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """The time of training, to go on from after a resume."""
+        """Return the seconds of training so far, from which a resumed run goes on counting."""
         return {"seconds": self.seconds()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a checkpoint's time."""
+        """Go on counting from a checkpoint's seconds."""
         self.seconds_before = state_dict["seconds"]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Count from here; forget what was measured after the checkpoint that this run goes on from."""
+        """Start counting, and forget what was measured after the checkpoint that this run goes on from."""
         assert isinstance(pl_module, NamiModule)
         self.trainer, self.module = trainer, pl_module
-        self.flops = flops_per_sample(pl_module)
+        self.flops = [sample_flops(pl_module, stage).model for stage in range(pl_module.num_stages)]
         if pl_module.step == 0:
             self.seconds_before = 0.0
         elif self.seconds_before is None:
@@ -154,18 +156,18 @@ class Metrics(L.Callback):
 
     @torch.no_grad()
     def measure(self, trainer: L.Trainer, module: NamiModule) -> None:
-        """Draw on all ranks, each its share; compute and write on the first."""
+        """Generate on all ranks, each its share; compute and write on the first."""
         seconds = self.seconds()
         self.features = (self.features or EfficientNetLite0()).to(module.device)
         data = trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(data, MultiResolutionDataModule)
         self.reference = reference = self.reference or self._reference(trainer, data)
-        rows = gather(self._draw(trainer, module, data))
+        rows = gather_rows(self._generate(trainer, module, data))
         if not trainer.is_global_zero:
             return
         evaluation = self._evaluate(module.step, reference, rows)
         values = self._summary(evaluation, reference)
-        counts = samples_before(module.curriculum, module.step)
+        counts = module.curriculum.samples_before(module.step)
         flops = sum(count * each for count, each in zip(counts, self.flops, strict=True))
         entry = Entry(module.step, sum(counts), flops, seconds, len(rows), values)
         folder = Path(trainer.default_root_dir)
@@ -178,32 +180,34 @@ class Metrics(L.Callback):
                 step=module.step,
             )
         listing = ", ".join(f"{name.partition('/')[2]} {value:.4g}" for name, value in values.items())
-        rank_zero_info(f"Step {module.step}, {len(rows)} images drawn: {listing}")
+        rank_zero_info(f"Step {module.step}, {len(rows)} images generated: {listing}")
 
-    def _draw(self, trainer: L.Trainer, module: NamiModule, data: MultiResolutionDataModule) -> list[dict[str, Any]]:
-        """Draw this rank's share of the held-out captions, one row an image."""
+    def _generate(
+        self, trainer: L.Trainer, module: NamiModule, data: MultiResolutionDataModule
+    ) -> list[dict[str, Any]]:
+        """Generate this rank's share of the held-out captions' images, one row an image."""
         assert self.features is not None
         rows: list[dict[str, Any]] = []
-        for micro in tqdm(self._heldout(trainer, data), "drawing", leave=False, disable=not trainer.is_global_zero):
-            seeds = [self.seed + place for place in micro.places]
+        for micro in tqdm(self._heldout(trainer, data), "generating", leave=False, disable=not trainer.is_global_zero):
+            seeds = [self.seed + index for index in micro.global_indices]
             height, width = micro.images.shape[-2:]
-            images = self.drawing.draw(module, micro.captions, seeds, "pt", height, width)
+            images = generate(module, self.sampler, micro.captions, seeds, "pt", height, width)
             images = (images * 255).round().byte()
             features = self.features(images).float().cpu()
             scores = self.clip(images, micro.captions) if self.clip else [0.0] * len(micro)
-            for i, place in enumerate(micro.places):
-                shown = images[i].permute(1, 2, 0).cpu().numpy() if place < self.shown else None
-                row = {"place": place, "caption": micro.captions[i], "id": micro.ids[i], "seed": seeds[i]}
+            for i, index in enumerate(micro.global_indices):
+                shown = images[i].permute(1, 2, 0).cpu().numpy() if index < self.shown else None
+                row = {"index": index, "caption": micro.captions[i], "id": micro.ids[i], "seed": seeds[i]}
                 rows.append(row | {"features": features[i], "clip": scores[i], "image": shown})
         return rows
 
     def _evaluate(self, step: int, reference: Reference, rows: Sequence[dict[str, Any]]) -> Evaluation:
         """All that is one number a sample."""
         drawn, real, training = torch.stack([row["features"] for row in rows]), reference.real, reference.training[0]
-        name = name_of(self.features)  # type: ignore[arg-type]
+        name = metric_name(self.features)  # type: ignore[arg-type]
         neighbours = min(3, len(drawn) - 1)
         precision, recall = distances.precision_recall(drawn, real, neighbours)
-        near, near_real = distances.nearest(drawn, training)[0], distances.nearest(real, training)[0]
+        near, near_real = (distances.nearest_neighbours(images, training)[0] for images in (drawn, real))
         of_drawn = {
             f"metrics/precision_{name}": precision,
             f"metrics/nearest_training_{name}": near / near_real.mean(),
@@ -236,7 +240,7 @@ class Metrics(L.Callback):
         values = {}
         for kind, distance in distances.DISTANCES.items():
             for images, of in ((drawn, ""), (perfect, "_of_real")):
-                value = distance(images, real)(distances.once(images), distances.once(real))
+                value = distance(images, real)(distances.unit_counts(images), distances.unit_counts(real))
                 values[f"metrics/{kind}_{evaluation.features}{of}"] = value
         per_sample = evaluation.of_drawn | evaluation.of_real
         values |= {name: float(np.mean(numbers)) for name, numbers in per_sample.items()}
@@ -250,19 +254,21 @@ class Metrics(L.Callback):
     # --- what is measured against ------------------------------------------------------------------
 
     def _heldout(self, trainer: L.Trainer, data: MultiResolutionDataModule) -> list[Any]:
-        """This rank's held-out micro-batches of the finest stage."""
+        """Return this rank's held-out micro-batches of the finest stage."""
         last = len(data.resolutions) - 1
         rank, ranks = trainer.global_rank, trainer.world_size
         heldout = data.heldout(self.samples, rank, ranks, [self.batch_size] * (last + 1))
         return [heldout[number] for number, part in enumerate(heldout.parts) if part[0] == last]
 
     def _reference(self, trainer: L.Trainer, data: MultiResolutionDataModule) -> Reference:
-        """Features of held-out and of training images, computed once, and what agreement is measured with.
+        """Compute the features of held-out and of training images, once, and prepare the measure of agreement.
 
-        Where training images are stored as latents alone, they are what the autoencoder makes of these.
+        Where a data set stores latents alone, its images are the decoded latents.
         """
         quiet = not trainer.is_global_zero
-        real = gather(self._rows(tqdm(self._heldout(trainer, data), "held-out images", leave=False, disable=quiet)))
+        real = gather_rows(
+            self._rows(tqdm(self._heldout(trainer, data), "held-out images", leave=False, disable=quiet))
+        )
         if len(real) < 4:
             raise ValueError(f"Metrics needs at least 4 held-out images of the finest stage, but there are {len(real)}")
         last = len(data.resolutions) - 1
@@ -271,7 +277,7 @@ class Metrics(L.Callback):
         wanted = min(self.training_images, there)
         batches = range(-(-wanted // (steps.max_micro_batch[last] * trainer.world_size)))
         micros = (steps.stage_batch(number, last) for number in batches)
-        training = gather(self._rows(tqdm(micros, "training images", len(batches), leave=False, disable=quiet)))[
+        training = gather_rows(self._rows(tqdm(micros, "training images", len(batches), leave=False, disable=quiet)))[
             :wanted
         ]
         features = torch.stack([row["features"] for row in training])
@@ -288,20 +294,18 @@ class Metrics(L.Callback):
         )
 
     def _rows(self, micros: Any) -> list[dict[str, Any]]:
-        """Images' features, captions and names."""
+        """Return the features, captions and ids of images, one row an image."""
         assert self.features is not None
         rows = []
         for micro in micros:
             features = self.features(self.module.images(micro.to(self.module.device))).float().cpu()
-            for place, caption, name, row in zip(micro.places, micro.captions, micro.ids, features, strict=True):
-                rows.append({"place": place, "caption": caption, "id": name, "features": row})
+            for index, caption, name, row in zip(
+                micro.global_indices, micro.captions, micro.ids, features, strict=True
+            ):
+                rows.append({"index": index, "caption": caption, "id": name, "features": row})
         return rows
 
 
-def gather(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of all ranks, by their places: the same on any number of ranks."""
-    if dist.is_available() and dist.is_initialized():
-        of_ranks: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(of_ranks, rows)
-        rows = [row for of_rank in of_ranks for row in of_rank]
-    return sorted(rows, key=lambda row: row["place"])
+def gather_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows of all ranks, ordered by their samples' indices: the same on any number of ranks."""
+    return sorted(chain.from_iterable(gather_objects(rows)), key=lambda row: row["index"])

@@ -1,4 +1,4 @@
-"""Draws the same prompts from the same noise every so often: TensorBoard and PNG grids with captions."""
+"""Generates images of the same prompts from the same noise every so often, for TensorBoard and as PNG grids."""
 
 from pathlib import Path
 from typing import Any
@@ -7,21 +7,22 @@ import lightning as L
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from nami_lightning.callbacks.sampler_settings import Drawing
+from nami_lightning.callbacks.generation import generate
+from nami_lightning.models.sampler_settings import SamplerSettings
 from nami_lightning.training.module import NamiModule
 from nami_lightning.utils.image_grid import caption_grid, save_image
 
 
 class ImageSamples(L.Callback):
-    """A grid of drawn images every ``every_n_steps`` steps and at the end, with the EMA's weights if there are any.
+    """Writes a grid of generated images every ``every_n_steps`` steps and at the end, with the EMA's weights if any.
 
     Args:
-        prompts: what to draw.
+        prompts: one an image.
         every_n_steps: how often.
-        drawing: settings of the sampler.
+        sampler: how images are generated.
         seed: of the noise; image i uses ``seed + i``.
         columns: images in a row of the grid.
-        batch_size: images drawn at once.
+        batch_size: images generated at once.
 
     Raises:
         ValueError: no prompts, or a number below 1.
@@ -31,7 +32,7 @@ class ImageSamples(L.Callback):
         self,
         prompts: list[str],
         every_n_steps: int = 1000,
-        drawing: Drawing = Drawing(),
+        sampler: SamplerSettings = SamplerSettings(),
         seed: int = 0,
         columns: int = 8,
         batch_size: int = 16,
@@ -40,26 +41,26 @@ class ImageSamples(L.Callback):
             raise ValueError(
                 "ImageSamples needs at least one prompt, and every_n_steps, columns and batch_size of at least 1"
             )
-        self.prompts, self.every_n_steps, self.drawing = prompts, every_n_steps, drawing
+        self.prompts, self.every_n_steps, self.sampler = prompts, every_n_steps, sampler
         self.seed, self.columns, self.batch_size = seed, columns, batch_size
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Draw when it is time."""
+        """Generate when it is time."""
         assert isinstance(pl_module, NamiModule)
         step = pl_module.step
         if step % self.every_n_steps == 0 or step == pl_module.curriculum.total_steps:
-            self.draw(trainer, pl_module)
+            self.generate(trainer, pl_module)
 
     @torch.no_grad()
-    def draw(self, trainer: L.Trainer, module: NamiModule) -> None:
-        """Draw on every rank (a sharded network needs them all), write on the first."""
+    def generate(self, trainer: L.Trainer, module: NamiModule) -> None:
+        """Generate on every rank (a sharded network needs them all), and write on the first."""
         seeds = range(self.seed, self.seed + len(self.prompts))
         images = []
         for first in range(0, len(self.prompts), self.batch_size):
             some = slice(first, first + self.batch_size)
-            images += self.drawing.draw(module, self.prompts[some], seeds[some])
+            images += generate(module, self.sampler, self.prompts[some], seeds[some])
         if not trainer.is_global_zero:
             return
         grid = caption_grid(images, self.prompts, self.columns)

@@ -1,4 +1,4 @@
-"""How fast a run goes, how much of its devices that uses, how much of their memory, and what waits for data."""
+"""How fast a run goes, how much of its devices and of their memory it uses, and how long it waits for data."""
 
 from time import perf_counter
 from typing import Any
@@ -7,7 +7,8 @@ import lightning as L
 import torch
 from torch import nn
 
-from nami_lightning.planning.flops import Flops, device_called, number_type, transformer_flops
+from nami_lightning.metrics.budget import sample_flops
+from nami_lightning.planning.flops import find_device, matmul_dtype
 from nami_lightning.training.batch import MicroBatch
 from nami_lightning.training.module import NamiModule
 from nami_lightning.training.strategies import FSDP2Strategy
@@ -16,14 +17,13 @@ PROGRESS_BAR = ("images_per_second", "model_flops_utilization")
 
 
 class Throughput(L.Callback):
-    """Rates over the steps since the last log, all ranks together; pauses for validation and drawing left out.
+    """Logs rates over the steps since the last log, of all ranks together, without pauses for validation and sampling.
 
     Logged below ``throughput/``:
 
     - ``images_per_second`` and ``tokens_per_second``, of all stages and of each;
     - ``seconds_per_step``, ``seconds_waiting_for_data`` of it, and ``share_waiting_for_data``;
-    - ``tflops_per_second``: of one device, what the model needs (nothing that is computed a second time counts, and
-      nothing of the frozen encoders);
+    - ``tflops_per_second``: what the model needs, on one device (recomputed blocks and frozen encoders don't count);
     - ``model_flops_utilization``: that as a share of the device's peak, if that is known;
       ``hardware_flops_utilization``: the same with what activation checkpointing recomputes, if anything;
     - ``peak_memory_gib_stageK``, on CUDA: the most that was allocated on this rank from a micro-batch of a stage to the
@@ -132,27 +132,20 @@ class Throughput(L.Callback):
             self.memory.peaks.clear()
 
 
-def sample_flops(module: NamiModule, stage: int) -> Flops:
-    """Operations of training on one square sample of a stage."""
-    text = module.text_encoder_config.max_length
-    image = module.tokens(stage) - text
-    return transformer_flops(module.transformer_config, stage, image, text, module.activation_checkpointing)
-
-
 def device_peak(trainer: L.Trainer, device: torch.device) -> float | None:
-    """Peak FLOP/s of the device that trains, in the number type that it trains in; None if it is not in the table."""
+    """Return the peak FLOP/s of the device that trains, in the dtype it trains in; None if it is not in the table."""
     if device.type != "cuda":
         return None
     strategy = trainer.strategy
     param_dtype = strategy.policy.param_dtype if isinstance(strategy, FSDP2Strategy) else torch.float32
-    known = device_called(torch.cuda.get_device_name(device))
+    known = find_device(torch.cuda.get_device_name(device))
     if known is None:
         return None
-    return known.flops(number_type(trainer.precision, str(param_dtype).removeprefix("torch.")))
+    return known.peak_flops(matmul_dtype(trainer.precision, str(param_dtype).removeprefix("torch.")))
 
 
 class StageMemory:
-    """The most that CUDA allocated while each stage's micro-batches ran: the allocator's own count, kept on the host.
+    """Notes the most memory that CUDA allocated while each stage's micro-batches ran: the allocator's own count.
 
     Args:
         transformer: whose forward pass begins a micro-batch.
@@ -168,17 +161,17 @@ class StageMemory:
         self.handle = transformer.register_forward_pre_hook(self._enter, with_kwargs=True)
 
     def start(self) -> None:
-        """A step begins."""
+        """Begin a step."""
         self.in_step = True
         self.stage = None
 
     def stop(self) -> None:
-        """It has ended."""
+        """End a step."""
         self._close()
         self.in_step = False
 
     def remove(self) -> None:
-        """Leave the network alone."""
+        """Remove the hook from the network."""
         self.handle.remove()
 
     def _enter(self, transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -15,18 +15,18 @@ HUNG = 1
 
 
 class Watchdog(L.Callback):
-    """Ends the process when it has been at one thing for too long, as it is when another rank died or is stuck.
+    """Ends the process when one activity lasts too long, as it does when another rank died or is stuck.
 
-    One thing is a micro-batch of training or validation, an update, a drawing, a checkpoint, or waiting for data. Every
-    rank says what it was at: its number, the step, the stage, and the line that each of its threads is in. On a GPU
+    An activity is a micro-batch of training or validation, an update, sampling, a checkpoint, or waiting for data.
+    Every rank says what it did: its number, the step, the stage, and the line that each of its threads is in. On a GPU
     that is where the program waits; the device may be a few operations behind.
 
     Args:
-        timeout_minutes: for one thing; below the strategy's own timeout of a collective (30 minutes), whose message
+        timeout_minutes: of one activity; below the strategy's own timeout of a collective (30 minutes), whose message
             names no step.
 
     Raises:
-        ValueError: no time at all.
+        ValueError: ``timeout_minutes`` is not above 0.
     """
 
     def __init__(self, timeout_minutes: float = 20) -> None:
@@ -37,26 +37,26 @@ class Watchdog(L.Callback):
         self._over = threading.Event()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start to watch."""
+        """Start watching."""
         assert isinstance(pl_module, NamiModule)
         self._over.clear()
         threading.Thread(target=self._watch, args=(trainer, pl_module), name="watchdog", daemon=True).start()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Stop to watch."""
+        """Stop watching."""
         self._over.set()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Say where an error came: that of a collective, when another rank has gone, does not."""
+        """Say where an error came: a collective's own message, when another rank has gone, does not."""
         self._over.set()
         if isinstance(exception, Exception):
             print(f"Ended in {where(trainer, pl_module)}.", file=sys.stderr, flush=True)
 
     def _watch(self, trainer: L.Trainer, module: NamiModule) -> None:
-        seen, since = module.beats, monotonic()
+        seen, since = module.heartbeat.count, monotonic()
         while not self._over.wait(self.interval):
-            if module.beats != seen:
-                seen, since = module.beats, monotonic()
+            if module.heartbeat.count != seen:
+                seen, since = module.heartbeat.count, monotonic()
             elif monotonic() - since > self.seconds:
                 print(
                     f"Hung for more than {self.seconds:.0f} seconds in {where(trainer, module)}. Waiting ranks stand "
@@ -70,6 +70,6 @@ class Watchdog(L.Callback):
 
 
 def where(trainer: L.Trainer, module: L.LightningModule) -> str:
-    """``step 7, stage 2, micro-batch 3 of 5 on rank 1``."""
+    """Say where a rank is: ``step 7, stage 2, micro-batch 3 of 5 on rank 1``."""
     assert isinstance(module, NamiModule)
-    return f"step {module.step}, {module.doing} on rank {trainer.global_rank}"
+    return f"step {module.step}, {module.heartbeat.activity} on rank {trainer.global_rank}"

@@ -4,7 +4,20 @@
 - ``bridge``: the windows of the stages, and the linear maps from one stage to the next.
 - ``transformer``: the nested network, made of diffusers' FLUX blocks.
 - ``pipeline``: sampling, as a diffusers pipeline.
+- ``sampler_settings``: the settings of a pipeline's sampler.
 - ``text_encoder``: prompts to text states, by frozen models of transformers.
 - ``autoencoder``: images to latents and back, by a frozen model of diffusers, or pixels.
 - ``encoder_revisions``: which encoders made a data set's encodings, and whether they are a recipe's.
 """
+
+from nami_lightning.utils.lazy_import import lazy
+
+_HOMES = {
+    "BridgeFlow": "bridge",
+    "ModelMixin": "transformer",  # diffusers' own: it looks for a part's base class beside the part
+    "NamiPipeline": "pipeline",
+    "NamiTransformer2DModel": "transformer",
+    "PixelCodec": "autoencoder",
+}
+
+__all__, __getattr__, __dir__ = lazy(__name__, _HOMES)

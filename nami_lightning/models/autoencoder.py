@@ -21,13 +21,13 @@ PIXELS = "pixels"
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
-    """Which autoencoder makes the latents.
+    """Names the autoencoder that makes the latents.
 
     Args:
         name: Hugging Face name or folder of a diffusers ``AutoencoderKL``, or ``pixels`` for none.
         subfolder: where in it the autoencoder lies (``vae`` in a pipeline's repository); null for its root.
         factor: pixels a latent's side; 8 for FLUX's autoencoder, 1 for pixels.
-        dtype: number type of its weights: ``float32``, ``bfloat16`` or ``float16``.
+        dtype: of its weights: ``float32``, ``bfloat16`` or ``float16``.
         scaling_factor: ``pixels`` alone: latents are ``(pixels - shift_factor) * scaling_factor``.
         shift_factor: ``pixels`` alone, see above.
     """
@@ -41,7 +41,7 @@ class AutoencoderConfig:
 
 
 class PixelCodec(ModelMixin, ConfigMixin):
-    """No autoencoder, with ``AutoencoderKL``'s interface: latents are pixels."""
+    """Takes pixels as latents: no autoencoder, with ``AutoencoderKL``'s interface."""
 
     @register_to_config
     def __init__(self, scaling_factor: float = 1.0, shift_factor: float = 0.0) -> None:
@@ -49,12 +49,12 @@ class PixelCodec(ModelMixin, ConfigMixin):
         self.register_buffer("anchor", torch.zeros(()))
 
     def encode(self, images: Tensor) -> AutoencoderKLOutput:
-        """Images as a distribution without variance."""
+        """Return images as a distribution without variance."""
         parameters = torch.cat([images, torch.zeros_like(images)], 1)
         return AutoencoderKLOutput(latent_dist=DiagonalGaussianDistribution(parameters, deterministic=True))
 
     def decode(self, latents: Tensor) -> DecoderOutput:
-        """Latents as they are."""
+        """Return latents as they are."""
         return DecoderOutput(sample=latents)
 
 
@@ -83,29 +83,29 @@ def load_autoencoder(config: AutoencoderConfig) -> Autoencoder:
 
 
 def autoencoder_factor(vae: Autoencoder) -> int:
-    """Pixels along the side of one latent."""
+    """Return the pixels along the side of one latent."""
     return 1 if isinstance(vae, PixelCodec) else 2 ** (len(vae.config.block_out_channels) - 1)
 
 
 class Posterior(NamedTuple):
-    """What an autoencoder says of images: normalised latents are drawn from ``mean`` and ``std``, ``(B, C, H, W)``.
+    """The distribution of images' normalised latents: its ``mean`` and ``std``, ``(B, C, H, W)``.
 
     Attributes:
         mean: of the latents.
-        std: of the latents; None: nothing is to be drawn (pixels).
+        std: of the latents; None: they have no variance (pixels).
     """
 
     mean: Tensor
     std: Tensor | None = None
 
-    def draw(self, noise: Tensor | None) -> Tensor:
-        """Latents from standard normal ``noise`` of their shape; None: their mean."""
+    def sample(self, noise: Tensor | None) -> Tensor:
+        """Return latents from standard normal ``noise`` of their shape; None: their mean."""
         return self.mean if self.std is None or noise is None else self.mean + self.std * noise
 
 
 @torch.no_grad()
 def encode_posterior(vae: Autoencoder, images: Tensor) -> Posterior:
-    """Images ``(B, 3, H, W)`` in [-1, 1] to the distribution of their normalised latents, float32."""
+    """Encode images ``(B, 3, H, W)`` in [-1, 1] to the distribution of their normalised latents, float32."""
     posterior = vae.encode(images.to(vae.dtype)).latent_dist
     scale, shift = vae.config.scaling_factor, vae.config.shift_factor or 0.0
     std = None if isinstance(vae, PixelCodec) else posterior.std.float() * scale
@@ -114,6 +114,6 @@ def encode_posterior(vae: Autoencoder, images: Tensor) -> Posterior:
 
 @torch.no_grad()
 def decode_latents(vae: Autoencoder, latents: Tensor) -> Tensor:
-    """Normalised latents back to images in [-1, 1], float32."""
+    """Decode normalised latents to images in [-1, 1], float32."""
     latents = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
     return vae.decode(latents.to(vae.dtype)).sample.float().clamp(-1, 1)

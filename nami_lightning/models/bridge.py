@@ -2,8 +2,8 @@
 
 The paper up-samples the endpoint of a stage and applies ``W x + B``. Parametrised on the coarse grid,
 that is a small convolution followed by a pixel shuffle. It is linear least squares, so
-:class:`LeastSquares` fits it in closed form from streamed sums; :func:`fit_by_gradient` is the paper's
-way and reaches the same outputs. Once fitted it is frozen, and saved with the model.
+:class:`LeastSquares` fits it in closed form from streamed sums; :func:`fit_by_gradient` does as the
+paper does, and reaches the same outputs. Once fitted it is frozen, and saved with the model.
 """
 
 from collections.abc import Iterable
@@ -11,7 +11,6 @@ from itertools import islice
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
@@ -32,7 +31,7 @@ class BridgeFlow(ModelMixin, ConfigMixin):
             on the up-sampled endpoint), or ``matched`` (Pyramid-Flow's: a fixed scale and a restored
             noise level, nothing to fit).
         kernel_size: neighbourhood that ``shuffle`` sees, 1 or 3 (borders replicated).
-        residual_noise: add back the noise that down-sampling removed; False is the paper's letter.
+        residual_noise: add back the noise that down-sampling removed; False: as written in the paper.
         shift: use FLUX's resolution-dependent time shift in training and sampling.
         base_shift: that shift at 256 image tokens.
         max_shift: that shift at 4096 image tokens.
@@ -69,11 +68,11 @@ class BridgeFlow(ModelMixin, ConfigMixin):
 
     @property
     def num_stages(self) -> int:
-        """K."""
+        """The number of stages, K."""
         return len(self.windows)
 
     def forward(self, stage: int, coarse_end: Tensor) -> Tensor:
-        """``B_k``: the endpoint of stage ``stage - 1``, ``(B, C, H, W)``, to ``(B, C, 2H, 2W)``; ``stage >= 1``."""
+        """Apply ``B_k``, k >= 1, to the endpoint of stage k - 1: ``(B, C, H, W)`` to ``(B, C, 2H, 2W)``."""
         if self.kind == "matched":
             return flow.upsample(coarse_end) / (1 + self.windows[stage - 1].end)
         with torch.autocast(coarse_end.device.type, enabled=False):  # where a stage starts must not be rounded
@@ -81,11 +80,11 @@ class BridgeFlow(ModelMixin, ConfigMixin):
         return F.pixel_shuffle(mapped, 2) if self.kind == "shuffle" else flow.upsample(mapped)
 
     def start(self, stage: int, coarse_end: Tensor, noise: Tensor) -> Tensor:
-        """Start of stage ``stage >= 1`` from the end of the stage before and this stage's noise."""
+        """Return the start of ``stage >= 1``, given the end of the stage before and this stage's noise."""
         return flow.start_point(self(stage, coarse_end), noise, self.windows[stage], self.residual_noise)
 
     def endpoints(self, stage: int, latents: Tensor, coarse_latents: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Start and end of ``stage`` for clean latents of this stage and of the one before.
+        """Return the start and the end of ``stage``, given clean latents of this stage and of the one before.
 
         Args:
             stage: 0..K-1.
@@ -100,19 +99,19 @@ class BridgeFlow(ModelMixin, ConfigMixin):
         return self.start(stage, coarse_end, noise), end
 
     def time_shift(self, tokens: int) -> float | None:
-        """FLUX's ``mu`` for an image of ``tokens`` tokens, or None if the shift is off."""
+        """Return FLUX's ``mu`` for an image of ``tokens`` tokens, or None if the shift is off."""
         return None if self.shift is None else flow.resolution_shift(tokens, *self.shift)
 
     # --- fitting -----------------------------------------------------------------------------
 
     def fitting_pair(self, stage: int, latents: Tensor, coarse_latents: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Input and target of ``B_stage``: ``x_sigma`` of both stages at the boundary's sigma."""
+        """Return the input and the target of ``B_stage``: ``x_sigma`` of both stages at the boundary's sigma."""
         sigma = self.windows[stage - 1].end
         coarse = flow.add_noise(coarse_latents, flow.coarsen_noise(noise), sigma)
         return coarse, flow.add_noise(latents, noise, sigma)
 
     def rows(self, coarse: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """The least-squares problem of a pair, one row a coarse pixel: ``(n, inputs)`` and ``(n, outputs)``.
+        """Return the least-squares problem of a pair, one row a coarse pixel: ``(n, inputs)`` and ``(n, outputs)``.
 
         For ``channels`` the target is the mean of each 2x2 cell: the four up-sampled copies are equal, so
         their common best fit is the fit to the mean.
@@ -139,7 +138,7 @@ def _linear_map(kind: BridgeKind, channels: int, kernel_size: int) -> nn.Module:
 
 
 class LeastSquares:
-    """Linear regression with a bias from streamed float64 sums; any number of rows in constant memory.
+    """Solves a linear regression with a bias from streamed float64 sums: any number of rows in constant memory.
 
     Args:
         inputs: columns of X.
@@ -157,14 +156,8 @@ class LeastSquares:
         self.xtx += x.T @ x
         self.xty += x.T @ y.double()
 
-    def all_reduce(self) -> None:
-        """Add up the sums of all ranks, if there are several."""
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(self.xtx)
-            dist.all_reduce(self.xty)
-
     def solve(self) -> tuple[Tensor, Tensor]:
-        """The minimum-norm solution: weight ``(outputs, inputs)`` and bias ``(outputs,)``, float64."""
+        """Return the minimum-norm solution: weight ``(outputs, inputs)`` and bias ``(outputs,)``, float64."""
         solution = torch.linalg.pinv(self.xtx, hermitian=True) @ self.xty
         return solution[:-1].T, solution[-1]
 

@@ -1,4 +1,4 @@
-"""Which frozen encoders made a data set's encodings, and whether they are those of a recipe.
+"""Revisions of frozen encoders: which ones made a data set's encodings, and whether a recipe has the same.
 
 An encoder is known by its revision: the commit of a Hugging Face repository, or a hash of a folder's files. Where it is
 not on this machine, since training on encodings needs none, its name must do.
@@ -12,34 +12,34 @@ from nami_lightning.models.autoencoder import PIXELS, AutoencoderConfig
 from nami_lightning.models.text_encoder import TextEncoderConfig, resolve_name
 
 MODEL_FILES = {".json", ".txt", ".model", ".safetensors", ".bin"}
-"""What a model's folder is hashed by: settings, tokenizer and weights."""
+"""Kinds of files by which a model's folder is hashed: settings, tokenizer and weights."""
 
-ABOUT = ("name", "revision", "class")
-"""What is said of an encoder besides its settings."""
+IDENTIFIED_BY = ("name", "revision", "class")
+"""The keys of a description that are not settings of the encoder."""
 
-Identity = dict[str, dict[str, Any] | None]
+EncoderDescriptions = dict[str, dict[str, Any] | None]
 
 
-def identify(text: TextEncoderConfig, vae: AutoencoderConfig) -> Identity:
-    """Recipe key to the name, the revision (None: not on this machine) and the settings of each encoder."""
+def describe_encoders(text: TextEncoderConfig, vae: AutoencoderConfig) -> EncoderDescriptions:
+    """Describe each encoder under its recipe key: its name, revision (None: not on this machine) and settings."""
     shared: dict[str, Any] = {"max_length": text.max_length, "dtype": text.dtype}
-    pooled = None if text.pooled is None else _about(text.pooled) | shared
+    pooled = None if text.pooled is None else _name_and_revision(text.pooled) | shared
     if vae.name == PIXELS:
         of_vae: dict[str, Any] = {"scaling_factor": vae.scaling_factor, "shift_factor": vae.shift_factor}
     else:
         of_vae = {"factor": vae.factor, "dtype": vae.dtype}
     return {
-        "model.text_encoder.sequence": _about(text.sequence) | shared,
+        "model.text_encoder.sequence": _name_and_revision(text.sequence) | shared,
         "model.text_encoder.pooled": pooled,
-        "model.autoencoder": _about(vae.name, vae.subfolder) | of_vae,
+        "model.autoencoder": _name_and_revision(vae.name, vae.subfolder) | of_vae,
     }
 
 
-def check_identity(made_with: Identity, text: TextEncoderConfig, vae: AutoencoderConfig, where: str) -> None:
-    """Refuse encodings of other encoders than a recipe's.
+def check_encoders(made_with: EncoderDescriptions, text: TextEncoderConfig, vae: AutoencoderConfig, where: str) -> None:
+    """Refuse encodings that were made by other encoders than a recipe's.
 
     Args:
-        made_with: what :func:`identify` said when they were made.
+        made_with: what :func:`describe_encoders` returned when they were made.
         text: the recipe's.
         vae: the recipe's.
         where: their folder or URL.
@@ -47,39 +47,39 @@ def check_identity(made_with: Identity, text: TextEncoderConfig, vae: Autoencode
     Raises:
         ValueError: naming the recipe key, and both values.
     """
-    for key, wanted in identify(text, vae).items():
+    for key, wanted in describe_encoders(text, vae).items():
         made = made_with.get(key)
-        if differing := _differing(made, wanted):
-            was, now = (_said(of, differing) for of in (made, wanted))
+        if differing := _first_difference(made, wanted):
+            was, now = (_describe(of, differing) for of in (made, wanted))
             raise ValueError(
                 f"{key} is {now} in the recipe, but the encodings in {where} were made by {was}: encode the data set "
                 "again (lightning data encode), or train with the encoder that they were made by"
             )
 
 
-def _differing(made: dict[str, Any] | None, wanted: dict[str, Any] | None) -> str:
-    """The first thing in which two encoders differ; empty if they are the same."""
+def _first_difference(made: dict[str, Any] | None, wanted: dict[str, Any] | None) -> str:
+    """Return the first key in which two encoders differ; empty if they are the same."""
     if made is None or wanted is None:
         return "name" if made is not wanted else ""
     known = made["revision"] is not None and wanted["revision"] is not None
-    settings = sorted((made.keys() | wanted.keys()) - set(ABOUT))
+    settings = sorted((made.keys() | wanted.keys()) - set(IDENTIFIED_BY))
     names = ["revision" if known else "name", *settings]
     return next((name for name in names if made.get(name) != wanted.get(name)), "")
 
 
-def _said(of: dict[str, Any] | None, differing: str) -> str:
+def _describe(of: dict[str, Any] | None, differing: str) -> str:
     if of is None:
         return "none"
     return str(of["name"]) if differing == "name" else f"{of['name']} ({differing} {of.get(differing)})"
 
 
-def _about(name: str, subfolder: str | None = None) -> dict[str, Any]:
+def _name_and_revision(name: str, subfolder: str | None = None) -> dict[str, Any]:
     path = f"{name}/{subfolder}" if subfolder else name
     return {"name": path, "revision": revision_of(name, subfolder)}
 
 
 def revision_of(name: str, subfolder: str | None = None) -> str | None:
-    """The commit of a Hugging Face model in the local cache, or a hash of a folder's files.
+    """Return the commit of a Hugging Face model in the local cache, or a hash of a folder's files.
 
     Args:
         name: of the model, or its folder.
@@ -106,7 +106,7 @@ def revision_of(name: str, subfolder: str | None = None) -> str | None:
 
 
 def hash_of(folder: Path) -> str:
-    """BLAKE2b (128 bits) of the names and contents of a model's own files, those of folders below it aside."""
+    """Return BLAKE2b (128 bits) of the names and contents of the model files in a folder, without folders below it."""
     total = hashlib.blake2b(digest_size=16)
     for file in sorted(path for path in folder.iterdir() if path.suffix in MODEL_FILES and path.is_file()):
         total.update(file.name.encode() + b"\0")

@@ -6,8 +6,8 @@ noise levels. Inside a window the local time ``tau`` runs from 1 (start) to 0 (e
     x_tau = tau * start + (1 - tau) * end,      velocity = (start - end) / width.
 
 With one window this is rectified flow as FLUX trains it. Images, latents and noise are ``(B, C, H, W)``
-tensors; per-sample quantities (``tau``) are ``(B,)``. Source: NAMI, sections 3.1 to 3.3; the residual
-noise of :func:`start_point` is not in the paper, which reaches only the mean of the detail without it.
+tensors; per-sample quantities (``tau``) are ``(B,)``. Source: NAMI, sections 3.1 to 3.3. The residual
+noise of :func:`start_point` is not in the paper; without it a stage's start lacks the detail's noise.
 """
 
 import math
@@ -27,7 +27,7 @@ class Window(NamedTuple):
 
     @property
     def width(self) -> float:
-        """Length of the window in global time."""
+        """The length of the window in global time."""
         return self.start - self.end
 
 
@@ -55,27 +55,27 @@ def make_windows(ratios: Sequence[float], matched: bool = False) -> tuple[Window
 
 
 def pool(x: Tensor) -> Tensor:
-    """Mean of each 2x2 cell: ``(B, C, 2H, 2W)`` to ``(B, C, H, W)``. Composes: pooling twice is a 4x4 mean."""
+    """Average each 2x2 cell: ``(B, C, 2H, 2W)`` to ``(B, C, H, W)``. Pooling twice is a 4x4 mean."""
     return F.avg_pool2d(x, 2)
 
 
 def upsample(x: Tensor) -> Tensor:
-    """Nearest neighbour: ``(B, C, H, W)`` to ``(B, C, 2H, 2W)``."""
+    """Up-sample by nearest neighbour: ``(B, C, H, W)`` to ``(B, C, 2H, 2W)``."""
     return F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
 def detail(x: Tensor) -> Tensor:
-    """What :func:`pool` removes from ``x``; orthogonal to all that pooling keeps."""
+    """Return what :func:`pool` removes from ``x``; it is orthogonal to all that pooling keeps."""
     return x - upsample(pool(x))
 
 
 def coarsen_noise(noise: Tensor) -> Tensor:
-    """The same noise at half the resolution, with unit variance again: ``2 * avg_pool2(noise)``."""
+    """Halve the resolution of noise and keep its unit variance: ``2 * avg_pool2(noise)``."""
     return 2 * pool(noise)
 
 
 def pyramid(finest: Tensor, levels: int, coarsen: Callable[[Tensor], Tensor] = pool) -> list[Tensor]:
-    """``levels`` tensors, coarsest first, each the ``coarsen`` of the next.
+    """Return ``levels`` tensors, coarsest first; each is the ``coarsen`` of the next.
 
     Latents by default; ``coarsen=coarsen_noise`` gives the noise shared across stages.
     """
@@ -89,37 +89,37 @@ def pyramid(finest: Tensor, levels: int, coarsen: Callable[[Tensor], Tensor] = p
 
 
 def add_noise(latents: Tensor, noise: Tensor, sigma: float) -> Tensor:
-    """``x_sigma = sigma * eps + (1 - sigma) * z`` (NAMI, eq. 2); a stage's end at its window's end."""
+    """Return ``x_sigma = sigma * eps + (1 - sigma) * z`` (NAMI, eq. 2): a stage's end at its window's end."""
     return sigma * noise + (1 - sigma) * latents
 
 
 def start_point(bridged: Tensor, noise: Tensor, window: Window, residual_noise: bool = True) -> Tensor:
-    """Start of a stage after the first: the bridged coarse endpoint, plus the noise that pooling removed.
+    """Return the start of a stage after the first: the bridged coarse endpoint, plus the noise that pooling removed.
 
     Args:
         bridged: ``B_k(end of the stage before)`` at this stage's resolution.
         noise: this stage's unit noise; in sampling, fresh noise has the same law, since only the part
             that is orthogonal to the coarse grid is used.
         window: this stage's window.
-        residual_noise: False is the paper's letter: the start then lies on a quarter of the dimensions
+        residual_noise: False is as written in the paper: the start then lies on a quarter of the dimensions
             and the flow can reach only the mean of what the coarse image does not determine.
     """
     return bridged + window.start * detail(noise) if residual_noise else bridged
 
 
 def interpolate(start: Tensor, end: Tensor, tau: Tensor) -> Tensor:
-    """``tau * start + (1 - tau) * end`` (NAMI, eq. 3), ``tau`` of shape ``(B,)`` in [0, 1]."""
+    """Return ``tau * start + (1 - tau) * end`` (NAMI, eq. 3), ``tau`` of shape ``(B,)`` in [0, 1]."""
     tau = tau.view(-1, 1, 1, 1).to(start.dtype)
     return tau * start + (1 - tau) * end
 
 
 def velocity_target(start: Tensor, end: Tensor, window: Window) -> Tensor:
-    """The velocity in global time, so that all stages and FLUX itself speak of the same speed."""
+    """Return the velocity in global time, so that all stages and FLUX itself mean the same speed."""
     return (start - end) / window.width
 
 
 def global_time(tau: Tensor, window: Window) -> Tensor:
-    """``t = end + tau * width`` in [0, 1], what the network is told."""
+    """Return ``t = end + tau * width`` in [0, 1], the time that the network is told."""
     return window.end + tau * window.width
 
 
@@ -131,14 +131,14 @@ TauKind = Literal["logit_normal", "uniform", "mixture"]
 def sample_tau(
     kind: TauKind, normal: Tensor, uniform: Tensor, mean: float = 0.0, std: float = 1.0, uniform_share: float = 0.1
 ) -> Tensor:
-    """Local times from base draws, so that they can be a pure function of a sample's own generator.
+    """Return local times, given random numbers, so that they are a pure function of a sample's own generator.
 
     Args:
         kind: ``logit_normal`` as SD3; ``uniform``; or ``mixture``, uniform with probability
             ``uniform_share`` and logit-normal otherwise: every stage is sampled from tau = 1, which a
             logit-normal alone hardly trains (P(tau > 0.95) = 0.002).
-        normal: ``(B,)`` standard normal draws.
-        uniform: ``(B, 2)`` uniform draws in [0, 1): the choice of the mixture's part, and its value.
+        normal: ``(B,)`` standard normal numbers.
+        uniform: ``(B, 2)`` uniform numbers in [0, 1): the choice of the mixture's part, and its value.
         mean: mean of the logit.
         std: standard deviation of the logit.
         uniform_share: weight of the uniform part of the mixture, in [0, 1].
@@ -162,7 +162,7 @@ def sample_tau(
 
 
 def resolution_shift(tokens: int, base_shift: float = 0.5, max_shift: float = 1.15) -> float:
-    """FLUX's ``mu``: linear in the number of image tokens, ``base_shift`` at 256 and ``max_shift`` at 4096."""
+    """Return FLUX's ``mu``: linear in the number of image tokens, ``base_shift`` at 256 and ``max_shift`` at 4096."""
     return base_shift + (max_shift - base_shift) * (tokens - 256) / (4096 - 256)
 
 
@@ -178,7 +178,7 @@ LossWeighting = Literal["ratio", "uniform", "balanced"]
 
 
 def loss_weights(kind: LossWeighting, ratio: Tensor, running_losses: Tensor) -> Tensor:
-    """Weights of the stages' losses in one step; they sum to 1, and a stage without samples has 0.
+    """Return the weights of the stages' losses in one step; they sum to 1, and a stage without samples has 0.
 
     Args:
         kind: ``ratio`` (each stage's share of the samples), ``uniform`` over the stages trained, or
@@ -211,7 +211,7 @@ Velocity = Callable[[Tensor, float], Tensor]
 
 
 def time_grid(steps: int, window: Window, mu: float | None = None) -> list[float]:
-    """``steps + 1`` global times from the window's start down to its end, even in tau (then shifted by ``mu``)."""
+    """Return ``steps + 1`` global times from the window's start to its end, even in tau, then shifted by ``mu``."""
     tau = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     if mu is not None:
         tau = shift_tau(tau, mu)
@@ -219,7 +219,7 @@ def time_grid(steps: int, window: Window, mu: float | None = None) -> list[float
 
 
 class SolverStep(NamedTuple):
-    """State after a step: ``x``, and the velocity and step length that the multistep solver goes on from."""
+    """The state after a step: ``x``, and the velocity and step length that the multistep solver uses next."""
 
     x: Tensor
     velocity: Tensor
@@ -229,10 +229,10 @@ class SolverStep(NamedTuple):
 def solver_step(
     kind: SolverKind, velocity: Velocity, x: Tensor, t: float, t_next: float, previous: SolverStep | None
 ) -> SolverStep:
-    """One step of ``dx/dt = v(x, t)`` from ``t`` down to ``t_next``.
+    """Solve ``dx/dt = v(x, t)`` for one step from ``t`` down to ``t_next``.
 
     Args:
-        kind: ``euler`` (the paper's), ``heun`` (second order, two calls a step), or ``multistep``
+        kind: ``euler`` (as in the paper), ``heun`` (second order, two calls a step), or ``multistep``
             (two-step Adams-Bashforth: second order at one call a step, Euler at a stage's first).
         velocity: ``v(x, t)``.
         x: the state at ``t``.

@@ -1,4 +1,4 @@
-"""NamiPipeline: captions to images, as a diffusers pipeline that saves and loads with all its parts."""
+"""NamiPipeline: images from prompts, as a diffusers pipeline that saves and loads with all its parts."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,13 +26,13 @@ StepCallback = Callable[["NamiPipeline", int, float, dict[str, Any]], dict[str, 
 
 @dataclass
 class NamiPipelineOutput(BaseOutput):
-    """``images``: list of PIL images, an array ``(B, H, W, 3)`` in [0, 1], or a tensor, by ``output_type``."""
+    """Holds ``images``: PIL images, an array ``(B, H, W, 3)`` in [0, 1], or a tensor, by ``output_type``."""
 
     images: list[Image.Image] | np.ndarray | Tensor
 
 
 class NamiPipeline(DiffusionPipeline):
-    """Text to image in stages of rising resolution.
+    """Generates images from text, in stages of rising resolution.
 
     Args:
         transformer: the velocity field of all stages.
@@ -81,14 +81,24 @@ class NamiPipeline(DiffusionPipeline):
         self.register_to_config(resolution=resolution, max_sequence_length=max_sequence_length)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self._multiple)
 
+    def register_to_config(self, **kwargs: Any) -> None:
+        """Note settings and parts for ``model_index.json``, as diffusers does; see :func:`_by_package`."""
+        super().register_to_config(**_by_package(kwargs))
+
+    @classmethod
+    def load_config(cls, *args: Any, **kwargs: Any) -> Any:
+        """Read ``model_index.json``, as diffusers does; see :func:`_by_package`."""
+        config = super().load_config(*args, **kwargs)
+        return (_by_package(config[0]), *config[1:]) if isinstance(config, tuple) else _by_package(config)
+
     @property
     def _multiple(self) -> int:
-        """Image sides must be multiples of this: one token of the coarsest stage."""
+        """The pixels of one token of the coarsest stage: image sides must be multiples of it."""
         coarsest = 2 ** (self.bridge.num_stages - 1)
         return autoencoder_factor(self.vae) * self.transformer.config.patch_size * coarsest
 
     def encode_prompt(self, prompts: Sequence[str]) -> TextStates:
-        """Token states and pooled states of ``prompts``."""
+        """Return the token states and pooled states of ``prompts``."""
         encoder = PromptEncoder(
             self.text_encoder_2,
             self.tokenizer_2,
@@ -116,7 +126,7 @@ class NamiPipeline(DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: StepCallback | None = None,
     ) -> Any:
-        """Draw images: a :class:`NamiPipelineOutput`, or a tuple of the images.
+        """Generate images; return a :class:`NamiPipelineOutput`, or a tuple of the images.
 
         Args:
             prompt: one or several; or give ``prompt_states``.
@@ -159,7 +169,7 @@ class NamiPipeline(DiffusionPipeline):
             if negative_prompt_states is None:
                 negatives = [negative_prompt] if isinstance(negative_prompt, str) else negative_prompt
                 negative_prompt_states = self.encode_prompt(negatives)
-            negative = _spread(negative_prompt_states, len(prompt_states.pooled), num_images_per_prompt)
+            negative = _one_row_an_image(negative_prompt_states, len(prompt_states.pooled), num_images_per_prompt)
             states = TextStates(*map(torch.cat, zip(negative, states, strict=True)))
 
         # 3. Noise of the coarsest stage
@@ -221,12 +231,12 @@ class NamiPipeline(DiffusionPipeline):
 
 
 def _repeat(states: TextStates, times: int) -> TextStates:
-    """Each row ``times`` times."""
+    """Repeat each row ``times`` times."""
     return TextStates(*(field.repeat_interleave(times, 0) for field in states))
 
 
-def _spread(states: TextStates, prompts: int, images_per_prompt: int) -> TextStates:
-    """One row for all, or one a prompt, to one an image.
+def _one_row_an_image(states: TextStates, prompts: int, images_per_prompt: int) -> TextStates:
+    """Repeat states of which there is one row for all, or one a prompt, to one row an image.
 
     Raises:
         ValueError: another number of rows.
@@ -235,3 +245,12 @@ def _spread(states: TextStates, prompts: int, images_per_prompt: int) -> TextSta
     if rows not in (1, prompts):
         raise ValueError(f"{rows} negative prompts for {prompts} prompts: give one, or one a prompt")
     return _repeat(states, prompts * images_per_prompt // rows)
+
+
+def _by_package(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a pipeline's config that names a package as the home of our parts, not a file in it, which may move."""
+
+    def is_ours(value: Any) -> bool:
+        return isinstance(value, list | tuple) and len(value) == 2 and str(value[0]).startswith("nami_lightning.")
+
+    return {name: ("nami_lightning.models", value[1]) if is_ours(value) else value for name, value in config.items()}

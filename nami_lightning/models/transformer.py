@@ -4,9 +4,10 @@ All double blocks come before all single ones, as in FLUX, so the last stage's n
 block and its parameter names are FLUX's too; only the output head differs, since every stage has its own.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import accumulate
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,12 +22,13 @@ from diffusers.models.transformers.transformer_flux import (
     FluxTransformerBlock,
 )
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 RopePositions = Literal["aligned", "grid"]
 
 
 class OutputHead(nn.Module):
-    """FLUX's last two layers; one such head a stage.
+    """FLUX's last two layers; each stage has such a head.
 
     Args:
         width: width of the transformer.
@@ -39,7 +41,7 @@ class OutputHead(nn.Module):
         self.proj_out = nn.Linear(width, outputs)
 
     def forward(self, hidden_states: Tensor, temb: Tensor) -> Tensor:
-        """Tokens ``(B, N, width)`` and conditioning ``(B, width)`` to ``(B, N, outputs)``."""
+        """Map tokens ``(B, N, width)`` and conditioning ``(B, width)`` to ``(B, N, outputs)``."""
         return self.proj_out(self.norm_out(hidden_states, temb))
 
 
@@ -105,7 +107,6 @@ class NamiTransformer2DModel(ModelMixin, ConfigMixin):
             for _ in range(sum(num_single_layers))
         )
         self.heads = nn.ModuleList(OutputHead(width, in_channels * patch_size**2) for _ in num_layers)
-        self.gradient_checkpointing = False
 
     def forward(
         self,
@@ -115,7 +116,7 @@ class NamiTransformer2DModel(ModelMixin, ConfigMixin):
         timestep: Tensor,
         stage: int,
     ) -> Tensor:
-        """Velocity at a stage.
+        """Predict the velocity at a stage.
 
         Args:
             hidden_states: latents ``(B, C, H, W)`` at the stage's resolution; H and W multiples of the patch.
@@ -135,19 +136,47 @@ class NamiTransformer2DModel(ModelMixin, ConfigMixin):
         rotary = self.pos_embed(self._positions(stage, height, width, context.shape[1], x.device))
 
         for block in self.blocks(stage):
-            if torch.is_grad_enabled() and self.gradient_checkpointing:
-                context, x = self._gradient_checkpointing_func(block, x, context, temb, rotary)
-            else:
-                context, x = block(x, context, temb, rotary)
+            context, x = block(x, context, temb, rotary)
         return unpatchify(self.heads[stage](x, temb), height, width, self.config.patch_size)
 
     def blocks(self, stage: int) -> list[nn.Module]:
-        """The blocks of ``theta_stage`` in the order they run."""
+        """Return the blocks of ``theta_stage`` in the order they run."""
         double, single = (depths[stage] for depths in self.depths)
         return [*self.transformer_blocks[:double], *self.single_transformer_blocks[:single]]
 
+    def enable_gradient_checkpointing(
+        self, gradient_checkpointing_func: Callable[..., Any] | None = None, every: int = 1
+    ) -> None:
+        """Recompute blocks in the backward pass, so that the forward pass keeps nothing but their inputs.
+
+        This replaces a block's ``forward``, not the block: weights keep their names, and ``torch.compile`` and FSDP2
+        may wrap the block afterwards.
+
+        Args:
+            gradient_checkpointing_func: calls a function so that it is recomputed; None:
+                ``torch.utils.checkpoint.checkpoint``, not reentrant.
+            every: recompute every so many-th block, counted from the first in each of the two lists of blocks.
+        """
+        recompute = gradient_checkpointing_func or partial(checkpoint, use_reentrant=False)
+        for block in self.recomputed_blocks(every):
+            block.forward = _recomputed(block.forward, recompute)
+
+    def disable_gradient_checkpointing(self) -> None:
+        """Keep what all blocks compute for the backward pass."""
+        for block in self.blocks(self.num_stages - 1):
+            block.__dict__.pop("forward", None)
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether any block is recomputed in the backward pass."""
+        return any("forward" in block.__dict__ for block in self.blocks(self.num_stages - 1))
+
+    def recomputed_blocks(self, every: int) -> list[nn.Module]:
+        """Return the blocks that checkpointing of every so many-th block recomputes."""
+        return [*self.transformer_blocks[::every], *self.single_transformer_blocks[::every]]
+
     def _positions(self, stage: int, height: int, width: int, text: int, device: torch.device) -> Tensor:
-        """Rotary coordinates ``(text + height * width, 3)``: text at the origin, then the image's cells."""
+        """Return rotary coordinates ``(text + height * width, 3)``: text at the origin, then the image's cells."""
         cell = 2 ** (self.num_stages - 1 - stage) if self.config.rope_positions == "aligned" else 1
         rows, columns = ((torch.arange(n, device=device) + 0.5) * cell - 0.5 for n in (height, width))
         grid = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), -1).flatten(0, 1)
@@ -155,8 +184,11 @@ class NamiTransformer2DModel(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Initialise for training from scratch: Xavier for linear layers, normal for the embeddings, and zero for
-        the modulations and the heads, so that every block starts as the identity (DiT; torchtitan's FLUX)."""
+        """Initialise the weights for training from scratch (as DiT and torchtitan's FLUX).
+
+        Xavier for linear layers, normal for the embeddings, and zero for the modulations and the heads, so that every
+        block starts as the identity.
+        """
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -180,7 +212,7 @@ class NamiTransformer2DModel(ModelMixin, ConfigMixin):
         patch_size: int = 2,
         rope_positions: RopePositions = "aligned",
     ) -> "NamiTransformer2DModel":
-        """A NAMI that starts from FLUX's weights; every stage's head starts as FLUX's.
+        """Make a NAMI that starts from FLUX's weights; every stage's head starts as FLUX's.
 
         Args:
             flux: without a guidance embedding.
@@ -224,7 +256,7 @@ class NamiTransformer2DModel(ModelMixin, ConfigMixin):
         return model.to(flux.dtype)
 
     def to_flux(self) -> FluxTransformer2DModel:
-        """The last stage's network as diffusers' own FLUX, for every tool that knows it."""
+        """Return the last stage's network as diffusers' own FLUX, for every tool that knows it."""
         config = self.config
         flux = FluxTransformer2DModel(
             patch_size=1,
@@ -261,10 +293,27 @@ def _check_layers(num_layers: Sequence[int], num_single_layers: Sequence[int]) -
 
 
 def patchify(latents: Tensor, patch_size: int) -> Tensor:
-    """``(B, C, H, W)`` to tokens ``(B, H/p * W/p, C * p * p)``, in FLUX's order of channels."""
+    """Cut ``(B, C, H, W)`` into tokens ``(B, H/p * W/p, C * p * p)``, in FLUX's order of channels."""
     return F.pixel_unshuffle(latents, patch_size).flatten(2).transpose(1, 2)
 
 
 def unpatchify(tokens: Tensor, height: int, width: int, patch_size: int) -> Tensor:
-    """Tokens of a ``height`` by ``width`` grid back to ``(B, C, H, W)``."""
+    """Join the tokens of a ``height`` by ``width`` grid to ``(B, C, H, W)``."""
     return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (height, width)), patch_size)
+
+
+def is_hidden_layer(name: str) -> bool:
+    """Tell whether the layer or weight of that name lies in a block, between hidden features.
+
+    The blocks' modulations (``norm.linear``) do not: they read the conditioning.
+    """
+    return "blocks." in name and ".norm" not in name
+
+
+def _recomputed(forward: Callable[..., Any], recompute: Callable[..., Any]) -> Callable[..., Any]:
+    def checkpointed(*arguments: Any, **keywords: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*arguments, **keywords)
+        return recompute(forward, *arguments, **keywords)
+
+    return checkpointed

@@ -1,6 +1,7 @@
 """A recipe, and the folder that a run of it makes.
 
 - ``recipe``: one YAML file that describes a whole run: read, checked, made into objects.
+- ``old_recipes``: class paths and keys of earlier versions, and their names now.
 - ``run_dir``: the folder of a run: its checkpoints, and how they are read and written.
 - ``load``: a trained model from a run or from a pipeline's folder.
 - ``lock``: one process at a time trains a run.

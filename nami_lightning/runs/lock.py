@@ -1,4 +1,4 @@
-"""One process at a time trains a run: it holds the lock of the run's folder, and its end, however it ends, lets go."""
+"""The lock of a run's folder: one process at a time trains a run. The lock is free when the process ends."""
 
 import errno
 import fcntl
@@ -18,7 +18,7 @@ PATIENCE = 30.0
 
 @contextmanager
 def hold(run: Path) -> Iterator[None]:
-    """Keep other processes from training a run meanwhile; its folder is made if need be.
+    """Hold the lock of a run in a ``with`` block; the run's folder is made if it isn't there.
 
     Raises:
         RuntimeError: one on this machine goes on. Of another machine only a warning says so: one that died may have
@@ -39,7 +39,7 @@ def hold(run: Path) -> Iterator[None]:
 
 
 def is_held(run: Path) -> bool | None:
-    """Whether a process on this machine trains the run; None if another machine's was the last to, or nobody knows."""
+    """Tell whether a process on this machine trains the run; None: the last one was on another machine, or unknown."""
     try:
         with (run / "lock").open("r+", encoding="utf-8") as file:
             holder = file.read()
@@ -56,7 +56,7 @@ def _this_process() -> str:
 
 
 def _lock(file: TextIO, patience: float) -> bool:
-    """Whether the lock could be had within so many seconds; on a file system without locks, at once."""
+    """Try to take the lock for some seconds, and tell whether it was taken; always on a file system without locks."""
     end = time.monotonic() + patience
     while True:
         try:

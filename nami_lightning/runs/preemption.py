@@ -1,4 +1,4 @@
-"""Being told to stop: Ctrl-C, SIGTERM, or SIGUSR1 as SLURM sends it before the time is up.
+"""Requests to stop: Ctrl-C, SIGTERM, or SIGUSR1 as SLURM sends it before the time is up.
 
 The first signal makes the run end at the next step with a checkpoint and the status REQUEUE, or INTERRUPTED after
 Ctrl-C; it may reach any of the ranks, which agree on it in the all-reduce of every step. The second ends the process at
@@ -27,7 +27,7 @@ BURST = 1.0
 
 
 class Preempted(SystemExit):
-    """Ends a run that was told to stop, after its checkpoint is whole."""
+    """Ends a run that was asked to stop, after its checkpoint is whole."""
 
 
 class StopRequest:
@@ -44,11 +44,11 @@ class StopRequest:
 
     @property
     def status(self) -> int:
-        """What the run is to end with."""
+        """The exit status of the run."""
         return INTERRUPTED if self.signal == signal.SIGINT else REQUEUE
 
     def listen(self, trainer: L.Trainer) -> None:
-        """From now on; signals can be handled in a process's main thread only."""
+        """Handle the signals from now on; Python allows it in the main thread only."""
         if threading.current_thread() is not threading.main_thread():
             return
         self.signal, self._speaks = None, trainer.is_global_zero
@@ -73,7 +73,7 @@ class StopRequest:
 
 
 def preempted(trainer: L.Trainer, status: int) -> Preempted:
-    """What to raise on this rank, of a run that is to end with ``status``."""
+    """Return the exception that ends this rank, so that the run ends with ``status``."""
     # Lightning's own launcher kills all processes when one that it started ends with another status than 0.
     environment = getattr(trainer.strategy, "cluster_environment", None)
     started_by_lightning = isinstance(environment, LightningEnvironment) and trainer.local_rank > 0
@@ -81,7 +81,7 @@ def preempted(trainer: L.Trainer, status: int) -> Preempted:
 
 
 def leave_to_parent(worker: int = 0) -> None:
-    """Called in a worker process: what tells a whole process group to stop must not take its parent's reader away.
+    """Ignore signals in a worker process: when a whole process group is asked to stop, the parent still needs it.
 
     The first SIGTERM is let pass, since ``terminate()`` of a worker that hangs is one too.
     """

@@ -1,4 +1,4 @@
-"""What ranks need besides their work: a place for their output, and each other after a restart."""
+"""Where each rank prints, and how the ranks meet again after a restart."""
 
 import os
 import sys
@@ -15,7 +15,7 @@ from nami_lightning.errors import explain
 
 @contextmanager
 def output_of_rank(rank: int, folder: Path) -> Iterator[None]:
-    """All that rank ``rank`` prints, from here to its end, goes to ``folder/rank_N.log``, but for the first's.
+    """Send all that a rank prints to ``folder/rank_N.log``; rank 0 prints to the terminal.
 
     An error that ends such a rank is told on the terminal as well, in one line.
     """

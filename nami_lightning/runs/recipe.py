@@ -13,6 +13,7 @@ from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from nami_lightning.errors import explain
+from nami_lightning.runs.old_recipes import upgraded_arguments, upgraded_layer
 from nami_lightning.training.curriculum import Curriculum
 from nami_lightning.training.module import NamiModule
 
@@ -29,7 +30,7 @@ SET_BY_THE_RUN = {
 
 
 def make_parser() -> ArgumentParser:
-    """The parser that knows every key of a recipe."""
+    """Return the parser that knows every key of a recipe."""
     parser = ArgumentParser(
         prog="lightning run RECIPE",
         description="Train what RECIPE describes; run again to resume.",
@@ -40,8 +41,12 @@ def make_parser() -> ArgumentParser:
     parser.add_argument("--base", type=str, help="A recipe beside this one, over which this one is laid.")
     parser.add_argument("--name", type=str, required=True, help="Name of the run: its folder below output_dir.")
     parser.add_argument("--output_dir", type=str, default="runs", help="Where runs live.")
-    parser.add_argument("--seed", type=int, default=0, help="Of the weights, the order of samples, and all chance.")
-    parser.add_argument("--resolutions", type=list[int], required=True, help="px of each stage, coarsest first.")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="Seed of the weights, the order of samples, and all random numbers."
+    )
+    parser.add_argument(
+        "--resolutions", type=list[int], required=True, help="Side in px of each stage's images, coarsest first."
+    )
     parser.add_class_arguments(Curriculum, "curriculum")
     parser.add_class_arguments(NamiModule, "model")
     parser.add_subclass_arguments(L.LightningDataModule, "data", required=True)
@@ -55,7 +60,7 @@ def make_parser() -> ArgumentParser:
 
 
 class Recipe:
-    """A recipe's values, checked; its objects are made on demand.
+    """The checked values of a recipe; it makes its objects on demand.
 
     Args:
         path: the YAML file, or the name of one that comes with the package.
@@ -68,9 +73,9 @@ class Recipe:
 
     def __init__(self, path: str | Path, overrides: Sequence[str] = ()) -> None:
         self.parser = make_parser()
-        layers = [argument for layer in with_bases(find_recipe(path)) for argument in ("--config", str(layer))]
+        layers = [part for layer in with_bases(find_recipe(path)) for part in ("--config", upgraded_layer(layer))]
         try:
-            self.config = self.parser.parse_args([*layers, *overrides])
+            self.config = self.parser.parse_args([*layers, *upgraded_arguments(list(overrides))])
         except ArgumentError as error:
             raise ValueError(f"{path}: {explain(error, keys(self.parser))}") from error
         self.config.base = None  # resolved: the recipe now stands alone
@@ -81,11 +86,11 @@ class Recipe:
         return Path(self.config.output_dir) / self.config.name
 
     def dump(self) -> str:
-        """The resolved recipe as YAML."""
+        """Return the resolved recipe as YAML."""
         return str(self.parser.dump(self.config, skip_none=False))
 
     def make_model(self) -> NamiModule:
-        """The model alone; needs nothing of the data or the trainer."""
+        """Make the model alone; it needs nothing of the data or the trainer."""
         config = self.config.clone()
         del config["data"], config["trainer"]
         model = self.parser.instantiate(config).model
@@ -93,7 +98,7 @@ class Recipe:
         return model
 
     def make_data(self) -> L.LightningDataModule:
-        """The DataModule alone."""
+        """Make the DataModule alone."""
         config = self.config.clone()
         del config["trainer"]  # not the model too: without its values, jsonargparse would make its parts from nothing
         data = self.parser.instantiate(config).data
@@ -101,7 +106,7 @@ class Recipe:
         return data
 
     def make(self) -> tuple[NamiModule, L.LightningDataModule, L.Trainer]:
-        """Model, data and trainer."""
+        """Make the model, the DataModule and the Trainer."""
         objects = self.parser.instantiate(self.config)
         settings = dict(objects.trainer)
         if settings["logger"] in (None, True):
@@ -117,12 +122,12 @@ class Recipe:
 
 
 def keys(parser: ArgumentParser) -> list[str]:
-    """Every key that can be given on the command line, classes' own arguments aside."""
+    """Return every key that the command line takes, without the classes' own arguments."""
     return [option.removeprefix("--") for action in parser._actions for option in action.option_strings]
 
 
 def with_bases(path: Path) -> list[Path]:
-    """The recipe at ``path`` after the one that its key ``base`` names, and that one's base, and so on.
+    """Return the recipe at ``path`` after its base (the key ``base``), that one after its own base, and so on.
 
     Raises:
         ValueError: a file that is not YAML, or bases that go round in a circle.
@@ -146,7 +151,7 @@ def with_bases(path: Path) -> list[Path]:
 
 
 def find_recipe(path: str | Path) -> Path:
-    """The recipe at ``path``, or the packaged one of that name.
+    """Return the recipe at ``path``, or the packaged one of that name.
 
     Raises:
         FileNotFoundError: naming the recipes that there are.

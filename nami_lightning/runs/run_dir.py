@@ -1,13 +1,12 @@
-"""A run on disk: runs/NAME with its resolved recipe, checkpoints, TensorBoard events and samples.
+"""The folder of a run: runs/NAME with its resolved recipe, checkpoints, TensorBoard events and samples.
 
 runs/NAME/recipe.yaml                     the recipe as it was resolved
 runs/NAME/checkpoints/step=0000900.ckpt   the newest few
 runs/NAME/events.out.tfevents.*           TensorBoard
-runs/NAME/samples/step=0000900.png        grids of drawn images
+runs/NAME/samples/step=0000900.png        grids of generated images
 runs/NAME/lock                            which process trains it, or was the last to
 """
 
-import os
 import re
 import shutil
 from dataclasses import dataclass
@@ -43,7 +42,7 @@ class Run:
         return sorted(found, key=step_of)
 
     def checkpoint(self, step: int | None = None) -> Path:
-        """The checkpoint of ``step``, or the newest.
+        """Return the checkpoint of ``step``, or the newest.
 
         Raises:
             FileNotFoundError: there is none.
@@ -63,7 +62,7 @@ class Run:
             partial.write_text(text)
 
     def load_newest(self) -> tuple[Path, dict[str, Any]] | None:
-        """The newest checkpoint and :func:`read_metadata` of it; None if there is none."""
+        """Return the newest checkpoint and what :func:`read_metadata` reads of it; None if there is none."""
         return (self.checkpoints[-1], read_metadata(self.checkpoints[-1])) if self.checkpoints else None
 
     def set_aside(self) -> Path | None:
@@ -80,7 +79,7 @@ class Run:
 
 
 def read_metadata(checkpoint: Path) -> dict[str, Any]:
-    """What a checkpoint says of itself: all of a file, its tensors left on disk until used, or what isn't sharded.
+    """Read a checkpoint without its tensors: they stay on disk until used, or in the shards.
 
     Raises:
         ValueError: it can't be read.
@@ -94,11 +93,11 @@ def read_metadata(checkpoint: Path) -> dict[str, Any]:
 
 
 def load_weights(checkpoint: Path, model: nn.Module, names: dict[str, str]) -> None:
-    """Load some of a checkpoint's weights straight into a whole model on one device: nothing else of it is read.
+    """Load some of a checkpoint's weights straight into an unsharded model; nothing else of it is read.
 
     Args:
         checkpoint: a file or a folder of shards.
-        model: whose numbers are replaced.
+        model: whose weights are replaced.
         names: a weight's name in the model to its name in the checkpoint.
     """
     weights = model.state_dict()
@@ -112,17 +111,8 @@ def load_weights(checkpoint: Path, model: nn.Module, names: dict[str, str]) -> N
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step after which a checkpoint was written, as its name says."""
+    """Return the step after which a checkpoint was written, as its name says."""
     return int(checkpoint.stem.removeprefix("step="))
-
-
-def publish(partial: Path, target: Path) -> None:
-    """Give what is complete its name, once the disk has it."""
-    files = [path for path in partial.rglob("*") if path.is_file()] if partial.is_dir() else [partial]
-    for path in files:
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    partial.rename(target)
 
 
 def remove(checkpoint: Path) -> None:

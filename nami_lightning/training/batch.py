@@ -1,4 +1,4 @@
-"""What the data hands to the model: one step is a list of micro-batches, each of one stage."""
+"""Micro-batches: what the data hands to the model. One step is a list of them, each of one stage."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,7 +12,7 @@ from nami_lightning.models.text_encoder import TextStates
 
 
 class Encodings(NamedTuple):
-    """What the frozen encoders made of n samples, computed beforehand.
+    """Precomputed latents and text states of n samples.
 
     Attributes:
         latents: of the micro-batch's images; None where latents are pixels, which are the images themselves.
@@ -27,7 +27,7 @@ class Encodings(NamedTuple):
     empty_prompt: TextStates
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Encodings":
-        """The same with every tensor changed."""
+        """Return the encodings with every tensor replaced by ``change`` of it."""
 
         def posterior(of: Posterior | None) -> Posterior | None:
             return None if of is None else Posterior(change(of.mean), None if of.std is None else change(of.std))
@@ -41,7 +41,7 @@ class Encodings(NamedTuple):
 
     @classmethod
     def joined(cls, parts: "Sequence[Encodings]") -> "Encodings":
-        """Of several samples, one after the other."""
+        """Join the encodings of several micro-batches into one, in order."""
 
         def posterior(of: Sequence[Posterior | None]) -> Posterior | None:
             held = [part for part in of if part is not None]
@@ -63,12 +63,12 @@ class MicroBatch:
         step: number of the global batch, from 0.
         stage: 0..K-1.
         images: uint8 ``(n, 3, H, W)`` at the stage's resolution (at the finest one for a pooled latent pyramid);
-            no pixels, ``(n, 3, 0, 0)``, where latents take their place.
+            without pixels, ``(n, 3, 0, 0)``, where latents are stored and images are not.
         captions: n prompts.
-        ids: n names, for messages and tests.
-        places: n positions in the global batch, which fix each sample's chance.
-        damaged: what was wrong with the samples that others stand in for, one message each.
-        encodings: what the frozen encoders make of images and captions, if it was computed beforehand.
+        ids: n names of the samples, for messages and tests.
+        global_indices: n indices of the samples in the global batch; each fixes its sample's random numbers.
+        damaged: one message for each sample that was damaged and replaced by another one.
+        encodings: precomputed latents and text states, if the data set has them.
     """
 
     step: int
@@ -76,7 +76,7 @@ class MicroBatch:
     images: Tensor
     captions: list[str]
     ids: list[str]
-    places: list[int]
+    global_indices: list[int]
     damaged: list[str] = field(default_factory=list)
     encodings: Encodings | None = None
 
@@ -84,11 +84,11 @@ class MicroBatch:
         return len(self.ids)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "MicroBatch":
-        """The same with its tensors on ``device``; the host does not wait for those in page-locked memory."""
+        """Return the micro-batch with its tensors on ``device``; the host does not wait for page-locked ones."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking or tensor.is_pinned()))
 
     def pin_memory(self) -> "MicroBatch":
-        """The same with its tensors in page-locked memory, for the DataLoader."""
+        """Return the micro-batch with its tensors in page-locked memory, for the DataLoader."""
         return self._map(Tensor.pin_memory)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "MicroBatch":
@@ -97,5 +97,5 @@ class MicroBatch:
 
 
 def pixels(images: Tensor) -> Tensor:
-    """uint8 [0, 255] to float [-1, 1]."""
+    """Convert images from uint8 in [0, 255] to float in [-1, 1]."""
     return images.float() / 127.5 - 1

@@ -1,4 +1,4 @@
-"""Checks across the parts of a recipe: that all describe the same stages, and that a checkpoint is theirs."""
+"""Checks across the parts of a recipe: all describe the same stages, and a checkpoint belongs to them."""
 
 from collections.abc import Sequence
 from fractions import Fraction
@@ -70,14 +70,14 @@ def check_shapes(
         )
 
 
-def identity(
+def model_settings(
     transformer: dict[str, Any],
     bridge: BridgeFlow,
     resolutions: list[int],
     text: TextEncoderConfig,
     vae: AutoencoderConfig,
 ) -> dict[str, Any]:
-    """The settings without which a checkpoint's weights mean something else, as plain values."""
+    """Return the settings without which a checkpoint's weights mean something else, as plain values."""
     parts = {"transformer": transformer, "bridge": dict(bridge.config)}
     settings = {
         f"{part}.{key}": list(value) if isinstance(value, tuple) else value
@@ -93,8 +93,8 @@ def identity(
     }
 
 
-def check_checkpoint(checkpoint: dict[str, Any], identity: dict[str, Any], curriculum: Curriculum) -> None:
-    """Refuse a checkpoint of another model or of another past.
+def check_checkpoint(checkpoint: dict[str, Any], settings: dict[str, Any], curriculum: Curriculum) -> None:
+    """Refuse a checkpoint of another model, or of a training that went otherwise.
 
     Raises:
         ValueError: saying which setting differs.
@@ -102,7 +102,7 @@ def check_checkpoint(checkpoint: dict[str, Any], identity: dict[str, Any], curri
     if "nami" not in checkpoint:
         raise ValueError("this checkpoint was not written by nami_lightning")
     saved = checkpoint["nami"]
-    for key, value in identity.items():
+    for key, value in settings.items():
         if saved["model"].get(key) != value:
             raise ValueError(
                 f"the checkpoint is of another model: its {key} is {saved['model'].get(key)}, "
@@ -112,7 +112,7 @@ def check_checkpoint(checkpoint: dict[str, Any], identity: dict[str, Any], curri
 
 
 def per_stage(value: float | list[float], stages: int) -> list[float]:
-    """One number for all stages, or one each, as a list.
+    """Return one number for each stage, given one for all or a list.
 
     Raises:
         ValueError: a list of another length.

@@ -1,4 +1,4 @@
-"""The curriculum: which phase a step belongs to, its sampling ratio, its learning rate. Pure functions of the step.
+"""The curriculum: which phase a step belongs to, its sampling ratio, its learning rate: pure functions of the step.
 
 The data reads the same functions as the optimizer, so nothing is switched at a phase's boundary and a
 prefetched batch is never of the wrong phase.
@@ -67,20 +67,20 @@ class Curriculum:
 
     @property
     def num_stages(self) -> int:
-        """K."""
+        """The number of stages, K."""
         return len(self.phases[0].ratio)
 
     @property
     def total_steps(self) -> int:
-        """Steps of all phases."""
+        """The number of steps of all phases together."""
         return self.ends[-1]
 
     def phase_index(self, step: int) -> int:
-        """Index of the phase of ``step``; a step beyond the end belongs to the last."""
+        """Return the index of the phase of ``step``; a step beyond the end belongs to the last."""
         return min(bisect_right(self.ends, step), len(self.phases) - 1)
 
     def phase(self, step: int) -> Phase:
-        """The phase of ``step``."""
+        """Return the phase of ``step``."""
         return self.phases[self.phase_index(step)]
 
     def describe(self, step: int) -> str:
@@ -89,7 +89,7 @@ class Curriculum:
         return f"step {step} of {self.total_steps}, phase {phase} of {len(self.phases)}"
 
     def learning_rate(self, step: int) -> float:
-        """Learning rate of ``step``."""
+        """Return the learning rate of ``step``."""
         index = self.phase_index(step)
         phase = self.phases[index]
         before = self.phases[index - 1].learning_rate if index else 0.0
@@ -98,24 +98,31 @@ class Curriculum:
         return before + progress * (phase.learning_rate - before)
 
     def samples(self, step: int) -> list[int]:
-        """Samples of each stage in the global batch of ``step``."""
+        """Return the samples of each stage in the global batch of ``step``."""
         return [parts * self.unit for parts in self.phase(step).ratio]
 
     def runs(self, stage: int) -> list[tuple[int, int]]:
-        """(steps, samples in each of them) of the phases that train ``stage``."""
+        """Return (steps, samples in each of them) of every phase that trains ``stage``."""
         return [(phase.steps, phase.ratio[stage] * self.unit) for phase in self.phases if phase.ratio[stage]]
 
     def steps_with(self, stage: int, step: int) -> int:
-        """How many of the steps before ``step`` train ``stage``."""
-        starts = (end - phase.steps for phase, end in zip(self.phases, self.ends, strict=True))
-        return sum(
-            min(max(step - start, 0), phase.steps)
-            for phase, start in zip(self.phases, starts, strict=True)
-            if phase.ratio[stage]
-        )
+        """Return how many of the steps before ``step`` train ``stage``."""
+        return sum(steps for phase, steps in self._phases_before(step) if phase.ratio[stage])
+
+    def samples_before(self, step: int) -> list[int]:
+        """Return the samples of each stage in the steps before ``step``."""
+        done = self._phases_before(step)
+        return [sum(steps * phase.ratio[k] * self.unit for phase, steps in done) for k in range(self.num_stages)]
+
+    def _phases_before(self, step: int) -> list[tuple[Phase, int]]:
+        """Return each phase with the number of its steps that lie before ``step``."""
+        return [
+            (phase, min(max(step - (end - phase.steps), 0), phase.steps))
+            for phase, end in zip(self.phases, self.ends, strict=True)
+        ]
 
     def state_dict(self) -> dict[str, Any]:
-        """All that fixes the past: the phases and the unit."""
+        """Return what decides the past: the phases and the unit."""
         return {"phases": [asdict(phase) for phase in self.phases], "unit": self.unit}
 
     def check_past(self, saved: dict[str, Any], step: int) -> None:
@@ -156,7 +163,7 @@ def _check_phase(index: int, past: Phase, now: Sequence[Phase], running: bool) -
 
 
 def split_evenly(samples: int, ranks: int, limit: int, stage: int) -> tuple[int, int]:
-    """Micro-batches a rank, and samples in each, for ``samples`` of one stage over ``ranks``.
+    """Split the samples of one stage over ranks: return micro-batches a rank, and samples in each.
 
     Raises:
         ValueError: they don't come out even, with a unit that would.

@@ -1,7 +1,7 @@
-"""The EMA's network beside the trained one: spread over the ranks in the same way, on the device or on the host.
+"""The EMA's network beside the trained one, sharded in the same way, on the device or on the host.
 
-On the device it is drawn with as it is: under FSDP2 it gathers its own blocks as they run, never all of it. On the host
-it costs the device nothing; to draw and to validate, its numbers and the trained ones trade places, tensor by tensor.
+On the device it samples as it is: under FSDP2 it gathers its own blocks as they run, never all of it. On the host it
+costs the device nothing; for sampling and validation its weights and the trained ones are swapped, tensor by tensor.
 """
 
 from collections.abc import Callable
@@ -13,58 +13,58 @@ from nami_lightning.models.transformer import NamiTransformer2DModel
 from nami_lightning.training.strategies import local_shards, parallelize
 
 
-def twin(
+def make_ema_model(
     transformer: NamiTransformer2DModel,
     make: Callable[[], NamiTransformer2DModel],
     strategy: Strategy | None,
     on_host: bool,
 ) -> NamiTransformer2DModel:
-    """The same network with the same weights, spread in the same way, and never trained.
+    """Make a network with the same weights, sharded in the same way, that is never trained.
 
     Args:
-        transformer: parallelized.
+        transformer: the trained network, parallelized.
         make: makes another one.
         strategy: Lightning's, if there is one.
         on_host: keep it in the host's memory, whatever its parents are moved to.
     """
     with torch.device("meta"):
-        other = make().requires_grad_(False)
-    parallelize(other, strategy)
-    other.to_empty(device="cpu" if on_host else transformer.device)
-    for mine, theirs in zip(local_shards(other), local_shards(transformer), strict=True):
-        mine.copy_(theirs)
+        ema = make().requires_grad_(False)
+    parallelize(ema, strategy)
+    ema.to_empty(device="cpu" if on_host else transformer.device)
+    for average, weight in zip(local_shards(ema), local_shards(transformer), strict=True):
+        average.copy_(weight)
     if on_host:
-        other._apply = lambda function, recurse=True: other
-    return other
+        ema._apply = lambda function, recurse=True: ema
+    return ema
 
 
 @torch.no_grad()
-def exchange(one: NamiTransformer2DModel, other: NamiTransformer2DModel) -> None:
-    """Swap the numbers of two networks, each staying where it is; memory for one tensor besides."""
-    for mine, theirs in zip(local_shards(one), local_shards(other), strict=True):
-        kept = mine.to(theirs.device, copy=True)
-        mine.copy_(theirs)
-        theirs.copy_(kept)
+def swap_weights(first: NamiTransformer2DModel, second: NamiTransformer2DModel) -> None:
+    """Swap the weights of two networks, each staying on its device; this needs memory for one more tensor."""
+    for a, b in zip(local_shards(first), local_shards(second), strict=True):
+        kept = a.to(b.device, copy=True)
+        a.copy_(b)
+        b.copy_(kept)
 
 
-class Exchange:
-    """While its outermost ``with`` block lasts, two networks have swapped their numbers.
+class SwapWeights:
+    """A ``with`` block in which a network holds another one's weights; inside another such block it does nothing.
 
     Args:
-        one: the network that is used.
-        other: whose numbers it holds then; None: nothing is swapped.
+        network: the network that is used.
+        source: holds the weights, and the network's own meanwhile; None: nothing is swapped.
     """
 
-    def __init__(self, one: NamiTransformer2DModel, other: NamiTransformer2DModel | None) -> None:
-        self.one, self.other = one, other
+    def __init__(self, network: NamiTransformer2DModel, source: NamiTransformer2DModel | None) -> None:
+        self.network, self.source = network, source
         self.depth = 0
 
     def __enter__(self) -> None:
         self.depth += 1
-        if self.depth == 1 and self.other is not None:
-            exchange(self.one, self.other)
+        if self.depth == 1 and self.source is not None:
+            swap_weights(self.network, self.source)
 
     def __exit__(self, *_: object) -> None:
         self.depth -= 1
-        if self.depth == 0 and self.other is not None:
-            exchange(self.one, self.other)
+        if self.depth == 0 and self.source is not None:
+            swap_weights(self.network, self.source)

@@ -1,4 +1,4 @@
-"""What a step's samples become before the network sees them: latents and text states, by frozen models."""
+"""The frozen encoders of a model in training: they make latents and text states of a step's samples."""
 
 from functools import cached_property
 from typing import Literal
@@ -26,7 +26,7 @@ LatentPyramid = Literal["encode", "pool"]
 
 
 class EncodingModule(L.LightningModule):
-    """A module's frozen models. They are not submodules, so neither trained nor in the checkpoint.
+    """A LightningModule with frozen encoders. They are not submodules, so neither trained nor in the checkpoint.
 
     Args:
         text_encoder: which models encode prompts.
@@ -34,7 +34,7 @@ class EncodingModule(L.LightningModule):
         text_dims: widths of the text states and of the pooled state that the network takes.
         latent_pyramid: ``encode`` the image at each stage's resolution, or ``pool`` the finest latents.
         num_stages: K.
-        seed: of the posteriors' draws.
+        seed: of the latents that are sampled from the autoencoder's posterior.
     """
 
     def __init__(
@@ -53,12 +53,12 @@ class EncodingModule(L.LightningModule):
 
     @property
     def _strategy(self) -> Strategy | None:
-        """Lightning's, in a run."""
+        """Lightning's strategy, in a run; otherwise None."""
         return None if self._trainer is None else self._trainer.strategy
 
     @cached_property
     def text_encoder(self) -> PromptEncoder:
-        """Loaded at its first use.
+        """The text encoder, loaded at its first use.
 
         Raises:
             ValueError: its widths are not those that the transformer takes, or the strategy can't shard it.
@@ -80,50 +80,54 @@ class EncodingModule(L.LightningModule):
 
     @cached_property
     def vae(self) -> Autoencoder:
-        """Loaded at its first use."""
+        """The autoencoder, loaded at its first use."""
         return load_autoencoder(self.autoencoder_config).to(self.device)
 
-    def latents(self, micro: MicroBatch, batch: int | str) -> tuple[Tensor, Tensor]:
-        """Clean latents of the micro-batch's stage and of the one before it (which stage 0 does not use)."""
-        own, coarse = self._posteriors(micro)
-        latents = self._draw(own, micro, batch, "latents")
+    def latents(self, micro: MicroBatch, seed_key: int | str) -> tuple[Tensor, Tensor]:
+        """Return clean latents of the micro-batch at its stage and at the one before it (which stage 0 does not use).
+
+        Args:
+            micro: n samples of one stage.
+            seed_key: number of the global batch, or a word: see :func:`nami_lightning.training.rng.sample`.
+        """
+        fine, coarse = self._posteriors(micro)
+        latents = self._sample(fine, micro, seed_key, "latents")
         if self.latent_pyramid == "pool":
             levels = flow.pyramid(latents, self.num_stages)
             return levels[micro.stage], levels[max(micro.stage - 1, 0)]
-        return latents, latents if coarse is None else self._draw(coarse, micro, batch, "coarse latents")
+        return latents, latents if coarse is None else self._sample(coarse, micro, seed_key, "coarse latents")
 
     @torch.no_grad()
     def images(self, micro: MicroBatch) -> Tensor:
-        """The micro-batch's images, uint8 ``(n, 3, H, W)``; where only latents are stored, what the decoder makes of
-        their means."""
+        """Return the micro-batch's images, uint8 ``(n, 3, H, W)``; decoded latents where no images are stored."""
         if micro.encodings is None or micro.encodings.latents is None or micro.images.numel():
             return micro.images
         decoded = decode_latents(self.vae, micro.encodings.latents.mean.float())
         return ((decoded + 1) * 127.5).round().byte()
 
     def _posteriors(self, micro: MicroBatch) -> tuple[Posterior, Posterior | None]:
-        """Of the stage's images, and of those at half their resolution where they are needed."""
+        """Return the posterior of the stage's images, and of those at half their resolution if it is needed."""
         if micro.encodings is not None and micro.encodings.latents is not None:
             return micro.encodings.latents, micro.encodings.coarse_latents
         images = pixels(micro.images)
         alone = self.latent_pyramid == "pool" or micro.stage == 0
         return encode_posterior(self.vae, images), None if alone else encode_posterior(self.vae, flow.pool(images))
 
-    def _draw(self, posterior: Posterior, micro: MicroBatch, batch: int | str, purpose: str) -> Tensor:
+    def _sample(self, posterior: Posterior, micro: MicroBatch, seed_key: int | str, purpose: str) -> Tensor:
         mean, std = posterior
         if std is None:
             return mean.float()
-        noise = rng.draw_normal(self.seed, batch, micro.places, purpose, mean.shape[1:], self.device)
-        return Posterior(mean.float(), std.float()).draw(noise)
+        noise = rng.sample_normal(self.seed, seed_key, micro.global_indices, purpose, mean.shape[1:], self.device)
+        return Posterior(mean.float(), std.float()).sample(noise)
 
     def text_states(self, micro: MicroBatch, drop: Tensor) -> TextStates:
-        """Text states of the captions, those where ``drop`` (bool, ``(B,)``) is set replaced by the empty prompt's."""
+        """Return text states of the captions; where ``drop`` (bool, ``(n,)``) is set, those of the empty prompt."""
         if micro.encodings is None:
             return self.encode_prompts(micro.captions, drop)
         text, empty = (TextStates(*map(Tensor.float, states)) for states in micro.encodings[2:])
         return text.replaced(drop, empty)
 
     def encode_prompts(self, prompts: list[str], drop: Tensor | None = None) -> TextStates:
-        """Text states of ``prompts``, those where ``drop`` (bool, ``(B,)``) is set replaced by the empty prompt's."""
+        """Return text states of ``prompts``; where ``drop`` (bool, ``(n,)``) is set, those of the empty prompt."""
         states = self.text_encoder(prompts)
         return states if drop is None else states.replaced(drop, self._empty_prompt)

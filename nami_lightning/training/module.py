@@ -1,4 +1,4 @@
-"""NamiModule: one training step of NAMI, for Lightning's Trainer."""
+"""NamiModule: the nested network and the bridges, and one training step, for Lightning's Trainer."""
 
 from collections.abc import Callable
 from dataclasses import asdict
@@ -7,7 +7,6 @@ from time import perf_counter
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
@@ -19,21 +18,21 @@ from nami_lightning.models.flow import LossWeighting, TauKind
 from nami_lightning.models.pipeline import NamiPipeline
 from nami_lightning.models.text_encoder import TextEncoderConfig
 from nami_lightning.models.transformer import NamiTransformer2DModel
-from nami_lightning.training import rng
 from nami_lightning.training.batch import MicroBatch
-from nami_lightning.training.checks import check_checkpoint, check_stages, identity, per_stage
+from nami_lightning.training.checks import check_checkpoint, check_stages, model_settings, per_stage
 from nami_lightning.training.curriculum import Curriculum
-from nami_lightning.training.ema import Exchange, twin
+from nami_lightning.training.ema import SwapWeights, make_ema_model
 from nami_lightning.training.frozen_encoders import EncodingModule, LatentPyramid
-from nami_lightning.training.loss import LossByTau
+from nami_lightning.training.loss import FlowLoss, LossByTau, TauDistribution
 from nami_lightning.training.step_sync import SkippedSteps, agree
-from nami_lightning.training.strategies import parallelize, reduce_gradients, whole
+from nami_lightning.training.strategies import full_tensor, parallelize, reduce_gradients
+from nami_lightning.utils.heartbeat import Heartbeat
 
 VALIDATION = "validation"
 
 
 class NamiModule(EncodingModule):
-    """The nested stages and the bridges, and how they are trained.
+    """Trains the nested network; owns its stages and the bridges between them.
 
     Args:
         transformer: makes the network; ``class_path`` and ``init_args`` in a recipe.
@@ -43,13 +42,13 @@ class NamiModule(EncodingModule):
         resolutions: side in px of each stage's images, coarsest first, each twice the one before.
         curriculum: phases, ratios, learning rates.
         optimizer: makes the optimizer from parameters; the curriculum sets its learning rate. null: torch's AdamW.
-        seed: of the weights and of all rng.
+        seed: of the weights and of all random numbers.
         tau: distribution of the local time in training.
         tau_mean: mean of its logit; one number, or one a stage.
         tau_std: standard deviation of its logit; likewise.
         tau_uniform_share: share of the uniform part of a ``mixture``.
         loss_weighting: weights of the stages' losses in a step.
-        local_velocity_loss: measure the loss in the stage's local time (x width^2): the paper's letter.
+        local_velocity_loss: measure the loss in the stage's local time, as written in the paper: times width^2.
         latent_pyramid: ``encode`` the image at each stage's resolution, or ``pool`` the finest latents.
         prompt_dropout: probability of training a sample on the empty prompt.
         gradient_clip_norm: largest norm of a step's gradient; null for no clipping.
@@ -99,11 +98,10 @@ class NamiModule(EncodingModule):
         # Not AdamW as a default above: jsonargparse would hand its settings on to any optimizer that a recipe names.
         self.make_transformer, self.make_optimizer = transformer, optimizer or torch.optim.AdamW
         self.resolutions, self.curriculum = resolutions, curriculum
-        self.tau, self.tau_uniform_share = tau, tau_uniform_share
-        self.tau_mean, self.tau_std = (per_stage(value, self.num_stages) for value in (tau_mean, tau_std))
-        self.loss_weighting = loss_weighting
-        self.loss_scales = [window.width**2 if local_velocity_loss else 1.0 for window in self.bridge.windows]
-        self.prompt_dropout = prompt_dropout
+        means, stds = (per_stage(value, num_stages) for value in (tau_mean, tau_std))
+        tau_distribution = TauDistribution(tau, means, stds, tau_uniform_share)
+        self.flow_loss = FlowLoss(self.bridge, tau_distribution, config["patch_size"], local_velocity_loss)
+        self.loss_weighting, self.prompt_dropout = loss_weighting, prompt_dropout
         self.gradient_clip_norm, self.max_skipped_steps = gradient_clip_norm, max_skipped_steps
         self.activation_checkpointing = activation_checkpointing
         self.compile_blocks, self.float8 = compile_blocks, float8
@@ -113,13 +111,13 @@ class NamiModule(EncodingModule):
         check_stages(self.transformer_config, self.bridge, resolutions, curriculum, autoencoder)
 
         self.step = 0
-        """Global batches consumed: the number of the next one."""
-        self.seconds_in_steps = 0.0  # since this process began
+        """Number of global batches consumed, which is the number of the next one."""
+        self.seconds_in_steps = 0.0
+        """Seconds spent in training steps since this process began."""
         self.skipped = SkippedSteps()
-        self.told_to_stop = self.stopping = False
-        """This rank was told to; all ranks agreed to, after this step."""
-        self.doing, self.beats = "getting ready", 0
-        """What this rank is at, for messages; how many things it has begun."""
+        self.stop_requested = self.stop_agreed = False
+        """Whether this rank was asked to stop; whether all ranks agreed to stop after this step."""
+        self.heartbeat = Heartbeat()
         self.use_ema = self.ema_on_host = False
         self._ratios: dict[tuple[int, ...], Tensor] = {}
         self.transformer: NamiTransformer2DModel
@@ -129,25 +127,21 @@ class NamiModule(EncodingModule):
 
     @property
     def sampling_transformer(self) -> NamiTransformer2DModel:
-        """The network to draw and to validate with, within :meth:`averaged`: the EMA's if there is one."""
+        """The network to sample and to validate with, inside :attr:`ema_weights`: the EMA's if there is one."""
         return self.transformer if self.ema is None or self.ema_on_host else self.ema
 
     @cached_property
-    def averaged(self) -> Exchange:
-        """``with module.averaged:`` the trained network holds the EMA's numbers, if those are kept on the host."""
-        return Exchange(self.transformer, self.ema if self.ema_on_host else None)
-
-    def begin(self, what: str) -> None:
-        """Note what this rank is at from now on."""
-        self.doing, self.beats = what, self.beats + 1
+    def ema_weights(self) -> SwapWeights:
+        """A ``with`` block in which the trained network holds the EMA's weights, if those are kept on the host."""
+        return SwapWeights(self.transformer, self.ema if self.ema_on_host else None)
 
     def tokens(self, stage: int) -> int:
-        """Tokens of one sample of ``stage``, image and text."""
+        """Return the tokens of one square sample of ``stage``, image and text."""
         side = self.resolutions[stage] // self.autoencoder_config.factor // self.transformer_config["patch_size"]
         return side**2 + self.text_encoder_config.max_length
 
     def setup(self, stage: str) -> None:
-        """Refuse a precision that Lightning converts whole batches for, or scales the loss for, which clipping sees.
+        """Refuse a precision for which Lightning would convert whole batches, or scale the loss that clipping sees.
 
         Raises:
             ValueError: naming those that work.
@@ -160,7 +154,7 @@ class NamiModule(EncodingModule):
             )
 
     def configure_model(self) -> None:
-        """Build the network (and its EMA twin), once; the weights are a pure function of the seed."""
+        """Build the network and the EMA's, once; the weights are a pure function of the seed."""
         if hasattr(self, "transformer"):
             return
         with torch.random.fork_rng(devices=[]):
@@ -168,7 +162,7 @@ class NamiModule(EncodingModule):
             self.transformer = self._new_transformer()
         parallelize(self.transformer, self._strategy, self.activation_checkpointing, self.compile_blocks, self.float8)
         if self.use_ema:
-            self.ema = twin(self.transformer, self.make_transformer, self._strategy, self.ema_on_host)
+            self.ema = make_ema_model(self.transformer, self.make_transformer, self._strategy, self.ema_on_host)
 
     def _new_transformer(self) -> NamiTransformer2DModel:
         transformer = self.make_transformer()
@@ -179,13 +173,13 @@ class NamiModule(EncodingModule):
         return transformer
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """One optimizer over the network; the bridges are frozen."""
+        """Make one optimizer over the network; the bridges are frozen."""
         return self.make_optimizer(self.transformer.named_parameters())
 
     # --- training ----------------------------------------------------------------------------
 
     def training_step(self, batch: list[MicroBatch], batch_idx: int) -> None:
-        """One optimizer step from the micro-batches of one global batch."""
+        """Make one optimizer step from the micro-batches of one global batch."""
         begin = perf_counter()
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)
@@ -195,17 +189,17 @@ class NamiModule(EncodingModule):
         losses = torch.zeros(self.num_stages, device=self.device)
         micro_losses = []
         for number, micro in enumerate(batch, 1):
-            self.begin(f"stage {micro.stage + 1}, micro-batch {number} of {len(batch)}")
+            self.heartbeat.beat(f"stage {micro.stage + 1}, micro-batch {number} of {len(batch)}")
             share = len(micro) / counts[micro.stage]
             reduce_gradients(self.transformer, self._strategy, last=number == len(batch))
-            loss = self.flow_loss(self.transformer, micro, micro.step, self.prompt_dropout)
+            loss, _ = self.flow_loss(self, self.transformer, micro, micro.step, self.prompt_dropout)
             self.manual_backward(weights[micro.stage] * share * loss)
             micro_losses.append(loss.detach())
             losses[micro.stage] += share * micro_losses[-1]
 
-        self.begin("the update")
-        agreed = agree(self.trainer.strategy, losses, self.clip_gradients_by_norm(), self.told_to_stop)
-        self.stopping = agreed.stop
+        self.heartbeat.beat("the update")
+        agreed = agree(self.trainer.strategy, losses, self.clip_gradients_by_norm(), self.stop_requested)
+        self.stop_agreed = agreed.stop
         self.step += 1
         if agreed.finite:
             optimizer.step()
@@ -220,14 +214,14 @@ class NamiModule(EncodingModule):
         self.seconds_in_steps += perf_counter() - begin
 
     def ratio(self) -> Tensor:
-        """This step's sampling ratio ``(K,)``, sent to the device once a phase: a copy makes the host wait."""
+        """Return this step's sampling ratio ``(K,)``, sent to the device once a phase: a copy makes the host wait."""
         parts = tuple(self.curriculum.phase(self.step).ratio)
         if parts not in self._ratios:
             self._ratios[parts] = torch.tensor(parts, dtype=torch.float32, device=self.device)
         return self._ratios[parts]
 
     def on_train_start(self) -> None:
-        """Refuse bridges that nobody has fitted.
+        """Refuse bridges that are not fitted.
 
         Raises:
             ValueError: naming the callback that does.
@@ -238,17 +232,17 @@ class NamiModule(EncodingModule):
             )
 
     def on_train_batch_end(self, outputs: Any, batch: list[MicroBatch], batch_idx: int) -> None:
-        """End a run that only skips, once the callbacks have seen the step."""
-        self.begin("waiting for data")
+        """End a run that skips every step, once the callbacks have seen this one."""
+        self.heartbeat.beat("waiting for data")
         self.skipped.check(self.step - 1, self.max_skipped_steps)
 
     def clip_gradients_by_norm(self) -> Tensor:
-        """Scale the gradient down to ``gradient_clip_norm`` if that is set; its norm before that."""
+        """Scale the gradient down to ``gradient_clip_norm`` if that is set, and return its norm before that."""
         limit = torch.inf if self.gradient_clip_norm is None else self.gradient_clip_norm
-        return whole(torch.nn.utils.clip_grad_norm_(self.transformer.parameters(), limit))
+        return full_tensor(torch.nn.utils.clip_grad_norm_(self.transformer.parameters(), limit))
 
     def _log_losses(self, weights: Tensor, losses: Tensor, norm: float) -> None:
-        """Log every so many steps."""
+        """Log the losses, every ``log_every_n_steps`` steps."""
         loss = (weights * losses).sum()
         self.log("train/loss", loss, prog_bar=True, logger=False)
         if self.step % self.trainer.log_every_n_steps:  # type: ignore[attr-defined]
@@ -259,82 +253,49 @@ class NamiModule(EncodingModule):
         self._log_metrics(metrics)
 
     def _log_metrics(self, metrics: dict[str, float]) -> None:
-        """Not by ``self.log``, which would repeat the last value of a stage that is no longer trained."""
+        """Log to the loggers themselves: ``self.log`` would repeat the last value of an untrained stage."""
         for logger in self.loggers:
             logger.log_metrics(metrics, step=self.step - 1)
 
-    def flow_loss(
-        self, transformer: torch.nn.Module, micro: MicroBatch, batch: int | str, prompt_dropout: float = 0.0
-    ) -> Tensor:
-        """Mean squared error of the velocity over one micro-batch; ``batch`` and the places decide all rng."""
-        velocity, target, _ = self.predict(transformer, micro, batch, prompt_dropout)
-        return F.mse_loss(velocity, target) * self.loss_scales[micro.stage]
-
-    def predict(
-        self, transformer: torch.nn.Module, micro: MicroBatch, batch: int | str, prompt_dropout: float = 0.0
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The velocity of one micro-batch, its target, both ``(n, C, H, W)`` float32, and tau ``(n,)``."""
-        stage, window = micro.stage, self.bridge.windows[micro.stage]
-        latents, coarse_latents = self.latents(micro, batch)
-        draws = rng.draw(self.seed, batch, micro.places, latents.shape[1:], self.device)
-        text = self.text_states(micro, drop=draws.uniform[:, 2] < prompt_dropout)
-
-        start, end = self.bridge.endpoints(stage, latents, coarse_latents, draws.noise)
-        tau = self.sample_tau(stage, draws, tokens=latents.shape[-2] * latents.shape[-1])
-        x = flow.interpolate(start, end, tau)
-        t = flow.global_time(tau, window)
-        target = flow.velocity_target(start, end, window)
-        return transformer(x, text.sequence, text.pooled, t, stage).float(), target, tau
-
-    def sample_tau(self, stage: int, draws: rng.Draws, tokens: int) -> Tensor:
-        """Local times of a micro-batch; ``tokens`` counts latents, before patches."""
-        tau = flow.sample_tau(
-            self.tau,
-            draws.normal,
-            draws.uniform[:, :2],
-            self.tau_mean[stage],
-            self.tau_std[stage],
-            self.tau_uniform_share,
-        )
-        mu = self.bridge.time_shift(tokens // self.transformer_config["patch_size"] ** 2)
-        return tau if mu is None else flow.shift_tau(tau, mu)
-
     def _update_running_losses(self, losses: Tensor, ratio: Tensor, momentum: float = 0.99) -> None:
-        """Running mean of each trained stage's loss; a stage's first loss starts its mean."""
+        """Update the running mean of each trained stage's loss; a stage's first loss starts its mean."""
         mean = torch.where(self.running_losses.isnan(), losses, self.running_losses.lerp(losses, 1 - momentum))
         self.running_losses.copy_(torch.where(ratio > 0, mean, self.running_losses))
 
     # --- validation --------------------------------------------------------------------------
 
     def on_validation_start(self) -> None:
-        """Let the EMA take the stage."""
-        self.averaged.__enter__()
+        """Validate with the EMA's weights."""
+        self.ema_weights.__enter__()
 
     def on_validation_end(self) -> None:
-        """And leave it."""
-        self.averaged.__exit__()
+        """Go on with the trained weights."""
+        self.ema_weights.__exit__()
 
     def validation_step(self, micro: MicroBatch, batch_idx: int) -> None:
-        """Loss of a held-out micro-batch at noise and tau that are the same at every validation."""
-        self.begin(f"validation, stage {micro.stage + 1}")
-        velocity, target, tau = self.predict(self.sampling_transformer, micro, VALIDATION)
-        losses = (velocity - target).square().mean((1, 2, 3)) * self.loss_scales[micro.stage]
+        """Log the loss of a held-out micro-batch, at noise and tau that are the same at every validation."""
+        self.heartbeat.beat(f"validation, stage {micro.stage + 1}")
+        errors, tau = self.flow_loss(self, self.sampling_transformer, micro, VALIDATION, reduction="none")
+        losses = errors.mean((1, 2, 3))
         self.log(f"val/loss_stage{micro.stage + 1}", losses.mean(), batch_size=len(micro), sync_dist=True)
         self.losses_by_tau.add(micro.stage, tau, losses)
 
     def on_validation_epoch_start(self) -> None:
-        """Start the sums by tau."""
+        """Start the sums of the losses by tau."""
         self.losses_by_tau = LossByTau(self.num_stages, self.device)
 
     def on_validation_epoch_end(self) -> None:
         """Log the losses by tau."""
         self.log_dict(self.losses_by_tau.means(self.trainer.strategy))
 
-    # --- drawing -----------------------------------------------------------------------------
+    # --- sampling ----------------------------------------------------------------------------
 
     def pipeline(self) -> NamiPipeline:
-        """What has been trained so far as a diffusers pipeline, sharing this module's weights; see :meth:`averaged`."""
-        self.begin("drawing")
+        """Return what has been trained so far as a diffusers pipeline that shares this module's weights.
+
+        Use it inside :attr:`ema_weights`.
+        """
+        self.heartbeat.beat("sampling")
         text = self.text_encoder
         pipeline = NamiPipeline(
             transformer=self.sampling_transformer,
@@ -353,12 +314,12 @@ class NamiModule(EncodingModule):
     # --- checkpoints -------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what a resume needs, and what it must agree with."""
+        """Add to the checkpoint what a resume needs, and the settings that it must have."""
         checkpoint["nami"] = {
             "step": self.step,
             "skipped": asdict(self.skipped),
             "curriculum": self.curriculum.state_dict(),
-            "model": self._identity(),
+            "model": self._model_settings(),
             "ema": self.ema is not None,
         }
 
@@ -376,8 +337,8 @@ class NamiModule(EncodingModule):
         Raises:
             ValueError: it is of another model, or its past is not this recipe's.
         """
-        check_checkpoint(checkpoint, self._identity(), self.curriculum)
+        check_checkpoint(checkpoint, self._model_settings(), self.curriculum)
 
-    def _identity(self) -> dict[str, Any]:
+    def _model_settings(self) -> dict[str, Any]:
         text, vae = self.text_encoder_config, self.autoencoder_config
-        return identity(self.transformer_config, self.bridge, self.resolutions, text, vae)
+        return model_settings(self.transformer_config, self.bridge, self.resolutions, text, vae)

@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
+from nami_lightning.models.transformer import is_hidden_layer
+
 
 def orthogonalize(matrix: Tensor, coefficients: tuple[float, float, float], steps: int) -> Tensor:
-    """Newton-Schulz iteration towards ``U V'``, the matrix ``U S V'`` with its singular values made about one.
+    """Move a matrix ``U S V'`` towards ``U V'``, whose singular values are one, by Newton-Schulz iterations.
 
     In bfloat16 on a GPU, in float32 on a CPU: one without instructions for bfloat16 multiplies in it 35 times slower.
 
@@ -30,14 +32,14 @@ def orthogonalize(matrix: Tensor, coefficients: tuple[float, float, float], step
 
 
 class Muon(torch.optim.Muon):
-    """torch's Muon with updates of the size of AdamW's, except that it leaves a CPU float32: see :func:`orthogonalize`.
+    """torch's Muon with updates of the size of AdamW's; on a CPU it computes in float32, see :func:`orthogonalize`.
 
     The size is that of "Muon is scalable for LLM training", torch's ``match_rms_adamw``.
     """
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
-        """Nesterov momentum, orthogonalised."""
+        """Update the weights by the orthogonalised Nesterov momentum."""
         for group in self.param_groups:
             lr, momentum = group["lr"], group["momentum"]
             for parameter in group["params"]:
@@ -93,18 +95,18 @@ class MuonAdamW(Optimizer):
         self._share()
 
     def _share(self) -> None:
-        """Let the two work on this optimizer's groups and state."""
+        """Let Muon and AdamW work on this optimizer's groups and state."""
         for part, group in zip(self.parts, self.param_groups, strict=True):
             part.param_groups, part.state = [group], self.state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """What ``load_state_dict`` ends with."""
+        """Restore the state; ``load_state_dict`` ends with this."""
         super().__setstate__(state)
         self._share()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of both."""
+        """Make one step of Muon and one of AdamW."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -115,5 +117,5 @@ class MuonAdamW(Optimizer):
 
 
 def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
-    """Whether a parameter is a block's matrix between hidden features; its modulations' (``norm.linear``) are not."""
-    return parameter.ndim == 2 and "blocks." in name and ".norm" not in name
+    """Tell whether a parameter is a block's matrix between hidden features, which Muon updates."""
+    return parameter.ndim == 2 and is_hidden_layer(name)

@@ -1,7 +1,8 @@
-"""Chance as a pure function: every random number of training belongs to one sample of one global batch.
+"""Random numbers as a pure function: each one of training belongs to one sample of one global batch.
 
-A sample's draws come from a generator seeded by (seed, batch number, place in the global batch, purpose), so
-they do not depend on ranks, workers, or interruptions, and a new purpose does not move the others.
+A sample's numbers come from a generator that is seeded by (seed, seed key, index in the global batch, purpose). The
+seed key is the number of the batch, or a word such as ``validation``. So the numbers do not depend on ranks, workers or
+interruptions, and a new purpose does not move the others.
 """
 
 import hashlib
@@ -12,20 +13,20 @@ import torch
 from torch import Tensor
 
 
-def seed_of(*parts: int | str) -> int:
-    """A 63-bit seed from numbers and words, the same on every machine."""
+def derive_seed(*parts: int | str) -> int:
+    """Return a 63-bit seed that is computed from numbers and words, the same on every machine."""
     digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest) >> 1
 
 
-def uniform_of(*parts: int | str) -> float:
-    """A number in [0, 1) from numbers and words, the same on every machine."""
-    return (seed_of(*parts) >> 10) / 2**53
+def derive_uniform(*parts: int | str) -> float:
+    """Return a number in [0, 1) that is computed from numbers and words, the same on every machine."""
+    return (derive_seed(*parts) >> 10) / 2**53
 
 
 @dataclass(frozen=True)
-class Draws:
-    """Base draws of a micro-batch of n samples.
+class RandomNumbers:
+    """The random numbers of a micro-batch of n samples.
 
     Attributes:
         noise: ``(n, C, H, W)`` standard normal.
@@ -38,28 +39,45 @@ class Draws:
     uniform: Tensor
 
 
-def draw(
-    seed: int, batch: int | str, places: Sequence[int], shape: Sequence[int], device: torch.device | str = "cpu"
-) -> Draws:
-    """The draws of the samples at ``places`` of global batch ``batch``; ``shape`` is the noise's, ``(C, H, W)``."""
+def sample(
+    seed: int,
+    seed_key: int | str,
+    global_indices: Sequence[int],
+    shape: Sequence[int],
+    device: torch.device | str = "cpu",
+) -> RandomNumbers:
+    """Return the random numbers of some samples of a global batch.
+
+    Args:
+        seed: of the run.
+        seed_key: number of the global batch, or a word.
+        global_indices: indices of the samples in the global batch.
+        shape: ``(C, H, W)`` of the noise.
+        device: where they are made; a CPU's numbers differ from a GPU's.
+    """
     generator = torch.Generator(device)
     noise, normal, uniform = [], [], []
-    for place in places:
-        generator.manual_seed(seed_of(seed, batch, place, "noise"))
+    for index in global_indices:
+        generator.manual_seed(derive_seed(seed, seed_key, index, "noise"))
         noise.append(torch.randn(*shape, generator=generator, device=device))
-        generator.manual_seed(seed_of(seed, batch, place, "time"))
+        generator.manual_seed(derive_seed(seed, seed_key, index, "time"))
         normal.append(torch.randn(1, generator=generator, device=device))
         uniform.append(torch.rand(3, generator=generator, device=device))
-    return Draws(torch.stack(noise), torch.cat(normal), torch.stack(uniform))
+    return RandomNumbers(torch.stack(noise), torch.cat(normal), torch.stack(uniform))
 
 
-def draw_normal(
-    seed: int, batch: int | str, places: Sequence[int], purpose: str, shape: Sequence[int], device: torch.device | str
+def sample_normal(
+    seed: int,
+    seed_key: int | str,
+    global_indices: Sequence[int],
+    purpose: str,
+    shape: Sequence[int],
+    device: torch.device | str,
 ) -> Tensor:
-    """``(n, *shape)`` standard normal draws of another ``purpose`` (the autoencoder's, say)."""
+    """Return ``(n, *shape)`` standard normal numbers for another ``purpose``, as :func:`sample` does."""
     generator = torch.Generator(device)
     rows = []
-    for place in places:
-        generator.manual_seed(seed_of(seed, batch, place, purpose))
+    for index in global_indices:
+        generator.manual_seed(derive_seed(seed, seed_key, index, purpose))
         rows.append(torch.randn(*shape, generator=generator, device=device))
     return torch.stack(rows)

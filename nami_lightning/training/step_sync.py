@@ -1,23 +1,23 @@
-"""What the ranks agree on in every step, before the optimizer moves: are loss and gradient finite, must we stop?
+"""Agreement of the ranks in every step, before the optimizer moves: whether to skip it, and whether to stop.
 
 A step with a loss or gradient that isn't finite, on any rank, is skipped by all: weights, optimizer and EMA stay as
 they are, its batch counts as consumed. All ranks decide on the same numbers, those of the one small all-reduce that the
 losses need anyway; the gradient's norm is that of clipping. The decision is the host's, so a step waits for its device
 once, where its gradients are ready: only some (fused) optimizers could be told on the device to leave their state
 alone. Workers read ahead meanwhile, and only the few launches of the optimizer's own kernels are not queued in advance.
-(A prompt that is tokenized in the step waits too: remember encodings, or make them beforehand.)
+(A prompt that is tokenized in the step waits too: cache text states, or encode the data set beforehand.)
 """
 
 import math
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from nami_lightning.training.batch import MicroBatch
+from nami_lightning.utils.collectives import gather_objects
 
 NAMED = 8
 """Sample ids that a message names, at most, for each rank."""
@@ -25,13 +25,13 @@ NAMED = 8
 
 @dataclass(frozen=True)
 class Agreement:
-    """The same on all ranks.
+    """What all ranks know after they agreed; the same on each.
 
     Attributes:
         losses: ``(K,)`` mean over the ranks of each stage's loss, on the device.
         norm: of the gradient of all ranks.
-        finite: all losses and the norm.
-        stop: any rank was told to.
+        finite: whether all losses and the norm are finite.
+        stop: whether any rank was asked to stop.
     """
 
     losses: Tensor
@@ -41,13 +41,13 @@ class Agreement:
 
 
 def agree(strategy: Strategy, losses: Tensor, norm: Tensor, stop: bool) -> Agreement:
-    """One all-reduce of K + 2 numbers and one wait for the device.
+    """Agree on a step: one all-reduce of K + 2 numbers, and one wait for the device.
 
     Args:
         strategy: Lightning's, which reduces.
-        losses: ``(K,)`` this rank's.
+        losses: ``(K,)`` of this rank.
         norm: of the whole gradient.
-        stop: whether this rank was told to.
+        stop: whether this rank was asked to stop.
     """
     mine = torch.cat([losses, norm.reshape(1).to(losses), losses.new_full((1,), float(stop))])
     agreed = strategy.reduce(mine, reduce_op="mean")
@@ -77,7 +77,7 @@ class SkippedSteps:
         """
         self.total += 1
         self.in_row += 1
-        ranks = gather(suspects(micro_batches, losses))
+        ranks = gather_objects(suspects(micro_batches, losses))
         samples = "; ".join(f"rank {rank}, {text}" for rank, text in enumerate(ranks) if text)
         cause = f"the loss of {samples}" if samples else f"the gradient, of {names(micro_batches)} and those beside"
         rank_zero_info(f"Step {step} is skipped: {cause} is not finite ({self.in_row} in a row, {self.total} in all).")
@@ -92,27 +92,18 @@ class SkippedSteps:
             raise RuntimeError(
                 f"steps {step - self.in_row + 1} to {step} had a loss or gradient that is not finite: stopped after "
                 f"model.max_skipped_steps = {limit} in a row. The newest checkpoint is from before them. Look at the "
-                "samples named above, lower the learning rate, or compute in a wider number type"
+                "samples named above, lower the learning rate, or compute in a wider dtype"
             )
 
 
 def suspects(micro_batches: list[MicroBatch], losses: list[Tensor]) -> str:
-    """The samples of the micro-batches whose loss isn't finite; empty if all are."""
+    """Name the samples of the micro-batches whose loss isn't finite; empty if all are finite."""
     finite = torch.stack(losses).isfinite().tolist()
     return names([micro for micro, good in zip(micro_batches, finite, strict=True) if not good])
 
 
 def names(micro_batches: list[MicroBatch]) -> str:
-    """``stage 2: a, b``, the first few."""
+    """Name the first few samples: ``a (stage 2), b (stage 2)``."""
     rows = [(micro.stage, name) for micro in micro_batches for name in micro.ids]
     shown = ", ".join(f"{name} (stage {stage + 1})" for stage, name in rows[:NAMED])
     return shown + (f" and {len(rows) - NAMED} more" if len(rows) > NAMED else "")
-
-
-def gather(text: str) -> list[str]:
-    """Every rank's text."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return [text]
-    texts = [""] * dist.get_world_size()
-    dist.all_gather_object(texts, text)
-    return texts

@@ -1,4 +1,4 @@
-"""How a model is spread over devices and fitted into their memory; nothing here knows of flows or images.
+"""How a model is sharded over devices and fitted into their memory; nothing here knows of flows or images.
 
 :func:`parallelize` does it in the one order that works:
 
@@ -28,17 +28,16 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
-from torch.utils.checkpoint import checkpoint
 
 from nami_lightning.models.text_encoder import PromptEncoder
-from nami_lightning.models.transformer import NamiTransformer2DModel
+from nami_lightning.models.transformer import NamiTransformer2DModel, is_hidden_layer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # float16 would need a scaled loss
 DTypeName = Literal["float32", "bfloat16"]
 
 
 class FSDP2Strategy(ModelParallelStrategy):
-    """FSDP2, or HSDP, over all processes; on CPU with gloo too. ``trainer.strategy: fsdp2`` is this with its defaults.
+    """Shards over all processes with FSDP2, or HSDP; on a CPU with gloo too. In a recipe: ``trainer.strategy: fsdp2``.
 
     Args:
         replicate: groups of processes that hold a copy each; 1 shards over all. One a node keeps gathers inside it.
@@ -47,13 +46,13 @@ class FSDP2Strategy(ModelParallelStrategy):
         reshard_after_forward: drop a block's gathered weights between forward and backward: less memory, one more
             gather.
         reduce_gradients: after each ``micro_batch``, or once a ``step``, which keeps unsharded gradients until its last
-            micro-batch: P numbers of memory for fewer bytes.
+            micro-batch: memory for P values, for fewer bytes.
         shard_text_encoder: shard the frozen text encoders too. All ranks must then encode at the same time, so that
             ``text_encoder.cache`` can't be on.
         timeout_minutes: of a collective; then the process ends with a message.
 
     Raises:
-        ValueError: ``replicate`` does not divide the number of processes, or gradients of another number type than
+        ValueError: ``replicate`` does not divide the number of processes, or gradients of another dtype than
             the reduction's are to be kept: FSDP2 can't mix those that it kept with those of a stage's new blocks.
     """
 
@@ -70,7 +69,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         super().__init__(timeout=timedelta(minutes=timeout_minutes))
         if reduce_gradients == "step" and param_dtype != reduce_dtype:
             raise ValueError(
-                f"reduce_gradients: step needs one number type, but param_dtype is {param_dtype} and reduce_dtype "
+                f"reduce_gradients: step needs one dtype, but param_dtype is {param_dtype} and reduce_dtype "
                 f"{reduce_dtype}: make them equal, or reduce after each micro_batch"
             )
         self.replicate = replicate
@@ -81,12 +80,12 @@ class FSDP2Strategy(ModelParallelStrategy):
         self.reduce_each_micro_batch = reduce_gradients == "micro_batch"
 
     def setup_environment(self) -> None:
-        """Start the process group and lay out the mesh."""
+        """Start the process group and make the mesh."""
         self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
         super().setup_environment()
         if self.replicate < 1 or self.world_size % self.replicate:
             raise ValueError(f"replicate {self.replicate} must divide the {self.world_size} processes")
-        # Of the checkpoints alone, and between hosts: a thread may write one while a step's own messages go on.
+        # For checkpoints alone, on the host: a thread may write one while a step's own collectives go on.
         self._checkpoint_group = torch.distributed.new_group(backend="gloo", timeout=self._timeout)
         sizes = (self.replicate, self.world_size // self.replicate)
         self._device_mesh = init_device_mesh(self.root_device.type, sizes, mesh_dim_names=("replicate", "shard"))
@@ -95,16 +94,16 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        """Every process has data of its own."""
+        """The number of replicas and the rank: every process has its own share of the data."""
         return {"num_replicas": self.world_size, "rank": self.global_rank}
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The optimizer's state with that of weights no stage has touched yet, without which none can be resumed."""
+        """Return the optimizer's state, filled up for weights that had no gradient yet: a resume needs all of it."""
         fill_state(getattr(optimizer, "_optimizer", optimizer))
         return super().optimizer_state(optimizer)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
-        """Write a folder, every rank its shards; ``filepath`` is the same on all."""
+        """Write a checkpoint folder, every rank its shards; ``filepath`` is the same on all ranks."""
         state = {"state_dict": checkpoint.pop("state_dict")}
         optimizers = checkpoint.pop("optimizer_states", [])
         state |= {f"optimizer_{index}": optimizer for index, optimizer in enumerate(optimizers)}
@@ -114,7 +113,7 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     @property
     def weights_mesh(self) -> DeviceMesh:
-        """The devices over which weights are spread: in two dimensions, if some of them are replicas."""
+        """The devices over which weights are sharded: in two dimensions, if some of them are replicas."""
         mesh: DeviceMesh = self.device_mesh if self.replicate > 1 else self.device_mesh["shard"]
         return mesh
 
@@ -155,20 +154,19 @@ def parallelize(
     """
     if float8:
         to_float8(model)
-    for blocks in (model.transformer_blocks, model.single_transformer_blocks):
-        for index, block in enumerate(blocks):
-            if activation_checkpointing and index % activation_checkpointing == 0:
-                checkpoint_block(block)
-            if compile:
-                block.compile(dynamic=False)
+    if activation_checkpointing:
+        model.enable_gradient_checkpointing(every=activation_checkpointing)
+    if compile:
+        for block in model.blocks(model.num_stages - 1):
+            block.compile(dynamic=False)
     if isinstance(strategy, FSDP2Strategy):
         strategy.shard(model)
 
 
 def to_float8(model: NamiTransformer2DModel) -> None:
-    """Let the blocks' linear layers multiply in float8, in place (torchao, a scale a tensor, found anew in each step).
+    """Let the blocks' linear layers multiply in float8, in place (torchao; one scale a tensor, new in each step).
 
-    Weights keep their names and number type. Where the device has no float8 (CPUs, GPUs before Ada) it is emulated:
+    Weights keep their names and dtype. Where the device has no float8 (CPUs, GPUs before Ada) it is emulated:
     slow, with the same rounding.
 
     Raises:
@@ -180,30 +178,30 @@ def to_float8(model: NamiTransformer2DModel) -> None:
         raise ModuleNotFoundError(f"model.float8 needs torchao: pip install '.[float8]' ({error})") from error
 
     def fits(layer: nn.Module, name: str) -> bool:
-        """Whether it is a layer between hidden features, of sizes that the hardware's kernels take."""
+        """Tell whether a layer lies between hidden features and has sizes that the hardware's kernels take."""
         multiple = isinstance(layer, nn.Linear) and layer.in_features % 16 == layer.out_features % 16 == 0
-        return multiple and "blocks." in name and ".norm" not in name
+        return multiple and is_hidden_layer(name)
 
     emulate = not (torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9))
     convert_to_float8_training(model, module_filter_fn=fits, config=Float8LinearConfig(emulate=emulate))
 
 
 def shard_text_encoder(encoder: PromptEncoder, strategy: object) -> None:
-    """Shard the models of a text encoder, on the CPU so far, if the strategy says so.
+    """Shard the models of a text encoder that is still on the CPU, if the strategy says so.
 
     Raises:
-        ValueError: it remembers encodings, so that ranks would run it at different times.
+        ValueError: it caches encodings, so that ranks would run it at different times.
     """
     if not (isinstance(strategy, FSDP2Strategy) and strategy.shard_text_encoder):
         return
     if encoder.cache is not None:
-        raise ValueError("shard_text_encoder needs model.text_encoder.cache: false; ranks remember different prompts")
+        raise ValueError("shard_text_encoder needs model.text_encoder.cache: false; ranks cache different prompts")
     for model in filter(None, (encoder.sequence, encoder.pooled)):
         strategy.shard_frozen(model)
 
 
 def fill_state(optimizer: Optimizer) -> None:
-    """Give every parameter the state that it would start with: zeros, as many as a stepped one of its group has."""
+    """Give every parameter without an optimizer state the one that it would start with: zeros."""
     for group in optimizer.param_groups:
         stepped = [parameter for parameter in group["params"] if optimizer.state.get(parameter)]
         if not stepped:
@@ -216,27 +214,15 @@ def fill_state(optimizer: Optimizer) -> None:
             }
 
 
-def checkpoint_block(block: nn.Module) -> None:
-    """Make a block's forward pass keep only its inputs, in place, so that the names of its weights stay."""
-    forward = block.forward
-
-    def recomputed(*arguments: Any, **keywords: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return forward(*arguments, **keywords)
-        return checkpoint(forward, *arguments, use_reentrant=False, **keywords)
-
-    block.forward = recomputed
-
-
 def reduce_gradients(model: nn.Module, strategy: object, last: bool) -> None:
-    """Say before a micro-batch's backward pass whether it is the one after which FSDP2 reduces gradients."""
+    """Tell FSDP2 before a micro-batch's backward pass whether to reduce gradients after it."""
     if isinstance(strategy, FSDP2Strategy) and isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last or strategy.reduce_each_micro_batch)
 
 
 @torch.no_grad()
 def local_shards(model: nn.Module) -> list[torch.Tensor]:
-    """The parameters' numbers on this rank: their shards under FSDP2, all of them otherwise."""
+    """Return the parameters' values on this rank: their shards under FSDP2, all of them otherwise."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # With reshard_after_forward: false, a forward pass without a backward leaves them whole.
@@ -244,6 +230,6 @@ def local_shards(model: nn.Module) -> list[torch.Tensor]:
     return [p.to_local() if isinstance(p, DTensor) else p.data for p in model.parameters()]
 
 
-def whole(value: torch.Tensor) -> torch.Tensor:
-    """A tensor's numbers of all ranks."""
+def full_tensor(value: torch.Tensor) -> torch.Tensor:
+    """Return a tensor with the values of all ranks' shards."""
     return value.full_tensor() if isinstance(value, DTensor) else value

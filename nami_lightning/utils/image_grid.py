@@ -1,7 +1,9 @@
-"""Pictures for people: grids of images with their captions below them."""
+"""Grids of images with captions below them, and images and figures as files or data URLs."""
 
+import base64
 import textwrap
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +19,16 @@ LINES = 2
 def caption_grid(
     images: Sequence[Image.Image], captions: Sequence[str], columns: int, labels: Sequence[str] = ()
 ) -> Image.Image:
-    """All ``images`` in rows of ``columns``, each with its caption below it, cut to two lines.
+    """Return a grid of ``images`` in rows of ``columns``, each with its caption below it, cut to two lines.
 
-    Cells have the size of the largest image; smaller ones stand in their middle. Where the widest is below 128 px, all
-    are enlarged by a whole factor, so that their pixels stay what they are.
+    Cells have the size of the largest image, and smaller images are centred in them. If the widest image is narrower
+    than 128 px, all are enlarged by a whole factor, so that their pixels stay sharp.
 
     Args:
-        images: to show.
-        captions: one an image.
-        columns: in a row.
-        labels: one an image, in grey on a line of its own above the caption; or none.
+        images: images to show.
+        captions: one caption per image.
+        columns: number of images in a row.
+        labels: one label per image, in grey on a line above the caption; or none.
     """
     enlarge = max(1, -(-MIN_CELL // max(image.width for image in images)))
     width, height = (enlarge * max(sides) for sides in zip(*(image.size for image in images), strict=True))
@@ -52,7 +54,7 @@ def caption_grid(
 
 
 def _wrap(caption: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    """As much of a caption as fits into its lines."""
+    """Return as much of a caption as fits into its lines."""
     for characters in range(max(8, width * 2 // FONT_SIZE), 7, -1):
         lines = textwrap.wrap(caption, characters, max_lines=LINES, placeholder="...")
         if all(font.getlength(line) <= width for line in lines):
@@ -61,13 +63,29 @@ def _wrap(caption: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.Ima
 
 
 def save_image(image: Image.Image, path: Path) -> None:
-    """Write a PNG, whole or not at all."""
+    """Write a PNG, completely or not at all."""
     with replacing(path) as partial:
         image.save(partial, "PNG")
 
 
+def data_url(image: Image.Image, kind: str, **options: Any) -> str:
+    """Return an image as a data URL, for a page that needs no other file.
+
+    Args:
+        image: the image.
+        kind: Pillow's name of the format, ``PNG`` or ``JPEG``.
+        options: further arguments of Pillow's ``save``.
+    """
+    buffer = BytesIO()
+    image.save(buffer, kind, **options)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
 def save_figure(figure: Any, stem: Path) -> Path:
-    """Write matplotlib's ``figure`` as ``stem.png`` and ``stem.svg``, each whole or not at all; the SVG's path."""
+    """Write a matplotlib figure as ``stem.png`` and ``stem.svg``, and return the SVG's path.
+
+    Each file is written completely or not at all.
+    """
     for kind in ("png", "svg"):
         path = stem.with_name(f"{stem.name}.{kind}")
         with replacing(path) as partial:

@@ -1,4 +1,4 @@
-"""Names of a package that are imported on first use, so that importing the package stays quick."""
+"""Names of a package that are imported on first use, so that importing the package is fast."""
 
 from collections.abc import Callable, Mapping
 from importlib import import_module
@@ -6,11 +6,11 @@ from typing import Any
 
 
 def lazy(package: str, homes: Mapping[str, str]) -> tuple[list[str], Callable[[str], Any], Callable[[], list[str]]]:
-    """A package's ``__all__``, ``__getattr__`` and ``__dir__``.
+    """Return ``__all__``, ``__getattr__`` and ``__dir__`` of a package.
 
     Args:
-        package: its ``__name__``.
-        homes: name to the module below ``package`` that it lives in.
+        package: name of the package, its ``__name__``.
+        homes: for each name, the module below ``package`` that defines it.
     """
 
     def get(name: str) -> Any:

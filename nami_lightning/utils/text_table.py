@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 
 def table(rows: Sequence[Sequence[str]], alignments: str) -> list[str]:
-    """Rows as lines with aligned columns.
+    """Return rows as lines of text with aligned columns.
 
     Args:
-        rows: of equally many cells.
-        alignments: ``<`` or ``>`` for each column.
+        rows: rows with the same number of cells.
+        alignments: ``<`` (left) or ``>`` (right) for each column.
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     cells = [[f"{cell:{way}{width}}" for cell, way, width in zip(row, alignments, widths, strict=True)] for row in rows]

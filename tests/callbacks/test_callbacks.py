@@ -100,7 +100,7 @@ def test_throughput_counts_every_image_token_and_operation(tiny: list[str], tmp_
     model.encode_prompts(["dog"])  # cached: encoders don't count
     with FlopCounterMode(display=False) as counter:
         for micro in throughput_batch(model):
-            model.flow_loss(model.transformer, micro, micro.step).backward()
+            model.flow_loss(model, model.transformer, micro, micro.step)[0].backward()
     computed = counter.get_total_flops() / 1e12 / seconds
     assert rate["throughput/hardware_flops_utilization"] == pytest.approx(computed, rel=0.01)
     assert rate["throughput/tflops_per_second"] == pytest.approx(rate["throughput/model_flops_utilization"])

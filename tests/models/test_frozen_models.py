@@ -223,7 +223,7 @@ def test_latents_are_normalised_as_diffusers_does(vae: AutoencoderKL) -> None:
     posterior = vae.encode(images).latent_dist
     noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(1))
     sample = posterior.sample(torch.Generator().manual_seed(1))
-    latents = encode_posterior(vae, images).draw(noise)
+    latents = encode_posterior(vae, images).sample(noise)
     torch.testing.assert_close(latents, (sample - 0.2) * 0.7)
     torch.testing.assert_close(encode_posterior(vae, images).mean, (posterior.mode() - 0.2) * 0.7)
     torch.testing.assert_close(decode_latents(vae, latents), vae.decode(latents / 0.7 + 0.2).sample.clamp(-1, 1))
@@ -263,7 +263,7 @@ def test_pixels_there_and_back(tmp_path: Path) -> None:
     torch.testing.assert_close(latents, (images + 0.25) * 2)
     torch.testing.assert_close(decode_latents(codec, latents), images)
     assert torch.equal(
-        encode_posterior(codec, images).draw(torch.randn_like(images)), latents
+        encode_posterior(codec, images).sample(torch.randn_like(images)), latents
     )  # no variance to draw from
     codec.save_pretrained(tmp_path)
     assert torch.equal(encode_posterior(PixelCodec.from_pretrained(tmp_path), images).mean, latents)

@@ -1,5 +1,6 @@
 """The pipeline, with tiny random parts, against a hand-written loop of rectified flow over the transformer."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -294,6 +295,21 @@ def test_save_and_load_without_a_pooled_encoder(t5: TextModel, tmp_path: Path) -
     loaded = NamiPipeline.from_pretrained(tmp_path)
     assert loaded.text_encoder is None
     torch.testing.assert_close(_draw(loaded), _draw(pipeline), rtol=1e-5, atol=1e-5)
+
+
+def test_a_saved_pipeline_names_the_package_and_one_that_names_old_files_loads(t5: TextModel, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    transformer = NamiTransformer2DModel(3, 2, [1], [1], 16, 2, 16, 16, [4, 6, 6]).eval()
+    pipeline = NamiPipeline(transformer, _bridge(1), PixelCodec(), *t5, resolution=8, max_sequence_length=8)
+    pipeline.save_pretrained(tmp_path)
+    index = tmp_path / "model_index.json"
+    content = json.loads(index.read_text())
+    old_homes = {"transformer": "transformer", "bridge": "bridge", "vae": "encoders"}
+    assert {content[part][0] for part in old_homes} == {"nami_lightning.models"}
+    for part, file in old_homes.items():
+        content[part][0] = f"nami_lightning.{file}"  # as version 0.1.0 wrote it
+    index.write_text(json.dumps(content))
+    torch.testing.assert_close(_draw(NamiPipeline.from_pretrained(tmp_path)), _draw(pipeline), rtol=1e-5, atol=1e-5)
 
 
 def test_parts_that_do_not_fit_are_refused(t5: TextModel) -> None:

@@ -42,21 +42,21 @@ def micro_batch(stage: int, side: int, count: int = 3) -> MicroBatch:
 def test_one_stage_is_plain_rectified_flow() -> None:
     module, micro = make(*ONE_STAGE, "--model.tau", "logit_normal"), micro_batch(0, 16)
     z = micro.images.float() / 127.5 - 1
-    draws = rng.draw(3, 7, micro.places, (3, 16, 16))
+    draws = rng.sample(3, 7, micro.global_indices, (3, 16, 16))
     t = torch.sigmoid(draws.normal)
     x = t.view(-1, 1, 1, 1) * draws.noise + (1 - t.view(-1, 1, 1, 1)) * z
     text = module.text_encoder(micro.captions)
     velocity = module.transformer(x, text.sequence, text.pooled, t, 0)
     expected = F.mse_loss(velocity, draws.noise - z)
-    torch.testing.assert_close(module.flow_loss(module.transformer, micro, 7), expected)
+    torch.testing.assert_close(module.flow_loss(module, module.transformer, micro, 7)[0], expected)
 
 
 def test_the_papers_loss_is_ours_times_the_squared_width() -> None:
     micro = micro_batch(1, 16)
     ours, papers = make(), make("--model.local_velocity_loss", "true")
     papers.bridge.load_state_dict(ours.bridge.state_dict())
-    loss = papers.flow_loss(papers.transformer, micro, 7)
-    torch.testing.assert_close(loss, ours.flow_loss(ours.transformer, micro, 7) / 9)
+    loss = papers.flow_loss(papers, papers.transformer, micro, 7)[0]
+    torch.testing.assert_close(loss, ours.flow_loss(ours, ours.transformer, micro, 7)[0] / 9)
 
 
 def test_pooled_and_encoded_pyramids_agree_on_pixels() -> None:
@@ -79,10 +79,10 @@ def test_dropped_prompts_become_the_empty_one() -> None:
 def test_validation_chance_is_fixed_and_needs_no_global_state() -> None:
     module, micro = make(), micro_batch(2, 32)
     torch.manual_seed(1)
-    first = module.flow_loss(module.transformer, micro, "validation")
+    first = module.flow_loss(module, module.transformer, micro, "validation")[0]
     torch.manual_seed(2)
-    assert torch.equal(module.flow_loss(module.transformer, micro, "validation"), first)
-    assert not torch.equal(module.flow_loss(module.transformer, micro, 8), first)
+    assert torch.equal(module.flow_loss(module, module.transformer, micro, "validation")[0], first)
+    assert not torch.equal(module.flow_loss(module, module.transformer, micro, 8)[0], first)
 
 
 def test_running_losses_start_at_the_first_and_skip_untrained_stages() -> None:

@@ -1,0 +1,43 @@
+"""How the callbacks generate images of a model that is being trained."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from nami_lightning.models.sampler_settings import SamplerSettings
+from nami_lightning.training.module import NamiModule
+
+
+def generate(
+    module: NamiModule,
+    sampler: SamplerSettings,
+    prompts: list[str],
+    seeds: Sequence[int],
+    output_type: str = "pil",
+    height: int | None = None,
+    width: int | None = None,
+) -> Any:
+    """Generate an image of each prompt with the EMA's weights, if there are any.
+
+    Args:
+        module: the model.
+        sampler: how.
+        prompts: one an image. They and the negative prompt are encoded by the module, which may remember encodings.
+        seeds: of the images' noise, one an image.
+        output_type: ``pil``, or another of diffusers'.
+        height: of the images in px; None: as the settings say.
+        width: of the images in px; likewise.
+    """
+    arguments = sampler.arguments()
+    negative_prompt = arguments.pop("negative_prompt", "")
+    size = {name: value for name, value in (("height", height), ("width", width)) if value is not None}
+    with module.ema_weights:
+        output = module.pipeline()(
+            prompt_states=module.encode_prompts(prompts),
+            negative_prompt_states=module.encode_prompts([negative_prompt]),
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            output_type=output_type,
+            **(arguments | size),
+        )
+    return output.images

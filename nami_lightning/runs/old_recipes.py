@@ -1,0 +1,69 @@
+"""Recipes of earlier versions: class paths and keys that have other names now, so that their runs still resume."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+MOVED = {
+    "nami_lightning.bridge.BridgeFlow": "nami_lightning.BridgeFlow",
+    "nami_lightning.optimizers.MuonAdamW": "nami_lightning.MuonAdamW",
+    "nami_lightning.strategies.FSDP2Strategy": "nami_lightning.FSDP2Strategy",
+    "nami_lightning.transformer.NamiTransformer2DModel": "nami_lightning.NamiTransformer2DModel",
+    "nami_lightning.callbacks.bridge.BridgePretraining": "nami_lightning.callbacks.BridgePretraining",
+    "nami_lightning.callbacks.metrics.Metrics": "nami_lightning.callbacks.Metrics",
+    "nami_lightning.callbacks.samples.ImageSamples": "nami_lightning.callbacks.ImageSamples",
+    "nami_lightning.datamodules.multires.MultiResolutionDataModule": (
+        "nami_lightning.datamodules.MultiResolutionDataModule"
+    ),
+    "nami_lightning.evidence.features.EfficientNetLite0": "nami_lightning.metrics.EfficientNetLite0",
+    "nami_lightning.evidence.features.Inception": "nami_lightning.metrics.Inception",
+}
+"""Class paths: the old one to today's."""
+
+RENAMED = {
+    "nami_lightning.callbacks.ImageSamples": {"drawing": "sampler"},
+    "nami_lightning.callbacks.Metrics": {"drawing": "sampler"},
+}
+"""Arguments of a class: the old name to today's."""
+
+
+def upgrade(content: Any) -> Any:
+    """Return a recipe's content, or a part of it, with today's class paths and arguments."""
+    if isinstance(content, list):
+        return [upgrade(entry) for entry in content]
+    if not isinstance(content, dict):
+        return MOVED.get(content, content) if isinstance(content, str) else content
+    upgraded = {key: upgrade(value) for key, value in content.items()}
+    names = RENAMED.get(upgraded.get("class_path", ""), {})
+    arguments = upgraded.get("init_args")
+    if names and isinstance(arguments, dict):
+        upgraded["init_args"] = {names.get(key, key): value for key, value in arguments.items()}
+    return upgraded
+
+
+def upgraded_layer(path: str | Path) -> str:
+    """Return a recipe file's path, or, if the file is of an earlier version, its upgraded content as YAML.
+
+    Either is what the parser takes after ``--config``. What isn't a YAML file is left to the parser to refuse.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return str(path)
+    upgraded = upgrade(content)
+    return str(path) if upgraded == content else yaml.safe_dump(upgraded, sort_keys=False)
+
+
+def upgraded_arguments(arguments: list[str]) -> list[str]:
+    """Return command-line overrides with today's class paths, those in ``--config`` files included."""
+    upgraded: list[str] = []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if key == "--config" and equals:
+            upgraded.append(f"--config={upgraded_layer(value)}")
+        elif upgraded[-1:] == ["--config"]:
+            upgraded.append(upgraded_layer(argument))
+        else:
+            upgraded.append(f"{key}{equals}{MOVED.get(value, value)}" if equals else MOVED.get(argument, argument))
+    return upgraded

@@ -1,0 +1,56 @@
+"""Recipes that earlier versions saved: their class paths and keys are read as today's."""
+
+from importlib import import_module
+from pathlib import Path
+
+import yaml
+
+from nami_lightning import FSDP2Strategy
+from nami_lightning.callbacks import SamplerSettings
+from nami_lightning.metrics import EfficientNetLite0
+from nami_lightning.runs.old_recipes import MOVED, RENAMED, upgrade
+from nami_lightning.runs.recipe import Recipe
+
+OLD_STRATEGY = "nami_lightning.strategies.FSDP2Strategy"
+OLD_FEATURES = "nami_lightning.evidence.features.EfficientNetLite0"
+
+
+def test_every_new_path_leads_to_a_class_with_the_renamed_arguments() -> None:
+    for path in [*MOVED.values(), *RENAMED]:
+        module, _, name = path.rpartition(".")
+        assert isinstance(getattr(import_module(module), name), type), path
+    for path, names in RENAMED.items():
+        made = upgrade({"class_path": path, "init_args": dict.fromkeys(names, 1)})
+        assert set(made["init_args"]) == set(names.values())
+
+
+def test_a_saved_recipe_is_read_with_todays_names(tiny: list[str], tmp_path: Path) -> None:
+    saved = yaml.safe_load(Recipe(tiny[0], tiny[1:]).dump())
+    saved["trainer"]["strategy"] = {"class_path": OLD_STRATEGY, "init_args": {"replicate": 1}}
+    for callback in saved["trainer"]["callbacks"]:
+        if "sampler" in callback.get("init_args", {}):
+            callback["init_args"]["drawing"] = callback["init_args"].pop("sampler")
+    measure = {"features": {"class_path": OLD_FEATURES}, "drawing": {"num_inference_steps": 3}}
+    saved["trainer"]["callbacks"].append({"class_path": "nami_lightning.callbacks.Metrics", "init_args": measure})
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(saved))
+
+    trainer = Recipe(path).parser.instantiate(Recipe(path).config).trainer
+    assert isinstance(trainer.strategy, FSDP2Strategy)
+    callbacks = {type(callback).__name__: callback for callback in trainer.callbacks}
+    assert callbacks["ImageSamples"].sampler == SamplerSettings(2, 2.0, "multistep")
+    assert callbacks["Metrics"].sampler.num_inference_steps == 3
+    assert isinstance(callbacks["Metrics"].features, EfficientNetLite0)
+
+
+def test_an_overlay_and_an_override_are_read_so_too(tiny: list[str], tmp_path: Path) -> None:
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text(yaml.safe_dump({"trainer": {"strategy": {"class_path": OLD_STRATEGY}}}))
+    for arguments in (
+        ["--config", str(overlay)],
+        [f"--config={overlay}"],
+        ["--trainer.strategy.class_path", OLD_STRATEGY],
+        [f"--trainer.strategy.class_path={OLD_STRATEGY}"],
+    ):
+        config = Recipe(tiny[0], [*tiny[1:], *arguments]).config
+        assert config.trainer.strategy.class_path == "nami_lightning.FSDP2Strategy"
