@@ -1,6 +1,17 @@
 """What feeds a run: sources of images, their preparation into shards, and the multi-resolution DataModule.
 
-Names are imported on first use: preparing data needs no trainer.
+- ``sources/``: read image-caption pairs from the collections that people have.
+- ``preparation/``: turn a source into a prepared data set.
+- ``storage/``: write, read, fetch, check and describe prepared data sets.
+- ``precomputed/``: store latents and text states, so that training needs no encoder.
+- ``multi_resolution``: the DataModule.
+- ``step_dataset``: the micro-batches of each training step, and of the validation.
+- ``sample_order``: which samples make up a stage's next batch, as a pure function.
+- ``stage_images``: read and decode the samples of one micro-batch.
+- ``aspect_buckets``: the image shapes that buckets have.
+- ``module_protocols``: what the data reads from the module that is trained.
+
+The names below are imported on first use, because preparing data needs no trainer.
 """
 
 from nami_lightning.utils.lazy_import import lazy

@@ -1,8 +1,8 @@
 """The multi-resolution DataModule: a step's global batch as a pure function of the recipe.
 
-One batch is one optimizer step: the list of its micro-batches, stage 1 first, each of one stage. Ranks take
-slices of the same global batches, in order, so a run goes on with the very same batches after any
-interruption and on any number of ranks; the only position is the number of the step.
+One batch is one optimizer step. It is the list of the step's micro-batches, stage 1 first, each of one stage. Ranks
+take slices of the same global batches, in order. So a run continues with exactly the same batches after any
+interruption and on any number of ranks. The only state is the number of the step.
 """
 
 from base64 import b64decode
@@ -17,6 +17,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from nami_lightning.datamodules.aspect_buckets import Aspect
+from nami_lightning.datamodules.module_protocols import CountsSteps, ShowsConfigs
 from nami_lightning.datamodules.precomputed.records import StageEncodings, check_encodings, layout_of
 from nami_lightning.datamodules.preparation.prepare import prepare
 from nami_lightning.datamodules.preparation.prepare_parts import Preparation, fingerprint, settings_of
@@ -25,38 +26,42 @@ from nami_lightning.datamodules.stage_images import StageImages
 from nami_lightning.datamodules.step_dataset import Damaged, HeldoutDataset, StepDataset, StepLoader
 from nami_lightning.datamodules.storage.chunk_cache import CacheSettings
 from nami_lightning.datamodules.storage.dataset import DESCRIPTION, SPLITS, PreparedDataset, Split
-from nami_lightning.datamodules.storage.prefetch import HELDOUT, RemoteStepDataset, check_room, spread_of
+from nami_lightning.datamodules.storage.prefetch import HELDOUT, RemoteStepDataset, check_cache_size, max_steps_apart
 from nami_lightning.datamodules.storage.remote import is_remote
 from nami_lightning.training.batch import MicroBatch
 from nami_lightning.training.checks import check_shapes
 from nami_lightning.training.curriculum import Curriculum
-from nami_lightning.training.module import NamiModule
 
 
 class MultiResolutionDataModule(L.LightningDataModule):
-    """Streams image-caption shards bucketed by resolution, mixed as the curriculum says.
+    """Streams shards of image-caption pairs, bucketed by resolution, and mixes them as the curriculum says.
+
+    It works with any LightningModule that counts its steps, see
+    :class:`~nami_lightning.datamodules.module_protocols.CountsSteps`. It also checks that a module can take the images
+    and the encodings, if the module shows its configs, see
+    :class:`~nami_lightning.datamodules.module_protocols.ShowsConfigs`; other modules are not checked.
 
     Args:
-        folder: a prepared data set, of images or of encodings (``lightning data encode``), on which training needs no
-            autoencoder and no text encoder; or, with ``source``, where data sets are made, one folder a set of
-            settings. A URL (s3://, hf://, gs://, ...) is read from there, by way of ``cache``.
+        folder: a prepared data set, of images or of encodings (``lightning data encode``); training on encodings needs
+            no autoencoder and no text encoder. With ``source``, the folder in which data sets are made, one folder for
+            each set of settings. A URL (s3://, hf://, gs://, ...) is read from there, through ``cache``.
         resolutions: side in px of each stage's images, coarsest first.
-        curriculum: step to samples of each stage.
-        max_micro_batch: samples of each stage that go through the model at once, at most; one number a stage.
-        source: prepares the data set if it isn't there yet.
-        preparation: how it does.
-        latent_pyramid: as the model's; ``pool`` makes every stage draw the finest bucket.
-        seed: of the order.
-        num_workers: processes that read and decode; 0 for none.
-        prefetch_factor: steps that each of them works ahead.
-        shuffle_window: chunks whose samples are shuffled together.
-        validation_samples: held-out samples of each stage in a validation.
-        cache: where chunks of a remote data set are kept, and how many.
-        damaged: whether a damaged sample is an error; or to skip it, so that the next readable one of its bucket's
-            order stands in for it, on every rank alike.
+        curriculum: gives the number of samples of each stage in a step.
+        max_micro_batch: largest number of samples of each stage that go through the model at once; one number a stage.
+        source: the source from which the data set is prepared if it does not exist yet.
+        preparation: how it is prepared.
+        latent_pyramid: the same as the model's; with ``pool`` every stage reads images of the finest resolution.
+        seed: seed of the order of samples.
+        num_workers: number of processes that read and decode; 0 for none.
+        prefetch_factor: number of steps that each of these processes prepares ahead.
+        shuffle_window: number of chunks whose samples are shuffled together.
+        validation_samples: number of held-out samples of each stage in a validation.
+        cache: where chunks of a remote data set are kept, and how many bytes of them.
+        damaged: ``error``: a damaged sample is an error; ``skip``: the next readable sample in the order of its bucket
+            replaces it, the same one on every rank.
 
     Raises:
-        ValueError: settings that don't fit together.
+        ValueError: settings contradict each other.
     """
 
     def __init__(
@@ -89,7 +94,7 @@ class MultiResolutionDataModule(L.LightningDataModule):
         if source is not None and is_remote(folder):
             raise ValueError(
                 f"data.folder {folder} is remote, and data sets are made on a disk: prepare data.source into a local "
-                "folder, copy that there, and leave data.source out"
+                "folder, copy that folder to the remote one, and remove data.source from the recipe"
             )
         self.folder, self.source, self.preparation = folder, source, preparation
         self.cache, self.damaged = cache, damaged
@@ -100,28 +105,28 @@ class MultiResolutionDataModule(L.LightningDataModule):
         self.validation_samples = validation_samples
 
     def prepare_data(self) -> None:
-        """Make the data set if a source is given and its settings' data set isn't there."""
+        """Prepare the data set if a source is given and the data set with these settings does not exist yet."""
         if self.source is not None:
             self._check_aspects(self.preparation.aspects)
             prepare(self.source, self.dataset_folder, self.preparation, self.num_workers)
 
     def setup(self, stage: str) -> None:
-        """Refuse a data set whose images, or encodings, the model can't take."""
+        """Refuse a data set whose images or encodings the model can't take."""
         module = self.trainer.lightning_module if self.trainer else None
-        if self.dataset.encodings is not None and isinstance(module, NamiModule):
+        if self.dataset.encodings is not None and isinstance(module, ShowsConfigs):
             check_encodings(self.dataset, module)
         self._check_aspects([bucket.aspect for split in SPLITS for bucket in self.dataset.buckets(split)])
 
     def _check_aspects(self, aspects: Sequence[Aspect]) -> None:
         module = self.trainer.lightning_module if self.trainer else None
-        if isinstance(module, NamiModule):
+        if isinstance(module, ShowsConfigs):
             coarsest = self.resolutions[0]
             shapes = sorted({(aspect.width * coarsest, aspect.height * coarsest) for aspect in aspects})
             check_shapes(shapes, coarsest, module.transformer_config, module.autoencoder_config)
 
     @cached_property
     def dataset_folder(self) -> Path:
-        """The folder of the prepared data set, if it is local."""
+        """The folder of the prepared data set, if that is local."""
         folder = Path(self.folder)
         if self.source is None or (folder / DESCRIPTION).exists():
             return folder
@@ -129,14 +134,14 @@ class MultiResolutionDataModule(L.LightningDataModule):
 
     @cached_property
     def dataset(self) -> PreparedDataset:
-        """The prepared data set; made if it isn't there and a source is given."""
+        """The prepared data set, which is prepared first if it does not exist and a source is given."""
         if is_remote(self.folder):
             return PreparedDataset(self.folder, self.cache)
         self.prepare_data()
         return PreparedDataset(self.dataset_folder)
 
     def images(self, split: Split) -> StageImages:
-        """A split as the stages see it."""
+        """Return the buckets of a split as the stages use them."""
         buckets, encodings = self.dataset.buckets(split), self.dataset.encodings
         if encodings is None:
             return StageImages(buckets, self.resolutions, self.latent_pyramid == "pool")
@@ -144,7 +149,12 @@ class MultiResolutionDataModule(L.LightningDataModule):
         return StageEncodings(buckets, layout, b64decode(encodings["empty_prompt"]))
 
     def steps(self, rank: int = 0, ranks: int = 1, seed: int | None = None) -> StepDataset:
-        """Step number to one rank's micro-batches: what training reads, without a trainer; another ``seed`` if given.
+        """Return what training reads, without a trainer: a map from the number of a step to one rank's micro-batches.
+
+        Args:
+            rank: the number of the process.
+            ranks: the number of all processes.
+            seed: replaces the seed of the DataModule; None: it doesn't.
 
         Raises:
             ValueError: see :class:`StepDataset`; or the cache is too small.
@@ -162,29 +172,38 @@ class MultiResolutionDataModule(L.LightningDataModule):
         cache = self.dataset.cache
         if cache is None:
             return StepDataset(**settings)
-        steps = RemoteStepDataset(cache, spread_of(self.num_workers, self.prefetch_factor), **settings)
-        check_room(steps, self.heldout(self.validation_samples).chunks())
+        steps = RemoteStepDataset(cache, max_steps_apart(self.num_workers, self.prefetch_factor), **settings)
+        check_cache_size(steps, self.heldout(self.validation_samples).chunks())
         return steps
 
     def heldout(
         self, samples: int, rank: int = 0, ranks: int = 1, micro_batch: Sequence[int] | None = None
     ) -> HeldoutDataset:
-        """The first ``samples`` held-out images of each stage, ``micro_batch`` (or ``max_micro_batch``) at once."""
+        """Return ``samples`` held-out images of each stage, in micro-batches of at most ``micro_batch`` samples.
+
+        ``micro_batch`` has one number a stage; None: the DataModule's ``max_micro_batch``.
+        """
         micro_batch = micro_batch or self.max_micro_batch
         return HeldoutDataset(self.images("heldout"), samples, micro_batch, rank, ranks, self.damaged)
 
     def train_dataloader(self) -> StepLoader:
-        """From the step that the model has reached."""
+        """Return a loader that starts at the step that the model has reached.
+
+        Raises:
+            TypeError: the module does not count its steps.
+            ValueError: see :meth:`steps`.
+        """
         trainer = self.trainer
         assert trainer is not None
         steps = self.steps(trainer.global_rank, trainer.world_size)
         module = trainer.lightning_module
-        assert isinstance(module, NamiModule)
+        if not isinstance(module, CountsSteps):
+            raise TypeError(f"{type(module).__name__} has no attribute step: training must count its steps there")
         pin_memory = trainer.strategy.root_device.type == "cuda"
         return StepLoader(steps, module.step, self.num_workers, self.prefetch_factor, pin_memory)
 
     def val_dataloader(self) -> DataLoader[MicroBatch]:
-        """Fixed micro-batches of the held-out split."""
+        """Return fixed micro-batches of the held-out split."""
         trainer = self.trainer
         assert trainer is not None
         heldout = self.heldout(self.validation_samples, trainer.global_rank, trainer.world_size)
@@ -193,12 +212,15 @@ class MultiResolutionDataModule(L.LightningDataModule):
         return DataLoader(heldout, batch_size=None)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """With ``damaged: skip``, log how many samples others stood in for since the run was started or resumed."""
+        """Return the batch unchanged; with ``damaged: skip``, first log how many samples were replaced.
+
+        The number counts from the start of the run, or from where it was resumed, over all ranks.
+        """
         trainer = self.trainer
         assert trainer is not None
         if self.damaged == "skip" and trainer.training and isinstance(trainer.train_dataloader, StepLoader):
             module = trainer.lightning_module
-            assert isinstance(module, NamiModule)
+            assert isinstance(module, CountsSteps)
             if (module.step + 1) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
                 count = torch.tensor(float(trainer.train_dataloader.damaged), device=module.device)
                 count = trainer.strategy.reduce(count, reduce_op="sum")

@@ -1,4 +1,4 @@
-"""The buckets of a split as the stages see them: places of samples to micro-batches."""
+"""The buckets of one split as the stages use them: read and decode samples into micro-batches."""
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
@@ -16,27 +16,45 @@ from nami_lightning.datamodules.storage.shards import Record
 from nami_lightning.training.batch import Encodings, MicroBatch
 
 
-class Place(NamedTuple):
-    """Where a sample lies: the number of its bucket, its index there, and its position in the order of reading."""
+class SampleRef(NamedTuple):
+    """Where a sample is stored, and its position in the order of reading.
+
+    Attributes:
+        bucket: the index of its bucket.
+        record: its index in that bucket.
+        position: its position in the bucket's stream of samples.
+    """
 
     bucket: int
     record: int
     position: int
 
 
-Others = Callable[[Place], Iterator[Place]]
-"""A sample's place to those of the samples that may stand in for it, the best first."""
+Substitutes = Callable[[SampleRef], Iterator[SampleRef]]
+"""A function from a sample to the samples that may replace it if it is damaged, the preferred one first."""
 
 
 class Choice(NamedTuple):
-    """What chance decides of a sample: among its captions, by a number in [0, 1), and where it is cropped."""
+    """The random choices for one sample.
+
+    Attributes:
+        caption: a number in [0, 1) that selects one of the captions.
+        window: the position of the crop.
+    """
 
     caption: float
     window: Position
 
 
 class Sample(NamedTuple):
-    """One of a micro-batch: its id, caption, image (uint8 ``(3, H, W)``), and its encodings, if there are any."""
+    """One sample of a micro-batch.
+
+    Attributes:
+        id: its name.
+        caption: the caption that was selected.
+        image: uint8 ``(3, H, W)``.
+        encodings: its precomputed encodings, if the data set holds them.
+    """
 
     id: str
     caption: str
@@ -45,18 +63,20 @@ class Sample(NamedTuple):
 
 
 class StageImages:
-    """The buckets of one split as the stages see them.
+    """The buckets of one split as the stages use them.
 
     Args:
-        buckets: all of the split.
-        resolutions: of the stages.
-        top_only: every stage gets images of the finest stage's resolution (the pooled latent pyramid needs it).
+        buckets: all buckets of the split.
+        resolutions: the resolution of each stage in px, coarsest first.
+        top_only: give every stage images of the finest stage's resolution, as the pooled latent pyramid needs.
 
     Attributes:
-        aspects: of each stage, to the numbers of the buckets that it may draw: its resolution or higher.
+        sides: the resolution in px of the images that each stage gets.
+        aspects: for each stage, the aspect ratios that it can use, each with the indices of its buckets. These have the
+            stage's resolution or a higher one.
 
     Raises:
-        ValueError: a bucket's resolution is not a multiple of a coarser stage's.
+        ValueError: a bucket's resolution is not a multiple of a coarser stage's resolution.
     """
 
     def __init__(self, buckets: Sequence[Bucket], resolutions: Sequence[int], top_only: bool) -> None:
@@ -76,52 +96,55 @@ class StageImages:
             self.aspects.append(usable)
 
     def sizes(self, stage: int, aspect: Aspect) -> list[int]:
-        """Samples of each bucket that ``stage`` may draw of ``aspect``."""
+        """Return the number of samples in each bucket of ``aspect`` that ``stage`` can use."""
         return [len(self.buckets[number]) for number in self.aspects[stage][aspect]]
 
-    def items(self, places: Sequence[Place]) -> list[Any]:
-        """What is stored, in the order asked for; one read a bucket. Bytes are views of the files."""
-        items: dict[Place, Any] = {}
-        for number in {place.bucket for place in places}:
-            of_bucket = [place for place in places if place.bucket == number]
-            read = self.buckets[number].shards.views([place.record for place in of_bucket])
-            items |= dict(zip(of_bucket, read, strict=True))
-        return [items[place] for place in places]
+    def items(self, refs: Sequence[SampleRef]) -> list[Any]:
+        """Return the stored items of ``refs``, in that order, with one read for each bucket.
+
+        The bytes in the items are views of the files.
+        """
+        items: dict[SampleRef, Any] = {}
+        for number in {ref.bucket for ref in refs}:
+            in_bucket = [ref for ref in refs if ref.bucket == number]
+            read = self.buckets[number].shards.views([ref.record for ref in in_bucket])
+            items |= dict(zip(in_bucket, read, strict=True))
+        return [items[ref] for ref in refs]
 
     def micro_batch(
         self,
         step: int,
         stage: int,
         aspect: Aspect,
-        places: Sequence[Place],
-        rows: list[int],
+        refs: Sequence[SampleRef],
+        global_indices: list[int],
         choices: Sequence[Choice],
-        others: Others | None = None,
+        substitutes: Substitutes | None = None,
     ) -> MicroBatch:
-        """Read and decode samples of one stage and aspect.
+        """Read and decode samples of one stage and one aspect ratio.
 
         Args:
-            step: number of the global batch.
-            stage: of all of them.
-            aspect: of all of them.
-            places: where they lie.
-            rows: their places in the global batch.
-            choices: chance of each.
-            others: stand in for damaged samples; None: damage is an error.
+            step: the number of the global batch.
+            stage: the stage of all samples.
+            aspect: the aspect ratio of all samples.
+            refs: where the samples are stored.
+            global_indices: the positions of the samples in the global batch.
+            choices: the random choices for each sample.
+            substitutes: gives the samples that may replace a damaged one; with None, damage is an error.
 
         Raises:
-            DamagedChunk: a file or a sample of it can't be read.
-            DataError: none of the samples that may stand in can be read.
+            DamagedChunk: a file, or a sample in it, can't be read.
+            DataError: none of the samples that may replace a damaged one can be read.
         """
         damaged: list[str] = []
         try:
-            samples = self._samples(stage, aspect, places, choices)
+            samples = self._samples(stage, aspect, refs, choices)
         except DamagedChunk:
-            if others is None:
+            if substitutes is None:
                 raise
             samples = [
-                self._first_readable(stage, aspect, chain([place], others(place)), choice, damaged)
-                for place, choice in zip(places, choices, strict=True)
+                self._first_readable(stage, aspect, chain([ref], substitutes(ref)), choice, damaged)
+                for ref, choice in zip(refs, choices, strict=True)
             ]
         encodings = [sample.encodings for sample in samples if sample.encodings is not None]
         return MicroBatch(
@@ -130,42 +153,44 @@ class StageImages:
             images=torch.stack([sample.image for sample in samples]),
             captions=[sample.caption for sample in samples],
             ids=[sample.id for sample in samples],
-            places=rows,
+            global_indices=global_indices,
             encodings=Encodings.joined(encodings) if encodings else None,
             damaged=damaged,
         )
 
-    def _samples(self, stage: int, aspect: Aspect, places: Sequence[Place], choices: Sequence[Choice]) -> list[Sample]:
+    def _samples(
+        self, stage: int, aspect: Aspect, refs: Sequence[SampleRef], choices: Sequence[Choice]
+    ) -> list[Sample]:
         samples = []
-        for item, place, choice in zip(self.items(places), places, choices, strict=True):
+        for item, ref, choice in zip(self.items(refs), refs, choices, strict=True):
             try:
-                samples.append(self.sample(stage, aspect, place, item, choice))
-            except Exception as error:  # Pillow raises nearly anything on damaged files
+                samples.append(self.sample(stage, aspect, ref, item, choice))
+            except Exception as error:  # Pillow raises errors of many classes on damaged files
                 reason = "it is no image" if isinstance(error, UnidentifiedImageError) else repr(error)
                 name = item[0] if isinstance(item, tuple) and item else None
                 problem = f"(sample {name!r}) can't be decoded: {reason}"
-                raise self.buckets[place.bucket].shards.damaged_sample(place.record, problem) from error
+                raise self.buckets[ref.bucket].shards.damaged_sample(ref.record, problem) from error
         return samples
 
-    def sample(self, stage: int, aspect: Aspect, place: Place, item: Any, choice: Choice) -> Sample:
-        """What a stored item holds for a stage."""
+    def sample(self, stage: int, aspect: Aspect, ref: SampleRef, item: Any, choice: Choice) -> Sample:
+        """Return the sample that a stored item holds, as ``stage`` needs it."""
         record = Record.from_item(item)
         side = self.sides[stage]
-        factor = self.buckets[place.bucket].resolution // side
+        factor = self.buckets[ref.bucket].resolution // side
         image = read_image(record.image, aspect.shape(side), factor, choice.window)
         return Sample(record.id, record.caption(choice.caption), image)
 
     def _first_readable(
-        self, stage: int, aspect: Aspect, places: Iterator[Place], choice: Choice, damaged: list[str]
+        self, stage: int, aspect: Aspect, refs: Iterator[SampleRef], choice: Choice, damaged: list[str]
     ) -> Sample:
-        """The sample at the first of ``places`` or, if it is damaged, at the next; its damage is added to the list."""
+        """Return the first of ``refs`` that can be read; append the first problem, if there was one, to ``damaged``."""
         problem = ""
-        for place in places:
+        for ref in refs:
             try:
-                sample = self._samples(stage, aspect, [place], [choice])[0]
+                sample = self._samples(stage, aspect, [ref], [choice])[0]
             except DamagedChunk as error:
                 problem = problem or str(error)
             else:
                 damaged += [problem] * bool(problem)
                 return sample
-        raise DataError(f"{problem}. Nor can any sample of its bucket be read that could stand in for it")
+        raise DataError(f"{problem}. No other sample of its bucket can be read in its place")

@@ -1,4 +1,4 @@
-"""Steps of a training as micro-batches of images: which samples, at which resolution, for which rank."""
+"""The micro-batches of each training step and of the validation, for one rank."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -10,33 +10,33 @@ from torch.utils.data import DataLoader, Dataset
 
 from nami_lightning.datamodules.aspect_buckets import Aspect
 from nami_lightning.datamodules.preparation.image_io import MIDDLE
-from nami_lightning.datamodules.sample_order import BucketOrder, Lots, apportion, reads
-from nami_lightning.datamodules.stage_images import Choice, Place, StageImages
+from nami_lightning.datamodules.sample_order import BucketOrder, StageBatches, apportion, reads
+from nami_lightning.datamodules.stage_images import Choice, SampleRef, StageImages
 from nami_lightning.datamodules.storage.chunk_file import DataError
 from nami_lightning.runs.preemption import leave_to_parent
 from nami_lightning.training.batch import MicroBatch
 from nami_lightning.training.curriculum import Curriculum, split_evenly
-from nami_lightning.training.rng import uniform_of
+from nami_lightning.training.rng import derive_uniform
 
 Damaged = Literal["error", "skip"]
 log = logging.getLogger(__name__)
 
 
 class StepDataset(Dataset[list[MicroBatch]]):
-    """Step number to the micro-batches of one rank.
+    """A dataset that maps the number of a step to the micro-batches of one rank.
 
     Args:
-        curriculum: step to samples of each stage.
+        curriculum: gives the number of samples of each stage in a step.
         images: the training split.
-        max_micro_batch: largest micro-batch of each stage.
-        seed: of the order, of crops, and of the choice among captions.
-        shuffle_window: chunks shuffled together.
-        rank: this process.
-        ranks: all processes.
-        damaged: whether a damaged sample is an error, or the next readable one of its stream stands in for it.
+        max_micro_batch: the largest number of samples in a micro-batch of each stage.
+        seed: the seed of the order, of the crops, and of the choice among captions.
+        shuffle_window: the number of chunks that are shuffled together.
+        rank: the number of this process.
+        ranks: the number of all processes.
+        damaged: ``error``: a damaged sample is an error; ``skip``: the next readable sample of its stream replaces it.
 
     Raises:
-        ValueError: an uneven split, or a stage without images, of any phase.
+        ValueError: in some phase the samples can't be split evenly, or a stage has no images.
     """
 
     def __init__(
@@ -56,10 +56,10 @@ class StepDataset(Dataset[list[MicroBatch]]):
         self.orders = [BucketOrder(seed, bucket.name, bucket.chunk_sizes, shuffle_window) for bucket in images.buckets]
         for stage in range(curriculum.num_stages):
             if not images.aspects[stage] and any(phase.ratio[stage] for phase in curriculum.phases):
-                held = ", ".join(f"{bucket.name} {len(bucket)}" for bucket in images.buckets)
+                counts = ", ".join(f"{bucket.name} {len(bucket)}" for bucket in images.buckets)
                 raise ValueError(
                     f"stage {stage + 1} is to be trained, but no bucket of {images.sides[stage]} px or more holds an "
-                    f"image (images by bucket: {held or 'none'})"
+                    f"image (images by bucket: {counts or 'none'})"
                 )
             for phase in curriculum.phases:
                 split_evenly(phase.ratio[stage] * curriculum.unit, ranks, max_micro_batch[stage], stage)
@@ -74,77 +74,86 @@ class StepDataset(Dataset[list[MicroBatch]]):
             parts, size = split_evenly(count, self.ranks, self.max_micro_batch[stage], stage)
             if not count:
                 continue
-            aspect, places = self.lot(stage, step)
+            aspect, refs = self.sample_refs(stage, step)
             for part in range(self.rank * parts, (self.rank + 1) * parts):
                 rows = range(part * size, (part + 1) * size)
-                of_batch = [sum(samples[:stage]) + row for row in rows]
-                batch.append(self._micro_batch(step, stage, aspect, [places[row] for row in rows], of_batch))
+                global_indices = [sum(samples[:stage]) + row for row in rows]
+                batch.append(self._micro_batch(step, stage, aspect, [refs[row] for row in rows], global_indices))
         return batch
 
-    def lot(self, stage: int, step: int) -> tuple[Aspect, list[Place]]:
-        """The aspect and the places of all samples of ``stage`` in ``step``, over all ranks."""
+    def sample_refs(self, stage: int, step: int) -> tuple[Aspect, list[SampleRef]]:
+        """Return the aspect ratio of all samples of ``stage`` in ``step``, over all ranks, and where each is stored."""
         count = self.curriculum.samples(step)[stage]
-        return self._lot(stage, self.curriculum.steps_with(stage, step), count, self.curriculum.runs(stage))
+        return self._batch_refs(stage, self.curriculum.steps_with(stage, step), count, self.curriculum.runs(stage))
 
     def stage_batch(self, number: int, stage: int) -> MicroBatch:
-        """This rank's slice of the ``number``-th batch of a stage's stream, whatever the curriculum says of it.
+        """Return this rank's slice of the ``number``-th batch of a stage's stream, whatever the curriculum plans.
 
-        Places are positions in the stream, so a sample's chance does not depend on the number of ranks.
+        The ``global_indices`` are positions in the stream, so a sample's random numbers don't depend on the number of
+        ranks.
         """
         size = self.max_micro_batch[stage]
-        lot = number * self.ranks + self.rank
-        aspect, places = self._lot(stage, lot, size, ((lot + 1, size),))
-        return self._micro_batch(lot, stage, aspect, places, list(range(lot * size, (lot + 1) * size)))
+        batch = number * self.ranks + self.rank
+        aspect, refs = self._batch_refs(stage, batch, size, ((batch + 1, size),))
+        return self._micro_batch(batch, stage, aspect, refs, list(range(batch * size, (batch + 1) * size)))
 
-    def _lot(self, stage: int, number: int, count: int, runs: Sequence[tuple[int, int]]) -> tuple[Aspect, list[Place]]:
-        lots, sizes = self.lots(stage, runs)
-        kind, before = lots(number)
-        aspect, numbers = list(self.images.aspects[stage].items())[kind]
-        places = [
-            Place(numbers[read.bucket], index, position)
-            for read in reads(sizes[kind], before, count)
-            for position, index in enumerate(self.orders[numbers[read.bucket]](read.first, read.count), read.first)
+    def _batch_refs(
+        self, stage: int, number: int, count: int, runs: Sequence[tuple[int, int]]
+    ) -> tuple[Aspect, list[SampleRef]]:
+        batches, sizes = self.stage_batches(stage, runs)
+        aspect_index, before = batches(number)
+        aspect, buckets = list(self.images.aspects[stage].items())[aspect_index]
+        refs = [
+            SampleRef(buckets[read.bucket], index, position)
+            for read in reads(sizes[aspect_index], before, count)
+            for position, index in enumerate(self.orders[buckets[read.bucket]](read.first, read.count), read.first)
         ]
-        return aspect, places
+        return aspect, refs
 
-    def lots(self, stage: int, runs: Sequence[tuple[int, int]]) -> tuple[Lots, list[list[int]]]:
-        """Which aspect each lot of ``stage`` is of, and the samples of each aspect's buckets."""
+    def stage_batches(self, stage: int, runs: Sequence[tuple[int, int]]) -> tuple[StageBatches, list[list[int]]]:
+        """Return the aspect ratio of each batch of ``stage``, and the sizes of the buckets of each aspect ratio."""
         sizes = [self.images.sizes(stage, aspect) for aspect in self.images.aspects[stage]]
-        return Lots([sum(of_aspect) for of_aspect in sizes], runs), sizes
+        return StageBatches([sum(bucket_sizes) for bucket_sizes in sizes], runs), sizes
 
     def _micro_batch(
-        self, step: int, stage: int, aspect: Aspect, places: Sequence[Place], rows: list[int]
+        self, step: int, stage: int, aspect: Aspect, refs: Sequence[SampleRef], global_indices: list[int]
     ) -> MicroBatch:
-        def chance(row: int, purpose: str) -> float:
-            return uniform_of(self.seed, step, row, purpose)
+        def uniform(index: int, purpose: str) -> float:
+            return derive_uniform(self.seed, step, index, purpose)
 
-        choices = [Choice(chance(row, "caption"), (chance(row, "left"), chance(row, "top"))) for row in rows]
-        others = self._others if self.damaged == "skip" else None
-        return self.images.micro_batch(step, stage, aspect, places, rows, choices, others)
+        choices = [Choice(uniform(i, "caption"), (uniform(i, "left"), uniform(i, "top"))) for i in global_indices]
+        substitutes = self._substitutes if self.damaged == "skip" else None
+        return self.images.micro_batch(step, stage, aspect, refs, global_indices, choices, substitutes)
 
-    def _others(self, place: Place) -> Iterator[Place]:
-        """The samples that follow in the bucket's stream, to the end of the next epoch at most: no matter who asks."""
-        order = self.orders[place.bucket]
-        for position in range(place.position + 1, place.position + 2 * order.size):
-            yield Place(place.bucket, order(position, 1)[0], position)
+    def _substitutes(self, ref: SampleRef) -> Iterator[SampleRef]:
+        """Yield the samples that follow in the bucket's stream, to the end of the next epoch at most.
+
+        They don't depend on the rank that asks.
+        """
+        order = self.orders[ref.bucket]
+        for position in range(ref.position + 1, ref.position + 2 * order.size):
+            yield SampleRef(ref.bucket, order(position, 1)[0], position)
 
 
 class StepLoader:
-    """Steps ``first``, ``first + 1``, ... in order, fetched ahead by worker processes that live through all phases.
+    """A loader of the steps ``first``, ``first + 1``, ... in order, which worker processes fetch ahead.
 
-    Not a DataLoader itself, so that Lightning leaves its order alone; ``len`` is the number of all steps of the
-    training, the ones before ``first`` included, which is what Lightning's progress counts against.
-    ``seconds_waited`` adds up the time for which a batch was asked for and not yet there, ``damaged`` the samples that
-    others stood in for; each of those is named in the log once.
+    The workers live through all phases. This is not a DataLoader itself, so that Lightning doesn't change its order.
+    ``len`` is the number of all steps of the training, the steps before ``first`` included, because Lightning measures
+    its progress against it.
+
+    Attributes:
+        seconds_waited: the time in seconds for which batches were asked for and not ready yet.
+        damaged: the number of damaged samples that were replaced. Each of them is named in the log once.
     """
 
     def __init__(self, dataset: StepDataset, first: int, workers: int, prefetch: int, pin_memory: bool) -> None:
         self.dataset = dataset
         self.seconds_waited = 0.0
         self.damaged = 0
-        self._named: set[str] = set()
+        self._logged: set[str] = set()
         self.loader = DataLoader(
-            _WithErrors(dataset),
+            _ErrorsAsResults(dataset),
             batch_size=None,
             sampler=range(first, len(dataset)),
             num_workers=workers,
@@ -162,20 +171,23 @@ class StepLoader:
             self.seconds_waited += perf_counter() - begin
             if isinstance(batch, DataError):
                 raise batch
-            self._count(batch)
+            self._count_damaged(batch)
             yield batch
             begin = perf_counter()
 
-    def _count(self, batch: list[MicroBatch]) -> None:
-        for what in chain.from_iterable(micro.damaged for micro in batch):
+    def _count_damaged(self, batch: list[MicroBatch]) -> None:
+        for problem in chain.from_iterable(micro.damaged for micro in batch):
             self.damaged += 1
-            if what not in self._named:
-                self._named.add(what)
-                log.warning("%s. Another sample stands in", what)
+            if problem not in self._logged:
+                self._logged.add(problem)
+                log.warning("%s. Another sample replaces it", problem)
 
 
-class _WithErrors(Dataset[list[MicroBatch] | DataError]):
-    """Data that can't be read as a result: raised in a worker, an error would lose its class and gain a traceback."""
+class _ErrorsAsResults(Dataset[list[MicroBatch] | DataError]):
+    """The steps of a dataset, with a :class:`DataError` as the result of a step that can't be read.
+
+    If a worker raised it, PyTorch would change its class and add a traceback to its message.
+    """
 
     def __init__(self, dataset: StepDataset) -> None:
         self.dataset = dataset
@@ -188,16 +200,17 @@ class _WithErrors(Dataset[list[MicroBatch] | DataError]):
 
 
 class HeldoutDataset(Dataset[MicroBatch]):
-    """The held-out split as validation micro-batches of one stage each, the same at every validation.
+    """The counts-out split as validation micro-batches of one stage each; they are the same in every validation.
 
     Args:
-        images: the held-out split.
-        samples: of each stage, in proportion from all that it may draw, or as many as there are; of each aspect ratio
-            rounded down to a multiple of ``ranks``, so that all ranks run the same stages in the same order.
-        max_micro_batch: largest micro-batch of each stage.
-        rank: this process takes every ``ranks``-th sample.
-        ranks: all processes.
-        damaged: as of :class:`StepDataset`.
+        images: the counts-out split.
+        samples: the number of samples of each stage, or all if there are fewer. They are taken from all buckets that
+            the stage can use, in proportion to the buckets' sizes. The number of each aspect ratio is rounded down to
+            a multiple of ``ranks``, so that all ranks run the same stages in the same order.
+        max_micro_batch: the largest number of samples in a micro-batch of each stage.
+        rank: the number of this process, which takes every ``ranks``-th sample.
+        ranks: the number of all processes.
+        damaged: see :class:`StepDataset`.
     """
 
     def __init__(
@@ -210,29 +223,29 @@ class HeldoutDataset(Dataset[MicroBatch]):
         damaged: Damaged = "error",
     ) -> None:
         self.images, self.damaged = images, damaged
-        self.parts: list[tuple[int, Aspect, list[Place], list[int]]] = []
+        self.parts: list[tuple[int, Aspect, list[SampleRef], list[int]]] = []
         for stage, limit in enumerate(max_micro_batch):
             first = 0
-            for aspect, places in self._first(stage, samples):
-                mine = list(range(len(places) // ranks * ranks))[rank::ranks]
-                for begin in range(0, len(mine), limit):
-                    rows = mine[begin : begin + limit]
-                    part = (stage, aspect, [places[row] for row in rows], [first + row for row in rows])
+            for aspect, refs in self._first_refs(stage, samples):
+                rank_rows = list(range(len(refs) // ranks * ranks))[rank::ranks]
+                for begin in range(0, len(rank_rows), limit):
+                    rows = rank_rows[begin : begin + limit]
+                    part = (stage, aspect, [refs[row] for row in rows], [first + row for row in rows])
                     self.parts.append(part)
-                first += len(places)
+                first += len(refs)
 
-    def _first(self, stage: int, samples: int) -> Iterator[tuple[Aspect, list[Place]]]:
-        """The first places of each aspect that add up to ``samples``."""
+    def _first_refs(self, stage: int, samples: int) -> Iterator[tuple[Aspect, list[SampleRef]]]:
+        """Yield the first samples of each aspect ratio, ``samples`` of them in all."""
         sizes = {aspect: self.images.sizes(stage, aspect) for aspect in self.images.aspects[stage]}
-        totals = [sum(of_aspect) for of_aspect in sizes.values()]
+        totals = [sum(bucket_sizes) for bucket_sizes in sizes.values()]
         if not totals:
             return
         counts = apportion(min(samples, sum(totals)), totals)
-        for (aspect, of_aspect), count in zip(sizes.items(), counts, strict=True):
+        for (aspect, bucket_sizes), count in zip(sizes.items(), counts, strict=True):
             if count:
-                numbers = self.images.aspects[stage][aspect]
-                taken = zip(numbers, apportion(count, of_aspect), strict=True)
-                yield aspect, [Place(number, index, index) for number, some in taken for index in range(some)]
+                buckets = self.images.aspects[stage][aspect]
+                taken = zip(buckets, apportion(count, bucket_sizes), strict=True)
+                yield aspect, [SampleRef(bucket, index, index) for bucket, number in taken for index in range(number)]
 
     def __len__(self) -> int:
         return len(self.parts)
@@ -240,18 +253,19 @@ class HeldoutDataset(Dataset[MicroBatch]):
     def __getitem__(self, index: int) -> MicroBatch:
         if not 0 <= index < len(self.parts):
             raise IndexError(index)
-        stage, aspect, places, rows = self.parts[index]
-        others = self._others if self.damaged == "skip" else None
-        return self.images.micro_batch(0, stage, aspect, places, rows, [Choice(0.0, MIDDLE)] * len(rows), others)
+        stage, aspect, refs, global_indices = self.parts[index]
+        substitutes = self._substitutes if self.damaged == "skip" else None
+        choices = [Choice(0.0, MIDDLE)] * len(refs)
+        return self.images.micro_batch(0, stage, aspect, refs, global_indices, choices, substitutes)
 
-    def _others(self, place: Place) -> Iterator[Place]:
-        """The samples that follow in the bucket, and from its beginning."""
-        size = len(self.images.buckets[place.bucket])
-        for position in range(place.position + 1, place.position + size):
-            yield Place(place.bucket, position % size, position)
+    def _substitutes(self, ref: SampleRef) -> Iterator[SampleRef]:
+        """Yield the samples that follow in the bucket, and then those from its beginning."""
+        size = len(self.images.buckets[ref.bucket])
+        for position in range(ref.position + 1, ref.position + size):
+            yield SampleRef(ref.bucket, position % size, position)
 
     def chunks(self) -> list[str]:
-        """The names of all remote chunks that are read."""
-        places = {place for _, _, of_part, _ in self.parts for place in of_part}
-        shards = [(self.images.buckets[place.bucket].shards, place.record) for place in sorted(places)]
-        return list(dict.fromkeys(of_place.chunk_name(of_place.chunk_of(index)) for of_place, index in shards))
+        """Return the names of all remote chunks that a validation reads."""
+        refs = {ref for _, _, part_refs, _ in self.parts for ref in part_refs}
+        records = [(self.images.buckets[ref.bucket].shards, ref.record) for ref in sorted(refs)]
+        return list(dict.fromkeys(shards.chunk_name(shards.chunk_of(record)) for shards, record in records))

@@ -1,10 +1,11 @@
-"""Encodings in shards: latents and text states of samples as they are stored, and as training reads them.
+"""Encodings in shards: the latents and text states of samples, as they are stored and as training reads them.
 
-A record holds, in bfloat16, the latents of each stage that may draw the sample and those of the same pixels at half the
-resolution, which its bridge starts from (for a pooled latent pyramid the finest latents alone), once for every stored
-crop; and the token states of each caption without their padding. Of latents, mean and standard deviation are stored:
-training draws from them just as it does without encodings. Where latents are pixels, the image file is kept instead: it
-is smaller, and exact, whereas bfloat16 rounds all 8-bit values away from zero.
+A record holds bfloat16 values. For each stage that can use the sample, it holds the latents of the stage's image, and
+those of the same pixels at half the resolution, from which the stage's bridge starts. For a pooled latent pyramid it
+holds the finest latents alone. All this is stored once for every stored crop. Latents are stored as mean and standard
+deviation, so that training samples from them just as it does without encodings. A record also holds the token states of
+each caption, without their padding. Where latents are pixels, the image file is stored instead. It is smaller, and it
+is exact, whereas bfloat16 rounds all 8-bit values away from zero.
 """
 
 import json
@@ -18,23 +19,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nami_lightning.datamodules.aspect_buckets import Aspect
+from nami_lightning.datamodules.module_protocols import ShowsConfigs
 from nami_lightning.datamodules.preparation.image_io import read_image
-from nami_lightning.datamodules.stage_images import Choice, Place, Sample, StageImages
+from nami_lightning.datamodules.stage_images import Choice, Sample, SampleRef, StageImages
 from nami_lightning.datamodules.storage.dataset import Bucket, PreparedDataset
-from nami_lightning.datamodules.storage.shards import chosen
+from nami_lightning.datamodules.storage.shards import pick_index
 from nami_lightning.models.autoencoder import Posterior
-from nami_lightning.models.encoder_revisions import check_identity
+from nami_lightning.models.encoder_revisions import check_encoders
 from nami_lightning.models.text_encoder import TextStates
 from nami_lightning.training.batch import Encodings
-from nami_lightning.training.module import NamiModule
 
 
 class Level(NamedTuple):
-    """One of the latents that are stored of a sample.
+    """One kind of latents that is stored of a sample.
 
     Attributes:
-        side: resolution of the stage that uses them.
-        coarse: whether they are of the stage's images at half their resolution.
+        side: the resolution in px of the stage that uses them.
+        coarse: whether they are of the stage's image at half its resolution.
     """
 
     side: int
@@ -42,7 +43,13 @@ class Level(NamedTuple):
 
 
 def levels_of(resolutions: Sequence[int], latent_pyramid: str, resolution: int) -> list[Level]:
-    """The latents that stages of ``resolutions`` use of a sample of a bucket of ``resolution``, in stored order."""
+    """Return the kinds of latents that the stages use of a sample, in the order in which they are stored.
+
+    Args:
+        resolutions: the resolution of each stage in px.
+        latent_pyramid: ``encode`` or ``pool``.
+        resolution: the resolution of the sample's bucket.
+    """
     if latent_pyramid == "pool":
         return [Level(side, False) for side in resolutions[-1:] if side <= resolution]
     stages = [side for side in resolutions if side <= resolution]
@@ -51,17 +58,17 @@ def levels_of(resolutions: Sequence[int], latent_pyramid: str, resolution: int) 
 
 @dataclass(frozen=True)
 class Layout:
-    """The sizes that the bytes of encodings don't tell.
+    """The sizes that are needed to read the bytes of encodings.
 
     Args:
-        resolutions: of the stages.
-        latent_pyramid: ``encode``: latents of every stage; ``pool``: of the finest.
-        pixels: whether latents are pixels, and images are stored in their place.
-        factor: px a latent.
-        channels: of the latents.
+        resolutions: resolution of each stage in px.
+        latent_pyramid: ``encode``: latents of every stage; ``pool``: latents of the finest stage.
+        pixels: whether latents are pixels, and image files are stored instead.
+        factor: px for each latent, along one side.
+        channels: channels of the latents.
         tokens: rows of a text state with its padding.
-        width: of a token's state.
-        pooled_width: of the pooled state.
+        width: width of a token's state.
+        pooled_width: width of the pooled state.
     """
 
     resolutions: list[int]
@@ -74,42 +81,42 @@ class Layout:
     pooled_width: int
 
     def levels(self, resolution: int) -> list[Level]:
-        """The latents that a sample of a bucket of ``resolution`` has."""
+        """Return the kinds of latents that a sample has whose bucket has ``resolution``."""
         return [] if self.pixels else levels_of(self.resolutions, self.latent_pyramid, resolution)
 
     def latents_shape(self, level: Level, aspect: Aspect) -> tuple[int, ...]:
-        """``(2, C, H/f, W/f)``: of the mean and the standard deviation of one crop's latents."""
+        """Return the shape ``(2, C, H/f, W/f)`` of the mean and the standard deviation of one crop's latents."""
         shape, cell = aspect.shape(level.side), self.factor * (1 + level.coarse)
         return 2, self.channels, shape.height // cell, shape.width // cell
 
     def pack_text(self, states: TextStates) -> bytes:
-        """One caption's states (see :meth:`TextStates.row`) without the zeros at their end, which padding brings."""
-        held = states.sequence.any(1).nonzero()
-        tokens = int(held.max()) + 1 if len(held) else 0
+        """Return the bytes of one caption's states (see :meth:`TextStates.row`), without the zeros of the padding."""
+        nonzero = states.sequence.any(1).nonzero()
+        tokens = int(nonzero.max()) + 1 if len(nonzero) else 0
         return as_bytes(torch.cat([states.sequence[:tokens].flatten(), states.pooled]))
 
     def unpack_text(self, data: bytes | memoryview) -> TextStates:
-        """What :meth:`pack_text` packed, padded."""
+        """Return the states that :meth:`pack_text` packed, with padding."""
         states, pooled = from_bytes(data).tensor_split([-self.pooled_width])
         sequence = states.view(-1, self.width)
         return TextStates(F.pad(sequence, (0, 0, 0, self.tokens - len(sequence))), pooled)
 
 
 def as_bytes(values: Tensor) -> bytes:
-    """A tensor's values in bfloat16."""
+    """Return a tensor's values as bfloat16 bytes."""
     return values.to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def from_bytes(data: bytes | memoryview) -> Tensor:
-    """What :func:`as_bytes` made, flat."""
+    """Return the values that :func:`as_bytes` packed, as a flat tensor."""
     return torch.frombuffer(bytearray(data), dtype=torch.bfloat16)
 
 
-def one_crop(data: bytes | memoryview, shape: Sequence[int], chance: float) -> Tensor:
-    """The one of the crops in ``data``, each of ``shape``, that ``chance``, in [0, 1), falls on."""
+def select_crop(data: bytes | memoryview, shape: Sequence[int], number: float) -> Tensor:
+    """Return the crop that ``number``, uniform in [0, 1), selects from the crops in ``data``, each of ``shape``."""
     size = 2 * math.prod(shape)
-    number = int(chance * (len(data) // size))
-    return from_bytes(data[number * size : (number + 1) * size]).view(*shape)
+    crop = int(number * (len(data) // size))
+    return from_bytes(data[crop * size : (crop + 1) * size]).view(*shape)
 
 
 class EncodedRecord(NamedTuple):
@@ -117,11 +124,12 @@ class EncodedRecord(NamedTuple):
 
     Attributes:
         id: its name.
-        captions: at least one.
-        weights: of the captions; empty: all alike.
-        text: each caption's states, packed.
-        image: the image file where latents are pixels, and of held-out samples, for what compares pictures; else empty.
-        latents: of each level, see :func:`levels_of`; each of all crops.
+        captions: one caption or more.
+        weights: the weight of each caption; empty if all have the same weight.
+        text: the packed states of each caption.
+        image: the image file, where latents are pixels, and of held-out samples, which metrics compare images with;
+            else empty.
+        latents: the latents of each kind, see :func:`levels_of`; each holds those of all crops.
     """
 
     id: str
@@ -132,15 +140,15 @@ class EncodedRecord(NamedTuple):
     latents: list[bytes | memoryview]
 
     def to_item(self) -> tuple[Any, ...]:
-        """What litdata stores."""
-        about = json.dumps([self.captions, self.weights, [len(text) for text in self.text]], ensure_ascii=False)
-        return self.id, about, b"".join(self.text), self.image, *self.latents
+        """Return the tuple that litdata stores."""
+        texts = json.dumps([self.captions, self.weights, [len(text) for text in self.text]], ensure_ascii=False)
+        return self.id, texts, b"".join(self.text), self.image, *self.latents
 
     @classmethod
     def from_item(cls, item: tuple[Any, ...]) -> "EncodedRecord":
-        """What litdata read."""
-        name, about, joined, image, *latents = item
-        captions, weights, sizes = json.loads(about)
+        """Return the record that an item holds, as litdata read it."""
+        name, texts, joined, image, *latents = item
+        captions, weights, sizes = json.loads(texts)
         text, first = [], 0
         for size in sizes:
             text.append(joined[first : first + size])
@@ -149,11 +157,11 @@ class EncodedRecord(NamedTuple):
 
 
 class StageEncodings(StageImages):
-    """The buckets of one split as the stages see them: :class:`StageImages` of encodings.
+    """The buckets of one split as the stages use them, of a data set of encodings; see :class:`StageImages`.
 
     Args:
-        buckets: all of the split.
-        layout: of their records.
+        buckets: all buckets of the split.
+        layout: the layout of their records.
         empty_prompt: the packed states of the empty prompt.
     """
 
@@ -161,44 +169,47 @@ class StageEncodings(StageImages):
         super().__init__(buckets, layout.resolutions, layout.latent_pyramid == "pool")
         self.layout, self.empty_prompt = layout, empty_prompt
 
-    def sample(self, stage: int, aspect: Aspect, place: Place, item: Any, choice: Choice) -> Sample:
-        """What a stored item holds for a stage; of its stored crops, the window's place chooses."""
+    def sample(self, stage: int, aspect: Aspect, ref: SampleRef, item: Any, choice: Choice) -> Sample:
+        """Return the sample that a stored item holds, as ``stage`` needs it.
+
+        The horizontal position of the crop window selects one of the stored crops.
+        """
         layout, side = self.layout, self.sides[stage]
         record = EncodedRecord.from_item(item)
-        caption = chosen(record.weights or [1.0] * len(record.captions), choice.caption)
-        levels = layout.levels(self.buckets[place.bucket].resolution)
+        caption = pick_index(record.weights or [1.0] * len(record.captions), choice.caption)
+        levels = layout.levels(self.buckets[ref.bucket].resolution)
 
         def latents(level: Level) -> Posterior:
             shape = layout.latents_shape(level, aspect)
-            return Posterior(*one_crop(record.latents[levels.index(level)], shape, choice.window[0])[:, None])
+            return Posterior(*select_crop(record.latents[levels.index(level)], shape, choice.window[0])[:, None])
 
         coarse = not layout.pixels and layout.latent_pyramid == "encode" and stage > 0
         encodings = Encodings(
             None if layout.pixels else latents(Level(side, False)),
             latents(Level(side, True)) if coarse else None,
-            batch_of_one(layout.unpack_text(record.text[caption])),
-            batch_of_one(layout.unpack_text(self.empty_prompt)),
+            add_batch_dimension(layout.unpack_text(record.text[caption])),
+            add_batch_dimension(layout.unpack_text(self.empty_prompt)),
         )
-        return Sample(record.id, record.captions[caption], self._image(record, stage, aspect, place, choice), encodings)
+        return Sample(record.id, record.captions[caption], self._image(record, stage, aspect, ref, choice), encodings)
 
-    def _image(self, record: EncodedRecord, stage: int, aspect: Aspect, place: Place, choice: Choice) -> Tensor:
-        """No pixels where none are stored."""
+    def _image(self, record: EncodedRecord, stage: int, aspect: Aspect, ref: SampleRef, choice: Choice) -> Tensor:
+        """Return the image of a record, or an empty one if the record holds none."""
         if not len(record.image):
             return torch.empty(3, 0, 0, dtype=torch.uint8)
-        factor = self.buckets[place.bucket].resolution // self.sides[stage]
+        factor = self.buckets[ref.bucket].resolution // self.sides[stage]
         return read_image(record.image, aspect.shape(self.sides[stage]), factor, choice.window)
 
 
-def batch_of_one(states: TextStates) -> TextStates:
-    """The same with a batch dimension."""
+def add_batch_dimension(states: TextStates) -> TextStates:
+    """Return the states of one caption as a batch of one."""
     return TextStates(states.sequence[None], states.pooled[None])
 
 
 def layout_of(dataset: PreparedDataset, resolutions: Sequence[int], latent_pyramid: str) -> Layout:
-    """How the records of a data set of encodings are laid out.
+    """Return the layout of the records of a data set of encodings.
 
     Raises:
-        ValueError: they were made for other stages.
+        ValueError: the encodings were made for other stages.
     """
     assert dataset.encodings is not None
     layout = Layout(**dataset.encodings["layout"])
@@ -214,24 +225,24 @@ def layout_of(dataset: PreparedDataset, resolutions: Sequence[int], latent_pyram
     return layout
 
 
-def check_encodings(dataset: PreparedDataset, module: NamiModule) -> None:
+def check_encodings(dataset: PreparedDataset, module: ShowsConfigs) -> None:
     """Refuse encodings that a model can't be trained on.
 
     Raises:
-        ValueError: other encoders made them, or the transformer takes others' widths.
+        ValueError: other encoders made the encodings, or their widths are not those that the transformer takes.
     """
     assert dataset.encodings is not None
     where, encodings = dataset.location, dataset.encodings
-    check_identity(encodings["encoders"], module.text_encoder_config, module.autoencoder_config, where)
+    check_encoders(encodings["encoders"], module.text_encoder_config, module.autoencoder_config, where)
     layout = Layout(**encodings["layout"])
     widths = {
         "joint_attention_dim": layout.width,
         "pooled_projection_dim": layout.pooled_width,
         "in_channels": layout.channels,
     }
-    for key, held in widths.items():
-        if module.transformer_config[key] != held:
+    for key, width in widths.items():
+        if module.transformer_config[key] != width:
             raise ValueError(
                 f"model.transformer's {key} is {module.transformer_config[key]}, but the encodings in {where} are "
-                f"{held} wide"
+                f"{width} wide"
             )

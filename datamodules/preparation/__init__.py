@@ -1,7 +1,8 @@
-"""A collection of images with captions to a prepared data set.
+"""Turn a source of images with captions into a prepared data set.
 
-- ``prepare``: make a data set, or join what shards of the work have made.
-- ``prepare_parts``: one part of a source to samples; it can be interrupted after any part.
-- ``filters``: which samples are kept.
-- ``image_io``: images read, cropped, resized and written.
+- ``prepare``: make a data set, or merge the parts that several processes have made.
+- ``prepare_parts``: the settings of a preparation, and how one part of a source becomes shards.
+- ``parts_folder``: the folder of finished parts, through which work goes on after an interruption.
+- ``filters``: decide which samples are kept.
+- ``image_io``: read, crop, resize and write images.
 """

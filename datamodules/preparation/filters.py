@@ -1,4 +1,4 @@
-"""What a data set leaves out: the paper's filters, each with a name under which it counts what it removed."""
+"""What a data set leaves out: the paper's filters. Removed samples are counted under the name of the filter."""
 
 from dataclasses import dataclass
 
@@ -9,16 +9,20 @@ from nami_lightning.datamodules.sources.base import SourceSample
 
 @dataclass(frozen=True)
 class Filters:
-    """Limits on what enters a data set; null for none. A sample without a score that is asked for is removed.
+    """Limits on the samples that enter a data set; null means no limit.
+
+    A sample that lacks a score with a limit is removed.
 
     Args:
         min_aesthetic: lowest aesthetic score.
         min_similarity: lowest text-image similarity.
-        min_side: shortest side in px, of the image as it was found.
-        max_aspect_ratio: largest ratio of the longer to the shorter side.
-        min_caption_length: characters of a caption; shorter ones are dropped, and the sample with its last.
-        max_caption_length: likewise for longer ones.
-        drop_duplicates: keep only the first of images with the very same bytes; needs 16 bytes of memory an image.
+        min_side: shortest side in px that the source's image may have.
+        max_aspect_ratio: largest ratio of the longer side to the shorter side.
+        min_caption_length: shortest caption in characters. Shorter captions are dropped; a sample whose captions are
+            all dropped is removed.
+        max_caption_length: longest caption in characters; longer captions are dropped in the same way.
+        drop_duplicates: keep only the first of several images whose files are equal byte by byte; needs 16 bytes of
+            memory an image.
     """
 
     min_aesthetic: float | None = None
@@ -30,7 +34,7 @@ class Filters:
     drop_duplicates: bool = False
 
     def texts(self, sample: SourceSample) -> list[tuple[str, float]]:
-        """The captions that are long and short enough, with their weights."""
+        """Return the captions whose lengths are within the limits, with their weights."""
         weights = sample.weights or [1.0] * len(sample.captions)
         longest = self.max_caption_length
         return [
@@ -40,14 +44,14 @@ class Filters:
         ]
 
     def reason_by_scores(self, sample: SourceSample) -> str | None:
-        """The filter that removes the sample by what is known without its image."""
-        for name, least in (("aesthetic", self.min_aesthetic), ("similarity", self.min_similarity)):
-            if least is not None and not sample.scores.get(name, float("-inf")) >= least:
+        """Return the filter that removes the sample, judged without its image, or None."""
+        for name, limit in (("aesthetic", self.min_aesthetic), ("similarity", self.min_similarity)):
+            if limit is not None and not sample.scores.get(name, float("-inf")) >= limit:
                 return f"min_{name}" if name in sample.scores else f"no {name} score"
         return None if self.texts(sample) else "caption length"
 
     def reason_by_image(self, image: Image.Image) -> str | None:
-        """The filter that removes the sample by its image's size."""
+        """Return the filter that removes the sample because of its image's size, or None."""
         short, long = sorted(image.size)
         if self.min_side is not None and short < self.min_side:
             return "min_side"

@@ -1,9 +1,9 @@
-"""Images in and out: any file that people have to a clean picture of a bucket's shape, and that to a tensor.
+"""Read and write images: from any image file to a clean picture of a bucket's shape, and from that to a tensor.
 
-Down-sampling when reading is by the mean of whole cells, the filter that composes: an image brought from 64 to 16 px
-is the same as one brought there by way of 32, so all stages agree on what an image's coarse version is. From JPEG
-files libjpeg gives up to an eighth of the size at once: nearly the same mean (53 dB from it, rounding alone being 59),
-in half the time.
+Stored images are reduced by taking the mean of whole blocks of pixels when they are read. This filter can be applied in
+steps: an image reduced from 64 to 16 px equals one reduced to 32 px first. So all stages agree on the coarse version of
+an image. For JPEG files, libjpeg itself reduces up to eight times, in half the time. Its result is nearly the same
+mean: it differs by 53 dB, where rounding alone gives 59 dB.
 """
 
 import io
@@ -18,33 +18,33 @@ from torch import Tensor
 from nami_lightning.datamodules.aspect_buckets import Shape
 
 Position: TypeAlias = tuple[float, float]
-"""Of a window in a larger image: from left and from top, both in [0, 1)."""
+"""The position of a crop window in a larger image: from left and from top, both in [0, 1)."""
 
 MIDDLE: Position = (0.5, 0.5)
 ImageFormat = Literal["jpeg", "png", "webp"]
 
 MAX_PIXELS = 2**28
-"""Images of more pixels (16,384 x 16,384) are refused before they are decoded."""
+"""Images with more pixels than this (16,384 x 16,384) are refused before they are decoded."""
 
 SAVE_OPTIONS = {"jpeg": {"subsampling": 0}, "png": {}, "webp": {}}
 WHITE = (255, 255, 255, 255)
 
 
 class BadImage(ValueError):
-    """An image that can't be used; the message says why."""
+    """An error for an image that can't be used; the message says why."""
 
 
 def open_image(data: bytes | memoryview) -> Image.Image:
-    """An encoded image as 8-bit RGB, upright, its first frame, transparency on white.
+    """Decode an image file to 8-bit RGB: upright, the first frame only, with transparency on white.
 
     Raises:
-        BadImage: it can't be decoded to its end, or has too many pixels.
+        BadImage: the image can't be decoded completely, or it has too many pixels.
     """
     if not data:
         raise BadImage("zero bytes")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's on large images and odd EXIF: the limit is ours
+            warnings.simplefilter("ignore")  # Pillow warns of large images and odd EXIF; the limit here is MAX_PIXELS
             image = Image.open(io.BytesIO(data))
             if image.width * image.height > MAX_PIXELS:
                 raise BadImage(f"too large: {image.width}x{image.height} px")
@@ -54,12 +54,12 @@ def open_image(data: bytes | memoryview) -> Image.Image:
         raise
     except Image.DecompressionBombError as error:
         raise BadImage(f"too large: {error}") from error
-    except Exception as error:  # Pillow raises nearly anything on damaged files
+    except Exception as error:  # Pillow raises errors of many classes on damaged files
         raise BadImage(f"not a readable image: {error}") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any of Pillow's modes to 8-bit RGB; transparent parts become white."""
+    """Convert an image of any of Pillow's modes to 8-bit RGB; transparent parts become white."""
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image, dtype=np.float64)
         sixteen_bits = image.mode.startswith("I;16") or values.max() > 255
@@ -71,47 +71,48 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def cover(image: Image.Image, shape: Shape) -> Image.Image:
-    """The image, smaller, so that it just covers ``shape``; its ratio is kept."""
+    """Return the image reduced so that it just covers ``shape``, with its ratio of sides kept."""
     scale = max(shape.width / image.width, shape.height / image.height)
     size = (max(shape.width, round(image.width * scale)), max(shape.height, round(image.height * scale)))
     return image if size == image.size else image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
 
 
 def crop(image: Image.Image, shape: Shape, position: Position = MIDDLE) -> Image.Image:
-    """A window of ``shape``; ``position`` in [0, 1) says where, from left and top to right and bottom."""
+    """Return a window of ``shape``; ``position`` goes from left and top (0) to right and bottom (1)."""
     left = int(position[0] * (image.width - shape.width + 1))
     top = int(position[1] * (image.height - shape.height + 1))
     return image.crop((left, top, left + shape.width, top + shape.height))
 
 
 def encode_image(image: Image.Image, format: ImageFormat, quality: int) -> bytes:
-    """The bytes of an image file; JPEG with full colour resolution."""
+    """Return the content of an image file; JPEG keeps the full colour resolution."""
     output = io.BytesIO()
     image.save(output, format, quality=quality, **SAVE_OPTIONS[format])
     return output.getvalue()
 
 
 def read_image(data: bytes | memoryview, shape: Shape, factor: int, position: Position = MIDDLE) -> Tensor:
-    """A stored image to uint8 ``(3, height, width)``.
+    """Decode a stored image to uint8 ``(3, height, width)``.
 
     Args:
-        data: a record's image.
-        shape: wanted.
-        factor: how many times finer the stored image is.
-        position: of the window, where the stored image is larger than ``shape`` times ``factor``; see :func:`crop`.
+        data: the image file of a record.
+        shape: the shape to return.
+        factor: how many times larger the stored image's resolution is.
+        position: the position of the window, if the stored image is larger than ``shape`` times ``factor``; see
+            :func:`crop`.
 
     Raises:
-        ValueError: the image is smaller than that.
+        ValueError: the stored image is smaller than ``shape`` times ``factor``.
     """
     image: Image.Image = Image.open(io.BytesIO(data))
     if image.width < shape.width * factor or image.height < shape.height * factor:
         raise ValueError(f"a stored image is {image.width}x{image.height}, smaller than {factor} times {shape}")
-    finest = image.width
+    stored_width = image.width
     image.draft("RGB", (image.width // factor, image.height // factor))
-    if image.mode != "RGB":  # where it is, convert() would only copy it
+    if image.mode != "RGB":  # an RGB image would only be copied
         image = image.convert("RGB")
-    if (rest := factor * image.width // finest) > 1:
-        image = image.reduce(rest)
+    if (remaining := factor * image.width // stored_width) > 1:
+        image = image.reduce(remaining)
     if image.size != shape:
         image = crop(image, shape, position)
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)

@@ -1,4 +1,7 @@
-"""A data set from a source: its parts made, then joined; chunks are linked, not rewritten, but for duplicates."""
+"""Make a data set from a source: prepare its parts, then merge them.
+
+Merging links the chunks of the parts. It rewrites only chunks that hold duplicates.
+"""
 
 import json
 import shutil
@@ -9,33 +12,36 @@ from typing import Any
 
 import numpy as np
 
+from nami_lightning.datamodules.preparation.parts_folder import (
+    REPORT,
+    check_settings,
+    check_unused,
+    checksums,
+    finished_parts,
+    merging,
+    parts_folder,
+    write_description,
+)
 from nami_lightning.datamodules.preparation.prepare_parts import (
     DIGEST_BYTES,
     DIGESTS,
-    REPORT,
     Preparation,
-    check_settings,
-    checksums,
-    finished_parts,
-    parts_folder,
     prepare_parts,
-    publish,
     settings_of,
 )
 from nami_lightning.datamodules.sources.base import Source
 from nami_lightning.datamodules.storage.dataset import DESCRIPTION, FORMAT, SKIPPED, SPLITS
 from nami_lightning.datamodules.storage.shards import Shards, ShardWriter, join
-from nami_lightning.utils.atomic_write import this_process
 
 
 def prepare(source: Source, output: Path, preparation: Preparation, workers: int) -> Path:
-    """Make the data set at ``output``, go on with it, or find it there complete.
+    """Make the data set at ``output``, continue an interrupted preparation, or do nothing if it is complete.
 
     Args:
         source: where the images come from.
-        output: the data set's folder; ``OUTPUT.parts`` beside it holds the parts until it is complete.
-        preparation: what is made of them.
-        workers: processes.
+        output: the data set's folder. Until it is complete, ``OUTPUT.parts`` beside it holds the finished parts.
+        preparation: how the images are prepared.
+        workers: the number of processes.
 
     Returns:
         ``output``.
@@ -50,69 +56,60 @@ def prepare(source: Source, output: Path, preparation: Preparation, workers: int
 
 
 def is_complete(source: Source, output: Path, preparation: Preparation) -> bool:
-    """Whether ``output`` is the finished data set of these settings.
+    """Return whether ``output`` is the finished data set of these settings.
 
     Raises:
-        ValueError: it is one of other settings, or something else.
+        ValueError: it is a data set of other settings, or something else.
     """
     description = output / DESCRIPTION
     if description.exists():
         check_settings(json.loads(description.read_text())["settings"], settings_of(source, preparation), output)
         return True
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"{output} exists and is not a data set: choose another output")
+    check_unused(output, "is not a data set")
     return False
 
 
 def merge(source: Source, output: Path, preparation: Preparation) -> None:
-    """Join the parts of ``output``, give the whole its name, and remove the parts.
+    """Merge the parts into the data set at ``output``, and remove them.
 
     Raises:
         ValueError: parts are missing, or no sample is left.
     """
-    partial = output.with_name(f".{output.name}.merging-{this_process()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with merging(output) as partial:
         parts = finished_parts(output, len(source.parts()))
         reports = [json.loads((part / REPORT).read_text()) for part in parts]
         duplicates = find_duplicates(parts) if preparation.filters.drop_duplicates else {}
         sums, counts = _join_buckets(parts, reports, duplicates, partial, preparation.chunk_mib)
         if not counts:
-            raise ValueError(f"no sample is left: {_summary(reports)}; see {parts_folder(output)}/*/{REPORT}")
+            raise ValueError(f"no sample is left: {_summarize(reports)}; see {parts_folder(output)}/*/{REPORT}")
         _write_skipped(reports, partial / SKIPPED)
-        removed = _total(reports, "removed")
+        removed = _add_counts(reports, "removed")
         if duplicates:
             removed["duplicate"] = sum(map(len, duplicates.values()))
         description = {
             "format": FORMAT,
             "settings": settings_of(source, preparation),
             "read": sum(report["read"] for report in reports),
-            "samples": {split: counts_of(counts, split) for split in SPLITS},
+            "samples": {split: split_counts(counts, split) for split in SPLITS},
             "removed": removed,
-            "skipped": _reasons(reports),
+            "skipped": _count_reasons(reports),
             "checksums": sums,
         }
-        (partial / DESCRIPTION).write_text(json.dumps(description, indent=2, ensure_ascii=False) + "\n")
-        publish(partial, output, DESCRIPTION)
-    except Exception:
-        shutil.rmtree(partial, ignore_errors=True)
-        if not (output / DESCRIPTION).exists():  # else another process has done it
-            raise
-    shutil.rmtree(parts_folder(output), ignore_errors=True)
+        write_description(partial, description)
 
 
 def find_duplicates(parts: Sequence[Path]) -> dict[tuple[str, str], set[int]]:
-    """(part, bucket) to the positions of images whose very bytes come earlier in the data set."""
-    places = [(part, file) for part in parts for file in sorted(part.glob(f"*/*/*/{DIGESTS}"))]
-    digests = [np.fromfile(file, dtype=f"V{DIGEST_BYTES}") for _, file in places]
+    """Return the positions, by (part, bucket), of images whose file has exactly the bytes of an earlier one."""
+    files = [(part, file) for part in parts for file in sorted(part.glob(f"*/*/*/{DIGESTS}"))]
+    digests = [np.fromfile(file, dtype=f"V{DIGEST_BYTES}") for _, file in files]
     first = np.zeros(sum(map(len, digests)), dtype=bool)
     first[np.unique(np.concatenate(digests), return_index=True)[1]] = True
     ends = np.cumsum([len(rows) for rows in digests])
-    found = {}
-    for (part, file), rows in zip(places, np.split(first, ends[:-1]), strict=True):
-        if not rows.all():
-            found[part.name, str(file.parent.relative_to(part))] = set(np.flatnonzero(~rows).tolist())
-    return found
+    duplicates = {}
+    for (part, file), is_first in zip(files, np.split(first, ends[:-1]), strict=True):
+        if not is_first.all():
+            duplicates[part.name, str(file.parent.relative_to(part))] = set(np.flatnonzero(~is_first).tolist())
+    return duplicates
 
 
 def _join_buckets(
@@ -122,7 +119,7 @@ def _join_buckets(
     target: Path,
     chunk_mib: int,
 ) -> tuple[dict[str, str], dict[str, int]]:
-    """Make the buckets of ``target``; checksums by chunk file, and samples by bucket."""
+    """Make the buckets of ``target``; return the checksums of the chunk files, and the samples of each bucket."""
     sums: dict[str, str] = {}
     counts: dict[str, int] = {}
     for bucket in sorted({bucket for report in reports for bucket in report["checksums"]}):
@@ -130,20 +127,21 @@ def _join_buckets(
         for part, report in zip(parts, reports, strict=True):
             if bucket not in report["checksums"]:
                 continue
-            folder, of_part = part / bucket, report["checksums"][bucket]
-            if twice := duplicates.get((part.name, bucket)):
+            folder, part_sums = part / bucket, report["checksums"][bucket]
+            if positions := duplicates.get((part.name, bucket)):
                 folder = target / "rewritten" / part.name / bucket
-                _copy_without(part / bucket, twice, folder, chunk_mib)
-                of_part = checksums(folder)
+                _copy_without(part / bucket, positions, folder, chunk_mib)
+                part_sums = checksums(folder)
             folders.append(folder)
             names.append(part.name)
-            sums |= {f"{bucket}/{part.name}-{file}": value for file, value in of_part.items()}
+            sums |= {f"{bucket}/{part.name}-{file}": value for file, value in part_sums.items()}
         counts[bucket] = join(folders, names, target / bucket)
     shutil.rmtree(target / "rewritten", ignore_errors=True)
     return sums, {bucket: count for bucket, count in counts.items() if count}
 
 
 def _copy_without(folder: Path, positions: set[int], target: Path, chunk_mib: int) -> None:
+    """Copy a folder of shards without the samples at ``positions``."""
     shards = Shards(folder)
     writer = ShardWriter(target, chunk_mib * 2**20)
     for position in range(len(shards)):
@@ -152,33 +150,35 @@ def _copy_without(folder: Path, positions: set[int], target: Path, chunk_mib: in
     writer.close()
 
 
-def counts_of(counts: dict[str, int], split: str) -> dict[str, int]:
-    """Samples by bucket of one split, without its name."""
+def split_counts(counts: dict[str, int], split: str) -> dict[str, int]:
+    """Return the samples of each bucket of one split, by the bucket's name without the split."""
     return {name.removeprefix(f"{split}/"): n for name, n in counts.items() if name.startswith(f"{split}/")}
 
 
-def _skipped(reports: Sequence[dict[str, Any]]) -> Iterator[dict[str, str]]:
+def _all_skipped(reports: Sequence[dict[str, Any]]) -> Iterator[dict[str, str]]:
     return (skipped for report in reports for skipped in report["skipped"])
 
 
-def _reasons(reports: Sequence[dict[str, Any]]) -> dict[str, int]:
-    """How many were skipped, by the part of the reason that isn't particular to the sample."""
-    return dict(Counter(skipped["reason"].split(":")[0] for skipped in _skipped(reports)))
+def _count_reasons(reports: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """Return how many samples were skipped for each reason, without the details that follow a colon in the reason."""
+    return dict(Counter(skipped["reason"].split(":")[0] for skipped in _all_skipped(reports)))
 
 
-def _total(reports: Sequence[dict[str, Any]], key: str) -> dict[str, int]:
+def _add_counts(reports: Sequence[dict[str, Any]], key: str) -> dict[str, int]:
     total: Counter[str] = Counter()
     for report in reports:
         total.update(report[key])
     return dict(total)
 
 
-def _summary(reports: Sequence[dict[str, Any]]) -> str:
-    counts = {"read": sum(report["read"] for report in reports)} | _total(reports, "removed") | _reasons(reports)
+def _summarize(reports: Sequence[dict[str, Any]]) -> str:
+    counts = (
+        {"read": sum(report["read"] for report in reports)} | _add_counts(reports, "removed") | _count_reasons(reports)
+    )
     return ", ".join(f"{reason} {count}" for reason, count in counts.items())
 
 
 def _write_skipped(reports: Sequence[dict[str, Any]], file: Path) -> None:
     with file.open("w", encoding="utf-8") as stream:
-        for skipped in _skipped(reports):
+        for skipped in _all_skipped(reports):
             stream.write(json.dumps(skipped, ensure_ascii=False) + "\n")

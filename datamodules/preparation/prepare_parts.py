@@ -1,15 +1,14 @@
-"""A source's images converted and written to shards, in parts that a kill can't lose or double.
+"""Convert a source's images and write them to shards, part by part, so that a kill neither loses nor repeats a sample.
 
-Work is cut into the source's parts. Each part's samples are written to a folder of their own below ``OUTPUT.parts``,
-renamed when complete; a part that has its name is never done again, wherever and however often the preparation is
-started.
+A source divides its work into parts. The samples of each part are written to their own folder below ``OUTPUT.parts``,
+which gets its final name when it is complete. A part with its final name is never made again, however often and
+wherever the preparation is started.
 """
 
 import hashlib
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
@@ -24,17 +23,23 @@ from tqdm.auto import tqdm
 from nami_lightning.datamodules.aspect_buckets import Aspect, Shape, aspects, highest_filled, nearest_aspect
 from nami_lightning.datamodules.preparation.filters import Filters
 from nami_lightning.datamodules.preparation.image_io import BadImage, ImageFormat, cover, crop, encode_image, open_image
+from nami_lightning.datamodules.preparation.parts_folder import (
+    REPORT,
+    checksums,
+    part_name,
+    parts_folder,
+    start_or_resume,
+    unfinished_parts,
+)
 from nami_lightning.datamodules.sources.base import Skipped, Source, SourceSample
-from nami_lightning.datamodules.storage.chunk_file import checksum
 from nami_lightning.datamodules.storage.dataset import FORMAT, SPLITS, bucket_name, parse_bucket_name
-from nami_lightning.datamodules.storage.shards import Record, ShardWriter, read_index
-from nami_lightning.training.rng import seed_of
-from nami_lightning.utils.atomic_write import replacing, this_process
+from nami_lightning.datamodules.storage.shards import Record, ShardWriter
+from nami_lightning.training.rng import derive_seed
+from nami_lightning.utils.atomic_write import publish, this_process
 
-SETTINGS = "settings.json"
-REPORT = "report.json"
 DIGESTS = "digests.bin"
 DIGEST_BYTES = 16
+"""Bytes of the hash by which duplicates of an image file are found."""
 
 
 @dataclass(frozen=True)
@@ -42,17 +47,17 @@ class Preparation:
     """How a source's images become a data set.
 
     Args:
-        resolutions: one row of buckets each; an image goes to the highest that it fills, and is left out if it fills
-            none. Empty in a recipe: those of its stages.
-        heldout_percent: share of the source's groups that is held out for validation, 0..100.
-        aspect_step: null crops squares; a number makes buckets of several aspect ratios, whose sides are multiples
-            of it at the coarsest resolution: the model's patch size times the autoencoder's factor.
+        resolutions: resolutions of the buckets in px, lowest first. An image goes to the highest one whose shape it
+            covers, and is left out if it covers none. Empty in a recipe: the resolutions of its stages.
+        heldout_percent: percentage of the source's groups that is held out for validation, 0..100.
+        aspect_step: null crops all images to squares. A number makes buckets of several aspect ratios, whose sides at
+            the coarsest resolution are multiples of it in px: the model's patch size times the autoencoder's factor.
         widest_aspect: largest ratio of sides among those buckets; wider images are cropped to it.
-        crop: ``center`` stores the middle of each image; ``random`` stores all of it, and training draws the window.
-        format: of the stored images.
-        quality: of JPEG and WebP, 1..100.
-        chunk_mib: size of a chunk of shards: what is read, fetched and shuffled as one.
-        filters: what is left out.
+        crop: ``center`` stores the middle of each image; ``random`` stores all of it, and training crops at random.
+        format: file format of the stored images.
+        quality: quality of JPEG and WebP, 1..100.
+        chunk_mib: size in MiB of a chunk of shards, which is read, fetched and shuffled as a unit.
+        filters: limits on the samples that are kept.
     """
 
     resolutions: list[int] = field(default_factory=list)
@@ -75,96 +80,61 @@ class Preparation:
 
     @cached_property
     def aspects(self) -> list[Aspect]:
-        """Of the buckets."""
+        """The aspect ratios of the buckets."""
         return aspects(self.resolutions[0], self.aspect_step, self.widest_aspect)
 
 
 def settings_of(source: Source, preparation: Preparation) -> dict[str, Any]:
-    """All that decides what the data set holds, as JSON has it."""
+    """Return all settings that decide what the data set holds, as JSON values."""
     settings: dict[str, Any] = json.loads(json.dumps({"source": source.settings()} | asdict(preparation)))
     return settings
 
 
 def fingerprint(settings: dict[str, Any]) -> str:
-    """A short name for these settings."""
+    """Return a short hash of ``settings``, for the name of a folder."""
     return hashlib.blake2b(json.dumps([FORMAT, settings], sort_keys=True).encode(), digest_size=6).hexdigest()
 
 
 def prepare_parts(
     source: Source, output: Path, preparation: Preparation, workers: int, shard: tuple[int, int] = (0, 1)
 ) -> None:
-    """Make the parts that are not there yet, of every ``shard[1]``-th from ``shard[0]`` on.
+    """Make the parts that are not finished yet.
+
+    Args:
+        source: where the images come from.
+        output: the data set's folder.
+        preparation: how the images are prepared.
+        workers: the number of processes.
+        shard: (i, n): make only every n-th part, from part i on, while other machines make the others.
 
     Raises:
-        ValueError: the source is empty, or the parts that are there were made with other settings.
+        ValueError: the source is empty, or the existing parts were made with other settings.
     """
     parts = source.parts()
     if not parts:
         raise ValueError(f"the source {type(source).__name__} has no images: {source.settings()}")
     folder = parts_folder(output)
-    claim(folder, settings_of(source, preparation) | {"parts": fingerprint({"parts": parts})})
-    mine = [(index, part) for index, part in enumerate(parts) if index % shard[1] == shard[0]]
-    missing = [(index, part) for index, part in mine if not (folder / part_name(index)).exists()]
-    if len(missing) < len(mine):
-        print(f"{len(mine) - len(missing)} of {len(mine)} parts are done already.")
+    start_or_resume(folder, settings_of(source, preparation) | {"parts": fingerprint({"parts": parts})})
+    missing = unfinished_parts(folder, range(shard[0], len(parts), shard[1]))
     counter = Value("q", 0)
-    with ProcessPoolExecutor(max(1, workers), initializer=_count_with, initargs=(counter,)) as pool:
+    with ProcessPoolExecutor(max(1, workers), initializer=_set_counter, initargs=(counter,)) as pool:
         futures = [
-            pool.submit(prepare_part, source, part, folder / part_name(index), preparation) for index, part in missing
+            pool.submit(prepare_part, source, parts[number], folder / part_name(number), preparation)
+            for number in missing
         ]
         try:
-            _watch(futures, counter, f"preparing {type(source).__name__}")
+            _show_progress(futures, counter, f"preparing {type(source).__name__}")
         except BrokenProcessPool as error:
             raise RuntimeError(
-                "a worker process died (out of memory?): start again to go on, perhaps with fewer --workers"
+                "a worker process died (out of memory?): start again to continue, perhaps with fewer --workers"
             ) from error
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
 
 
-def parts_folder(output: Path) -> Path:
-    """Where the parts lie until they are joined."""
-    return output.with_name(f"{output.name}.parts")
-
-
-def part_name(index: int) -> str:
-    """The folder of a part."""
-    return f"{index:06d}"
-
-
-def claim(folder: Path, settings: dict[str, Any]) -> None:
-    """Start a folder of parts, or go on with one of the same settings."""
-    file = folder / SETTINGS
-    if file.exists():
-        check_settings(json.loads(file.read_text()), settings, folder)
-        return
-    with replacing(file) as partial:
-        partial.write_text(json.dumps(settings, indent=2))
-
-
-def check_settings(there: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
-    """Refuse to go on where something else was begun.
-
-    Raises:
-        ValueError: naming the settings that changed.
-    """
-    if changes := "; ".join(changed_settings(there, wanted)):
-        raise ValueError(f"{folder} was made with other settings ({changes}): choose another output, or remove it")
-
-
-def changed_settings(there: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """``source.path was photos and is pictures now``, for each innermost key whose value changed."""
-    for key in sorted(there.keys() | wanted.keys()):
-        old, new = there.get(key), wanted.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            yield from changed_settings(old, new, f"{prefix}{key}.")
-        elif old != new:
-            yield f"{prefix}{key} was {old} and is {new} now"
-
-
-def _watch(futures: list[Future[None]], counter: Any, title: str) -> None:
-    """A progress bar over the samples; how many there will be is guessed from the parts that are done."""
+def _show_progress(futures: list[Future[None]], counter: Any, title: str) -> None:
+    """Show a progress bar over the samples; the finished parts tell how many samples there will probably be."""
     with tqdm(desc=title, unit="image") as bar:
         waiting = set(futures)
         done = 0
@@ -183,7 +153,8 @@ def _watch(futures: list[Future[None]], counter: Any, title: str) -> None:
 _counter: Any = None
 
 
-def _count_with(counter: Any) -> None:
+def _set_counter(counter: Any) -> None:
+    """Give a worker process the counter of samples that all workers share."""
     global _counter
     _counter = counter
 
@@ -206,8 +177,8 @@ class PartWriter:
     """Converts one part's samples and sorts them into buckets.
 
     Args:
-        folder: created.
-        preparation: the settings.
+        folder: the folder of the part, which is created.
+        preparation: how the images are prepared.
     """
 
     def __init__(self, folder: Path, preparation: Preparation) -> None:
@@ -220,7 +191,7 @@ class PartWriter:
         self.skipped: list[Skipped] = []
 
     def add(self, sample: SourceSample | Skipped) -> None:
-        """Convert and write a sample, or count why not."""
+        """Convert and write a sample, or record why it is left out."""
         self.read += 1
         if isinstance(sample, Skipped):
             self.skipped.append(sample)
@@ -242,28 +213,28 @@ class PartWriter:
         self.write(f"{split}/{name}", self.record(sample, image, parse_bucket_name(name)[1]), sample.image)
 
     def bucket(self, image: Image.Image) -> str | None:
-        """The name of the bucket that the image belongs to, if it fills any."""
+        """Return the name of the bucket for an image, or None if the image is too small for all buckets."""
         aspect = nearest_aspect(*image.size, self.preparation.aspects)
         resolution = highest_filled(*image.size, aspect, self.preparation.resolutions)
         return None if resolution is None else bucket_name(resolution, aspect.shape(resolution))
 
     def record(self, sample: SourceSample, image: Image.Image, shape: Shape) -> Record:
-        """What is stored of the sample."""
+        """Return the record that is stored of the sample."""
         settings = self.preparation
         stored = cover(image, shape)
         if settings.crop == "center":
             stored = crop(stored, shape)
         texts, weights = zip(*settings.filters.texts(sample), strict=True)
-        alike = len(set(weights)) == 1
+        equal_weights = len(set(weights)) == 1
         return Record(
             sample.id,
             encode_image(stored, settings.format, settings.quality),
             list(texts),
-            [] if alike else list(weights),
+            [] if equal_weights else list(weights),
         )
 
     def write(self, bucket: str, record: Record, original: bytes) -> None:
-        """Append a record to a bucket of this part."""
+        """Append a record to a bucket of this part; ``original`` is the source's image file."""
         if bucket not in self.writers:
             self.writers[bucket] = ShardWriter(self.folder / bucket, self.preparation.chunk_mib * 2**20)
             self.digests[bucket] = []
@@ -285,43 +256,5 @@ class PartWriter:
 
 
 def is_heldout(group: str, percent: float) -> bool:
-    """Whether a group belongs to the held-out split: a stable hash, the same on every machine and for ever."""
-    return seed_of("heldout", group) % 10_000 < percent * 100
-
-
-def finished_parts(output: Path, count: int) -> list[Path]:
-    """The folders of all ``count`` parts of ``output``, in order.
-
-    Raises:
-        ValueError: some are missing.
-    """
-    folder = parts_folder(output)
-    parts = [folder / part_name(index) for index in range(count)]
-    missing = [part.name for part in parts if not part.exists()]
-    if missing:
-        named = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
-        raise ValueError(
-            f"{len(missing)} of {len(parts)} parts are missing in {folder} ({named}): run their shards before merging"
-        )
-    return parts
-
-
-def checksums(folder: Path) -> dict[str, str]:
-    """BLAKE2b of every chunk of a folder of shards, by file name."""
-    return {chunk["filename"]: checksum(folder / chunk["filename"]) for chunk in read_index(folder)["chunks"]}
-
-
-def publish(partial: Path, folder: Path, last: str) -> None:
-    """Give a complete folder its name; if another process was faster, keep that one's.
-
-    Args:
-        partial: the folder.
-        folder: its name.
-        last: the file in it that is written last.
-    """
-    try:
-        partial.rename(folder)
-    except OSError:
-        if not (folder / last).exists():
-            raise
-        shutil.rmtree(partial)
+    """Return whether a group is in the held-out split, by a hash that is the same on every machine and in every run."""
+    return derive_seed("heldout", group) % 10_000 < percent * 100

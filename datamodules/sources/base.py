@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 
 @dataclass(frozen=True)
 class SourceSample:
-    """One image of a source, as it was found.
+    """One image of a source, as the source holds it.
 
     Attributes:
-        id: unique name in the source; only ever a name, never a path that is written to.
-        image: the encoded file, of any format that Pillow reads; converted and checked later.
-        captions: at least one.
-        weights: of the captions: how often training draws each of them; empty: all alike.
-        group: samples of one group stay in one split (the skin tones of an emoji, say); empty: the id.
+        id: its name, unique in the source; it is never used as a path to write to.
+        image: the image file, of any format that Pillow reads; it is checked and converted later.
+        captions: one caption or more.
+        weights: how often training uses each caption, relative to the others; empty: all equally often.
+        group: samples of one group stay in one split, for example the skin tones of an emoji; empty: the id.
         scores: what filters look at besides the image: ``aesthetic``, ``similarity``.
     """
 
@@ -28,26 +28,32 @@ class SourceSample:
 
 
 class Skipped(NamedTuple):
-    """A sample that a source could not give, with the reason; counted and listed, never fatal."""
+    """A sample that a source could not read, with the reason. It is counted and listed; the work continues."""
 
     id: str
     reason: str
 
 
 class Source(ABC):
-    """Where images come from. Sent to worker processes, so it must be picklable."""
+    """A collection of images with captions. It is sent to worker processes, so it must be picklable."""
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:
-        """All that decides what the samples are, JSON-able; a change is noticed when a preparation goes on."""
+        """Return all settings that decide what the samples are, as JSON values; a resumed preparation checks them."""
 
     @abstractmethod
     def parts(self) -> list[str]:
-        """The units of work (a tar file, a thousand files), in a stable order; a kill loses one at most a worker.
+        """Return the names of the parts of the work (a tar file, a thousand files), in an order that never changes.
 
-        A name must say all that :meth:`read` needs, and should change if the part's content changes.
+        If a worker is killed, its unfinished part is read again. A name must contain all that :meth:`read` needs. It
+        should change when the content of the part changes.
         """
 
     @abstractmethod
     def read(self, part: str) -> Iterator[SourceSample | Skipped]:
-        """The samples of one part, in a stable order; called in worker processes."""
+        """Yield the samples of one part, in an order that never changes; called in worker processes."""
+
+
+def part_ranges(count: int, size: int) -> list[tuple[int, int]]:
+    """Return ``(first, end)`` of each part, if ``count`` samples are divided into parts of ``size``."""
+    return [(first, min(first + size, count)) for first in range(0, count, size)]

@@ -1,4 +1,4 @@
-"""What the fields of a sample mean: a table's columns, the keys of a JSON file, the members of a tar."""
+"""What the fields of a sample mean: the columns of a table, the keys of a JSON file, the files in a tar."""
 
 import codecs
 import json
@@ -19,26 +19,26 @@ SIMILARITY = (
     "clip_l14_similarity_score",
     "clip_b32_similarity_score",
 )
-"""The usual names, of img2dataset, LAION, COYO, DataComp and Hugging Face; the first that holds something is taken."""
+"""The usual names, from img2dataset, LAION, COYO, DataComp and Hugging Face; the first with a value is used."""
 
 
 class BadText(ValueError):
-    """A text that can't be used; the message says why."""
+    """An error for a text that can't be used; the message says why."""
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns of a source hold what besides the image; where null or empty, the usual names are looked for.
+    """Which columns of a source hold captions, scores and groups; null or empty: the usual names are tried.
 
     Args:
-        captions: columns of captions, and how often training draws each: ``{caption: 1, synthetic_caption: 3}``. A
+        captions: columns of captions, with how often training uses each: ``{caption: 1, synthetic_caption: 3}``. A
             column may hold a list of captions, which share its weight. In folders and tars, ``txt`` is the text file.
         aesthetic: column of the aesthetic score.
         similarity: column of the text-image similarity.
-        group: column that says which samples stay in one split; null: each is its own.
+        group: column whose value decides which samples stay in one split; null: each sample is its own group.
 
     Raises:
-        ValueError: a weight that is not positive.
+        ValueError: a weight is not positive.
     """
 
     captions: dict[str, float] = field(default_factory=dict)
@@ -51,28 +51,28 @@ class Columns:
             raise ValueError(f"columns.captions: weights must be positive; got {bad}")
 
     def wanted(self, names: Collection[str]) -> list[str]:
-        """Those of a table's columns that are read.
+        """Return those of a table's columns that must be read.
 
         Raises:
-            ValueError: a column that was asked for is not among ``names``, or none of them holds captions.
+            ValueError: a requested column is not among ``names``, or none of them holds captions.
         """
-        asked = [*self.captions, *filter(None, (self.aesthetic, self.similarity, self.group))]
-        if missing := [name for name in asked if name not in names]:
+        requested = [*self.captions, *filter(None, (self.aesthetic, self.similarity, self.group))]
+        if missing := [name for name in requested if name not in names]:
             raise ValueError(f"no column {', '.join(missing)} among {', '.join(names)}")
         if not self.captions and not set(CAPTIONS) & set(names):
             raise ValueError(
                 f"no column of captions among {', '.join(names)} (looked for {', '.join(CAPTIONS)}): "
                 "name it, --source.columns.captions '{NAME: 1}'"
             )
-        return [name for name in names if name in {*asked, *CAPTIONS, *AESTHETIC, *SIMILARITY}]
+        return [name for name in names if name in {*requested, *CAPTIONS, *AESTHETIC, *SIMILARITY}]
 
     def sample(self, id: str, image: bytes, row: Mapping[str, Any]) -> SourceSample | Skipped:
-        """A sample of a source.
+        """Return a sample of a source, or the reason why it is skipped.
 
         Args:
-            id: any text.
-            image: the encoded file.
-            row: all else that the source has of it, by column.
+            id: its name, which may be any text.
+            image: the image file.
+            row: everything else that the source has for it, by column.
         """
         try:
             captions, weights = self._captions(row)
@@ -94,6 +94,7 @@ class Columns:
         )
 
     def _captions(self, row: Mapping[str, Any]) -> tuple[list[str], list[float]]:
+        """Return the captions of a row with their weights; without weights if all are used equally often."""
         if not self.captions:
             return next((texts for name in CAPTIONS if (texts := _texts(row.get(name)))), []), []
         captions, weights = [], []
@@ -105,14 +106,14 @@ class Columns:
 
 
 COLUMNS = Columns()
-"""The usual names alone."""
+"""Columns that are found by the usual names alone."""
 
 
 def decode(data: bytes) -> str:
-    """A text file's text: UTF-8, or UTF-16 that starts with its mark.
+    """Return the text of a text file: UTF-8, or UTF-16 that starts with a byte order mark.
 
     Raises:
-        BadText: it is neither.
+        BadText: the file has another encoding.
     """
     try:
         return data.decode(encoding_of(data))
@@ -121,15 +122,15 @@ def decode(data: bytes) -> str:
 
 
 def encoding_of(data: bytes) -> str:
-    """UTF-16 where ``data`` starts with its mark, else UTF-8, with or without one."""
+    """Return the encoding of a file: UTF-16 if ``data`` starts with its byte order mark, else UTF-8."""
     return "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
 
 
 def decode_object(data: bytes) -> dict[str, Any]:
-    """A JSON file's object.
+    """Return the object that a JSON file holds.
 
     Raises:
-        BadText: it is something else.
+        BadText: the file holds something else.
     """
     try:
         value = json.loads(decode(data))
@@ -143,18 +144,18 @@ def decode_object(data: bytes) -> dict[str, Any]:
 
 
 def printable(text: str) -> str:
-    """The text itself, but for what is no Unicode (bytes of a file name, say), which is spelled out."""
+    """Return the text, with anything that is not valid Unicode (for example, bytes of a file name) escaped."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _texts(value: object) -> list[str]:
-    """The captions in a column's value: a text, encoded or not, or a list of them."""
+    """Return the captions in a column's value: one text, as str or bytes, or a list of texts."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return []
     if isinstance(value, bytes):
         value = decode(value)
     if isinstance(value, str):
-        # A NUL betrays UTF-16 without a mark, and half a surrogate pair other bytes; neither could be stored.
+        # A NUL comes from UTF-16 without a byte order mark, a lone surrogate from other bytes; neither can be stored.
         if "\0" in value or printable(value) != value:
             raise BadText("caption is not UTF-8")
         return [text] if (text := value.strip()) else []
@@ -164,6 +165,7 @@ def _texts(value: object) -> list[str]:
 
 
 def _number(row: Mapping[str, Any], names: Sequence[str]) -> float | None:
+    """Return the first value in the columns ``names`` that is a number, or None."""
     for name in names:
         try:
             return float(row[name])

@@ -1,4 +1,4 @@
-"""The files that a source is made of, found and named."""
+"""Find and name the files of a source; each file is one part."""
 
 import glob
 from pathlib import Path
@@ -8,21 +8,23 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 
 
 class Files(NamedTuple):
-    """The files of one kind at a path: one part of a source each.
+    """The files of one kind at a path; each is one part of a source.
 
     Attributes:
-        path: a folder with such files in it or in folders below it, one file, or a pattern (``data/train-*``).
-        extension: of those in a folder: ``.tar``.
+        path: a folder whose files and subfolders are searched, one file, or a pattern (``data/train-*``).
+        extension: the extension of the files to find in a folder, for example ``.tar``.
     """
 
     path: str
     extension: str
 
     def parts(self) -> list[str]:
-        """``NAME:BYTES`` of every file, sorted; the name relative to the folder, or what of it has no pattern.
+        """Return ``NAME:BYTES`` of every file, sorted.
+
+        A name is relative to the folder; for a pattern, relative to the part of the path before the first wildcard.
 
         Raises:
-            FileNotFoundError: there are none.
+            FileNotFoundError: there are no such files.
         """
         if Path(self.path).is_dir():
             found = [path for path in Path(self.path).rglob("*") if path.suffix.lower() == self.extension]
@@ -31,22 +33,23 @@ class Files(NamedTuple):
             found = list(map(Path, glob.glob(pattern, recursive=True)))
         names = [(path.relative_to(self._root()).as_posix(), path) for path in found if path.is_file()]
         if not names:
-            raise FileNotFoundError(f"no {self.extension} files at {self.path}: give their folder, one, or a pattern")
+            raise FileNotFoundError(f"no {self.extension} files at {self.path}: give a folder, a file, or a pattern")
         return [f"{name}:{path.stat().st_size}" for name, path in sorted(names)]
 
     def file(self, part: str) -> Path:
-        """Where a part's file lies."""
+        """Return the path of a part's file."""
         return self._root() / part.rpartition(":")[0]
 
     def name(self, part: str) -> str:
-        """A part's file, without extension: what its samples' ids start with."""
+        """Return the name of a part's file without its extension; the ids of its samples start with this name."""
         return Path(part.rpartition(":")[0]).with_suffix("").as_posix()
 
     def _root(self) -> Path:
+        """Return the folder to which the names of files are relative."""
         path = Path(self.path)
         if path.is_dir():
             return path
         if path.exists():
             return path.parent
-        fixed = [index for index, part in enumerate(path.parts) if glob.has_magic(part)]
-        return Path(*path.parts[: fixed[0]]) if fixed else path.parent
+        wildcards = [index for index, part in enumerate(path.parts) if glob.has_magic(part)]
+        return Path(*path.parts[: wildcards[0]]) if wildcards else path.parent

@@ -1,4 +1,4 @@
-"""Which source reads what lies at a path."""
+"""Find the source that reads what is at a path."""
 
 import glob
 from pathlib import Path
@@ -14,14 +14,14 @@ SAVED_DATASET = ("dataset_info.json", "state.json", "dataset_dict.json")
 
 
 def find_source(path: str | Path) -> Source:
-    """The source that reads a folder, a file, or a pattern of files, with its usual settings.
+    """Return the source that reads a folder, a file, or a pattern of files, with its default settings.
 
-    Where images lie beside Parquet files, these are taken only if they hold images: img2dataset writes some that
-    do not.
+    Where images lie beside Parquet files, the Parquet files are used only if they hold images, because img2dataset also
+    writes some that don't.
 
     Raises:
-        FileNotFoundError: nothing lies there.
-        ValueError: nothing that a source reads.
+        FileNotFoundError: nothing is at the path.
+        ValueError: no source reads what is there.
         ModuleNotFoundError: the extra ``data`` is needed and not installed.
     """
     path = str(path)
@@ -37,6 +37,7 @@ def find_source(path: str | Path) -> Source:
 
 
 def _in_folder(path: str) -> Source:
+    """Return the source that reads a folder."""
     if any(Path(path, name).is_file() for name in SAVED_DATASET):
         return HuggingFaceDataset(path)
     parquet, has_images = "", False

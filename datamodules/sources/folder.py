@@ -1,4 +1,4 @@
-"""Image files in a folder and those below it, with captions beside them or in metadata files."""
+"""Image files in a folder and its subfolders, with captions beside them or in metadata files."""
 
 import hashlib
 import os
@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from nami_lightning.datamodules.sources.base import Skipped, Source, SourceSample
+from nami_lightning.datamodules.sources.base import Skipped, Source, SourceSample, part_ranges
 from nami_lightning.datamodules.sources.fields import COLUMNS, BadText, Columns, decode, decode_object, printable
 from nami_lightning.datamodules.sources.listing import LINK, Entry, is_inside, list_images
 
@@ -15,19 +15,20 @@ PART_SIZE = 1000
 
 
 class ImageFolder(Source):
-    """Image files with captions: from ``NAME.txt``, a field of ``NAME.json``, or a row of a metadata file.
+    """Image files with captions from ``NAME.txt``, from a field of ``NAME.json``, or from a row of a metadata file.
 
-    A ``metadata.jsonl`` or ``metadata.csv`` in any of the folders has a row an image: ``file_name``, relative to where
-    it lies, and other columns. All rows are held in memory: millions of images are better kept in tars or Parquet
-    files. Names that start with a dot are left out. An id is the path below the folder.
+    A ``metadata.jsonl`` or ``metadata.csv`` in any of the folders has a row for each image. The row holds
+    ``file_name``, relative to the metadata file's folder, and other columns. All rows are held in memory, so millions
+    of images are better kept in tars or Parquet files. Names that start with a dot are ignored. An id is the path
+    relative to the folder.
 
     Args:
         path: the folder.
         columns: which columns of metadata, or fields of ``NAME.json``, hold captions and scores; ``txt`` is the text
             file.
-        one_caption_a_line: text files hold several captions; else all of a file is one.
-        follow_links: read what symbolic links lead to outside of the folder, as they do in Hugging Face's cache; else
-            it is skipped.
+        one_caption_a_line: every line of a text file is a caption; else the whole file is one caption.
+        follow_links: read the files outside the folder that symbolic links point to, as in Hugging Face's cache; else
+            these files are skipped.
     """
 
     def __init__(
@@ -37,7 +38,7 @@ class ImageFolder(Source):
         self.one_caption_a_line, self.follow_links = one_caption_a_line, follow_links
 
     def settings(self) -> dict[str, Any]:
-        """All arguments."""
+        """Return all arguments."""
         return {
             "name": "ImageFolder",
             "path": self.path,
@@ -47,21 +48,20 @@ class ImageFolder(Source):
         }
 
     def parts(self) -> list[str]:
-        """``FIRST-END-DIGEST`` of every thousand images, sorted by name; the digest is of their names.
+        """Return ``FIRST-END-DIGEST`` of every thousand images, sorted by name; the digest is a hash of their names.
 
         Raises:
-            FileNotFoundError: no such folder.
+            FileNotFoundError: the folder doesn't exist.
         """
         list_images.cache_clear()
-        count = len(self._entries())
-        return [self._part(first, min(first + PART_SIZE, count)) for first in range(0, count, PART_SIZE)]
+        return [self._part(first, end) for first, end in part_ranges(len(self._entries()), PART_SIZE)]
 
     def read(self, part: str) -> Iterator[SourceSample | Skipped]:
-        """The images of a part.
+        """Yield the images of a part.
 
         Raises:
-            OSError: the system can't read a file that is there, and not because it is forbidden.
-            ValueError: images were added or removed since :meth:`parts`.
+            OSError: the system can't read an existing file, for another reason than missing permission.
+            ValueError: images were added or removed after :meth:`parts`.
         """
         first, end = map(int, part.split("-")[:2])
         if self._part(first, end) != part:
@@ -75,6 +75,7 @@ class ImageFolder(Source):
         return list_images(self.path, self.follow_links)
 
     def _part(self, first: int, end: int) -> str:
+        """Return the name of the part with the images ``first`` to ``end``."""
         names = "\0".join(entry.name for entry in self._entries()[first:end])
         digest = hashlib.blake2b(names.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
         return f"{first:07d}-{end:07d}-{digest}"
@@ -89,18 +90,22 @@ class ImageFolder(Source):
             text: Any = self._read(file.with_suffix(".txt"))
             if text and self.one_caption_a_line:
                 text = decode(text).splitlines()
-        except (BadText, PermissionError, _LeadsOut) as error:
+        except (BadText, PermissionError, _OutsideFolder) as error:
             return Skipped(printable(entry.name), printable(str(error)))
         return self.columns.sample(entry.name, image, fields | {"txt": text} | entry.row)
 
     def _read(self, file: Path) -> bytes | None:
-        """A file's content, if there is one."""
+        """Return the content of a file, or None if it doesn't exist.
+
+        Raises:
+            _OutsideFolder: the file is a link to a file outside the folder, and links are not followed.
+        """
         if not file.is_file():
             return None
         if not self.follow_links and not is_inside(file, self.path):
-            raise _LeadsOut(LINK)
+            raise _OutsideFolder(LINK)
         return file.read_bytes()
 
 
-class _LeadsOut(Exception):
-    """A file that lies elsewhere."""
+class _OutsideFolder(Exception):
+    """An error for a link to a file outside the folder."""

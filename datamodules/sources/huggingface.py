@@ -1,28 +1,28 @@
-"""Datasets of Hugging Face's ``datasets`` that were saved to disk."""
+"""Datasets of Hugging Face's ``datasets`` library that were saved to disk."""
 
 import os
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
-from nami_lightning.datamodules.sources.base import Skipped, Source, SourceSample
+from nami_lightning.datamodules.sources.base import Skipped, Source, SourceSample, part_ranges
 from nami_lightning.datamodules.sources.fields import COLUMNS, Columns
-from nami_lightning.datamodules.sources.tables import BATCH, Layout
+from nami_lightning.datamodules.sources.tables import BATCH, TableColumns
 
 PART_SIZE = 1000
 
 
 class HuggingFaceDataset(Source):
-    """A dataset that ``save_to_disk`` wrote; its images are taken as the files that they are, not decoded.
+    """A dataset that ``save_to_disk`` wrote. Its image files are used as they are, without decoding them.
 
-    An id is the row's key, or its number.
+    An id is the row's key, or the row's number.
 
     Args:
-        path: its folder.
-        split: of a dataset with several.
+        path: the folder of the dataset.
+        split: the split to read, if the dataset has several.
         columns: which columns hold captions and scores.
-        image: column of the images; null: ``image``, or another usual name, or the only one.
-        key: column of unique names; null: ``key`` if there is one.
+        image: column of the images; null: ``image``, another usual name, or the only column of images.
+        key: column of unique names; null: ``key`` if there is such a column.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class HuggingFaceDataset(Source):
         self.path, self.split, self.columns, self.image, self.key = os.path.normpath(path), split, columns, image, key
 
     def settings(self) -> dict[str, Any]:
-        """All arguments."""
+        """Return all arguments."""
         return {
             "name": "HuggingFaceDataset",
             "path": self.path,
@@ -47,30 +47,29 @@ class HuggingFaceDataset(Source):
         }
 
     def parts(self) -> list[str]:
-        """``FIRST-END-FINGERPRINT`` of every thousand rows.
+        """Return ``FIRST-END-FINGERPRINT`` of every thousand rows.
 
         Raises:
-            FileNotFoundError: no such folder, or no dataset in it.
+            FileNotFoundError: the folder doesn't exist or holds no dataset.
             ModuleNotFoundError: the extra ``data`` is not installed.
-            ValueError: a split or a column is not there, or has to be chosen.
+            ValueError: a split or a column doesn't exist, or has to be chosen.
         """
         dataset = self._load()
-        self._layout(dataset)
-        rows = len(dataset)
-        ends = [(first, min(first + PART_SIZE, rows)) for first in range(0, rows, PART_SIZE)]
-        return [f"{first:07d}-{end:07d}-{dataset._fingerprint}" for first, end in ends]
+        self._table_columns(dataset)
+        ranges = part_ranges(len(dataset), PART_SIZE)
+        return [f"{first:07d}-{end:07d}-{dataset._fingerprint}" for first, end in ranges]
 
     def read(self, part: str) -> Iterator[SourceSample | Skipped]:
-        """The samples of a slice of rows."""
+        """Yield the samples of one part: a range of rows."""
         import datasets
 
         first, end = map(int, part.split("-")[:2])
         dataset = self._load()
-        layout = self._layout(dataset)
-        dataset = dataset.with_format(None).select_columns(layout.wanted)
-        if isinstance(dataset.features[layout.image], datasets.Image):
-            dataset = dataset.cast_column(layout.image, datasets.Image(decode=False))
-        yield from layout.samples(rows_of(dataset, first, end), "", first)
+        table = self._table_columns(dataset)
+        dataset = dataset.with_format(None).select_columns(table.wanted)
+        if isinstance(dataset.features[table.image], datasets.Image):
+            dataset = dataset.cast_column(table.image, datasets.Image(decode=False))
+        yield from table.samples(rows_of(dataset, first, end), "", first)
 
     def _load(self) -> Any:
         try:
@@ -87,11 +86,12 @@ class HuggingFaceDataset(Source):
         splits = list(dataset)
         split = splits[0] if self.split is None and len(splits) == 1 else self.split
         if split not in splits:
-            asked = "choose one" if split is None else f"{split!r} is not among them"
-            raise ValueError(f"{self.path} has the splits {', '.join(splits)}: {asked}, --source.split NAME")
+            problem = "choose one" if split is None else f"{split!r} is not among them"
+            raise ValueError(f"{self.path} has the splits {', '.join(splits)}: {problem}, --source.split NAME")
         return dataset[split]
 
-    def _layout(self, dataset: Any) -> Layout:
+    def _table_columns(self, dataset: Any) -> TableColumns:
+        """Return which columns of the dataset are read."""
         import datasets
 
         images = [
@@ -102,13 +102,13 @@ class HuggingFaceDataset(Source):
             or (isinstance(feature, dict) and "bytes" in feature)
         ]
         try:
-            return Layout(dataset.column_names, images, self.columns, self.image, self.key)
+            return TableColumns(dataset.column_names, images, self.columns, self.image, self.key)
         except ValueError as error:
             raise ValueError(f"{self.path} has {error}") from error
 
 
 def rows_of(dataset: Any, first: int, end: int) -> Iterator[dict[str, Any]]:
-    """Rows ``first`` to ``end``, a few in memory at a time."""
+    """Yield the rows ``first`` to ``end``, with a few in memory at a time."""
     for start in range(first, end, BATCH):
         batch = dataset[start : min(start + BATCH, end)]
         yield from (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))

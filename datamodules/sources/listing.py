@@ -1,4 +1,4 @@
-"""The images of a folder and those below it, with what metadata files say of them."""
+"""List the images of a folder and its subfolders, with their rows in metadata files."""
 
 import csv
 import json
@@ -19,12 +19,12 @@ LINK = f"{OUTSIDE}: a link, and follow_links is off"
 
 
 class Entry(NamedTuple):
-    """An image of a folder, or what was meant as one.
+    """An image of a folder, or a name that should have been one.
 
     Attributes:
-        name: its path below the folder.
-        row: what a metadata file says of it.
-        reason: why it can't be used; empty if that isn't known yet.
+        name: its path relative to the folder.
+        row: its row in a metadata file.
+        reason: why it can't be used; empty if no reason is known yet.
     """
 
     name: str
@@ -34,15 +34,15 @@ class Entry(NamedTuple):
 
 @lru_cache(maxsize=1)
 def list_images(path: str, follow_links: bool) -> list[Entry]:
-    """All images by name. Kept in memory, as a process reads many parts of one folder.
+    """Return all images, sorted by name. The list is kept in memory, because a process reads many parts of one folder.
 
     Args:
         path: the folder.
-        follow_links: to what symbolic links lead to outside of it.
+        follow_links: follow symbolic links that lead outside the folder.
 
     Raises:
-        FileNotFoundError: no such folder.
-        OSError: the system can't list one of the folders, or read a metadata file.
+        FileNotFoundError: the folder doesn't exist.
+        OSError: the system can't list one of the folders, or can't read a metadata file.
     """
     if not Path(path).is_dir():
         raise FileNotFoundError(f"no folder {path}")
@@ -63,19 +63,21 @@ def list_images(path: str, follow_links: bool) -> list[Entry]:
 
 
 def is_image(name: str) -> bool:
-    """Whether a file's extension is that of an image."""
+    """Return whether a file has the extension of an image."""
     return posixpath.splitext(name)[1][1:].lower() in IMAGE_EXTENSIONS
 
 
 def walk(path: str, follow_links: bool = False) -> Iterator[tuple[str, bool]]:
-    """All files below a folder, and False; and linked folders that are not followed, and True. Sorted, none hidden.
+    """Yield all files below a folder with False, and linked folders that are not followed with True.
+
+    Names are sorted, and hidden ones are left out.
 
     Raises:
         OSError: the system can't list one of the folders.
     """
     seen = set()
     for top, folders, files in os.walk(path, onerror=_raise, followlinks=follow_links):
-        if follow_links and (real := os.path.realpath(top)) in seen:  # a link led back
+        if follow_links and (real := os.path.realpath(top)) in seen:  # a link leads to a folder that was already listed
             folders.clear()
             continue
         if follow_links:
@@ -93,19 +95,19 @@ def _raise(error: OSError) -> None:
 
 
 def is_inside(file: Path, folder: str) -> bool:
-    """Whether a file lies in a folder also when all links are followed."""
+    """Return whether a file lies inside a folder after all links are resolved."""
     return file.resolve().is_relative_to(Path(folder).resolve())
 
 
 def _add_metadata(images: dict[str, dict[str, Any]], path: str, name: str, follow_links: bool) -> Iterator[Entry]:
-    """Give ``images`` the rows of metadata file ``name``; yields what is wrong with it."""
+    """Add the rows of metadata file ``name`` to ``images``; yield an entry for each row that can't be used."""
     file = Path(path, name)
     if not follow_links and not is_inside(file, path):
         yield Entry(name, {}, LINK)
         return
     with file.open("rb") as stream:
         encoding = encoding_of(stream.read(2))
-    # Bytes that are no UTF-8 become lone surrogates here, so they cost only the captions that they are in.
+    # Bytes that are not UTF-8 become lone surrogates here, so that only the captions with such bytes are lost.
     with file.open(encoding=encoding, errors="surrogateescape", newline="") as text:
         try:
             for number, row in _json_rows(text) if name.endswith(".jsonl") else _csv_rows(text):
@@ -118,7 +120,7 @@ def _add_metadata(images: dict[str, dict[str, Any]], path: str, name: str, follo
 
 
 def _json_rows(text: TextIO) -> Iterator[tuple[int, Any]]:
-    """Line numbers and what the lines hold, None where they are not JSON."""
+    """Yield the number of each line and the value in it, which is None if the line is not JSON."""
     for number, line in enumerate(text, 1):
         if line.strip():
             try:
@@ -128,13 +130,14 @@ def _json_rows(text: TextIO) -> Iterator[tuple[int, Any]]:
 
 
 def _csv_rows(text: TextIO) -> Iterator[tuple[int, Any]]:
+    """Yield the number of the last line of each row, and the row's columns that have a name and a value."""
     reader = csv.DictReader(text)
     for row in reader:
         yield reader.line_num, {name: value for name, value in row.items() if name is not None and value is not None}
 
 
 def _add_row(images: dict[str, dict[str, Any]], folder: str, row: Any) -> str:
-    """Add a row of a metadata file in ``folder``, or say why not."""
+    """Add a row of a metadata file in ``folder`` to ``images``; return why it can't be added, or an empty text."""
     if not isinstance(row, dict):
         return "damaged metadata: not a JSON object"
     given = row.pop(FILE_NAME, None)

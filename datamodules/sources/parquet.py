@@ -1,4 +1,4 @@
-"""Parquet files with the images' bytes in a column: img2dataset's, Hugging Face's, or others."""
+"""Parquet files with image files in a column, for example those of img2dataset and Hugging Face."""
 
 import os
 from collections.abc import Iterator
@@ -9,21 +9,22 @@ from typing import Any
 from nami_lightning.datamodules.sources.base import Skipped, Source, SourceSample
 from nami_lightning.datamodules.sources.fields import COLUMNS, Columns, printable
 from nami_lightning.datamodules.sources.files import Files
-from nami_lightning.datamodules.sources.tables import BATCH, Layout
+from nami_lightning.datamodules.sources.tables import BATCH, TableColumns
 
 BUFFER_BYTES = 2**20
+"""Bytes that are read from a file at once."""
 
 
 class Parquet(Source):
-    """Rows with an encoded image, or with ``{bytes, path}`` of one. Read a few rows at a time.
+    """Rows that hold an image file, or ``{bytes, path}`` of one. A few rows are read at a time.
 
-    An id is ``FILE/KEY``, or ``FILE/NUMBER`` without a column of keys.
+    An id is ``FILE/KEY``, or ``FILE/NUMBER`` if there is no column of keys.
 
     Args:
-        path: a folder of ``.parquet`` files, one of them, or a pattern (``data/train-*.parquet``).
+        path: a folder of ``.parquet`` files, one such file, or a pattern (``data/train-*.parquet``).
         columns: which columns hold captions and scores.
         image: column of the images; null: ``image``, ``jpg`` or another usual name.
-        key: column of unique names; null: ``key`` if there is one.
+        key: column of unique names; null: ``key`` if there is such a column.
     """
 
     def __init__(self, path: str, columns: Columns = COLUMNS, image: str | None = None, key: str | None = None) -> None:
@@ -31,57 +32,58 @@ class Parquet(Source):
         self.files = Files(path, ".parquet")
 
     def settings(self) -> dict[str, Any]:
-        """All arguments."""
+        """Return all arguments."""
         columns = asdict(self.columns)
         return {"name": "Parquet", "path": self.path, "columns": columns, "image": self.image, "key": self.key}
 
     def parts(self) -> list[str]:
-        """``NAME:BYTES`` of every file.
+        """Return ``NAME:BYTES`` of every file.
 
         Raises:
-            FileNotFoundError: there are none.
+            FileNotFoundError: there are no such files.
             ModuleNotFoundError: the extra ``data`` is not installed.
-            ValueError: the first that can be read lacks a column that was asked for or is needed.
+            ValueError: the first readable file lacks a column that is requested or needed.
         """
         parts = self.files.parts()
         for part in parts:
             try:
-                self._layout(open_parquet(self.files.file(part)), part)
+                self._table_columns(open_parquet(self.files.file(part)), part)
                 break
             except DamagedParquet:
                 continue
         return parts
 
     def read(self, part: str) -> Iterator[SourceSample | Skipped]:
-        """The samples of a file; of a damaged one those before the damage, then the file itself.
+        """Yield the samples of a file; of a damaged file, those before the damage, then a skipped sample for the file.
 
         Raises:
-            ValueError: a column that was asked for or is needed is not there.
-            OSError: the system can't read it (no permission, a failing disk).
+            ValueError: the file lacks a column that is requested or needed.
+            OSError: the system can't read the file (no permission, a failing disk).
         """
         try:
-            table = open_parquet(self.files.file(part))
-            layout = self._layout(table, part)
-            yield from layout.samples(rows_of(table, layout.wanted), f"{self.files.name(part)}/")
+            file = open_parquet(self.files.file(part))
+            table = self._table_columns(file, part)
+            yield from table.samples(rows_of(file, table.wanted), f"{self.files.name(part)}/")
         except DamagedParquet as error:
             yield Skipped(printable(part.rpartition(":")[0]), f"damaged Parquet file: {error}")
 
-    def _layout(self, table: Any, part: str) -> Layout:
+    def _table_columns(self, file: Any, part: str) -> TableColumns:
+        """Return which columns of a part's file are read."""
         try:
-            return Layout(table.schema_arrow.names, image_columns(table), self.columns, self.image, self.key)
+            return TableColumns(file.schema_arrow.names, image_columns(file), self.columns, self.image, self.key)
         except ValueError as error:
             raise ValueError(f"{self.files.file(part)} has {error}") from error
 
 
 class DamagedParquet(Exception):
-    """A Parquet file that can't be read, or no further."""
+    """An error for a Parquet file that can't be read, or can't be read further."""
 
 
 def open_parquet(file: Path) -> Any:
-    """A ``pyarrow.parquet.ParquetFile``, for reading in pieces.
+    """Open a Parquet file as a ``pyarrow.parquet.ParquetFile``, which can be read piece by piece.
 
     Raises:
-        DamagedParquet: it is none.
+        DamagedParquet: it is not a valid Parquet file.
         ModuleNotFoundError: the extra ``data`` is not installed.
         OSError: the system can't read it.
     """
@@ -89,12 +91,12 @@ def open_parquet(file: Path) -> Any:
         from pyarrow.parquet import ParquetFile
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"reading Parquet files needs pyarrow: pip install '.[data]' ({error})") from error
-    with _Damage():
+    with _DamageAsOneError():
         return ParquetFile(file, buffer_size=BUFFER_BYTES)
 
 
-def image_columns(table: Any) -> list[str]:
-    """The columns that can hold encoded images: binary ones, and structs with a binary field ``bytes``."""
+def image_columns(file: Any) -> list[str]:
+    """Return the columns that can hold image files: binary columns, and structs with a binary field ``bytes``."""
     from pyarrow import types
 
     def is_binary(kind: Any) -> bool:
@@ -102,21 +104,21 @@ def image_columns(table: Any) -> list[str]:
 
     return [
         column.name
-        for column in table.schema_arrow
+        for column in file.schema_arrow
         if is_binary(column.type)
         or (types.is_struct(column.type) and any(f.name == "bytes" and is_binary(f.type) for f in column.type))
     ]
 
 
-def rows_of(table: Any, columns: list[str]) -> Iterator[dict[str, Any]]:
-    """All rows, a few in memory at a time.
+def rows_of(file: Any, columns: list[str]) -> Iterator[dict[str, Any]]:
+    """Yield all rows of a file, with a few in memory at a time.
 
     Raises:
-        DamagedParquet: after the last that can be read.
+        DamagedParquet: the file is damaged; all rows before the damage were yielded.
     """
-    batches = table.iter_batches(BATCH, columns=columns, use_threads=False)
+    batches = file.iter_batches(BATCH, columns=columns, use_threads=False)
     while True:
-        with _Damage():
+        with _DamageAsOneError():
             batch = next(batches, None)
             rows = batch.to_pylist() if batch is not None else None
         if rows is None:
@@ -124,14 +126,14 @@ def rows_of(table: Any, columns: list[str]) -> Iterator[dict[str, Any]]:
         yield from rows
 
 
-class _Damage:
-    """Turns what pyarrow raises on damaged files into one exception."""
+class _DamageAsOneError:
+    """A ``with`` block that turns all errors of pyarrow on damaged files into :class:`DamagedParquet`."""
 
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         from pyarrow import ArrowException
 
-        of_system = isinstance(error, OSError) and error.errno is not None
-        if isinstance(error, ArrowException | UnicodeDecodeError | OSError) and not of_system:
+        from_system = isinstance(error, OSError) and error.errno is not None
+        if isinstance(error, ArrowException | UnicodeDecodeError | OSError) and not from_system:
             raise DamagedParquet(str(error).strip()) from error

@@ -1,4 +1,4 @@
-"""Tables with a column of images, as Parquet files and Hugging Face datasets are."""
+"""Tables with a column of images, in Parquet files and in Hugging Face datasets."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
@@ -10,30 +10,33 @@ IMAGES = ("image", "jpg", "jpeg", "png", "webp", "img", "image_bytes", "bytes")
 KEY = "key"
 STATUS = ("status", "error_message")
 BATCH = 32
-"""Rows that are in memory at once."""
+"""The number of rows that are in memory at once."""
 
 
-class Layout:
-    """Which columns of one table are read.
+class TableColumns:
+    """The columns of one table that are read, and how its rows become samples.
 
     Args:
-        names: of all its columns.
-        images: those of them that hold encoded images.
-        columns: of captions and scores.
-        image: the one to take; null: the first of ``images`` by the usual names, or the only one.
-        key: column of the rows' names; null: ``key`` if there is one, else they are numbered.
+        names: the names of all columns of the table.
+        images: those of them that hold image files.
+        columns: which columns hold captions and scores.
+        image: the column of images to use; null: the first of ``images`` with a usual name, or the only one.
+        key: the column of the rows' names; null: ``key`` if there is such a column, else the rows are numbered.
+
+    Attributes:
+        wanted: the names of the columns to read.
 
     Raises:
-        ValueError: a column that was asked for, or one that is needed, is not there.
+        ValueError: a column that is requested or needed is missing.
     """
 
     def __init__(
         self, names: Sequence[str], images: Collection[str], columns: Columns, image: str | None, key: str | None
     ) -> None:
-        usual = [name for name in IMAGES if name in images] or (list(images) if len(images) == 1 else [])
+        candidates = [name for name in IMAGES if name in images] or (list(images) if len(images) == 1 else [])
         if image is not None:
-            usual = [image] if image in images else []
-        if not usual:
+            candidates = [image] if image in images else []
+        if not candidates:
             raise ValueError(
                 f"no column {image or 'of encoded images'} among {', '.join(names)} "
                 f"(of images: {', '.join(images) or 'none'}): name it, --source.image NAME"
@@ -41,15 +44,21 @@ class Layout:
         if key is not None and key not in names:
             raise ValueError(f"no column {key} among {', '.join(names)}")
         self.columns = columns
-        self.image = usual[0]
+        self.image = candidates[0]
         self.key = key or (KEY if KEY in names else None)
-        others = [name for name in names if name in (self.key, *STATUS)]
-        self.wanted = list(dict.fromkeys([self.image, *others, *columns.wanted(names)]))
+        key_and_status = [name for name in names if name in (self.key, *STATUS)]
+        self.wanted = list(dict.fromkeys([self.image, *key_and_status, *columns.wanted(names)]))
 
     def samples(
         self, rows: Iterator[Mapping[str, Any]], prefix: str, first: int = 0
     ) -> Iterator[SourceSample | Skipped]:
-        """The samples of consecutive rows, the first of which is number ``first``; ids start with ``prefix``."""
+        """Yield the samples of consecutive rows.
+
+        Args:
+            rows: the rows.
+            prefix: the beginning of every id.
+            first: the number of the first row.
+        """
         for number, row in enumerate(rows, first):
             name = row.get(self.key) if self.key else None
             yield self._sample(f"{prefix}{f'{number:07d}' if name is None else name}", row)
@@ -58,6 +67,6 @@ class Layout:
         image = row[self.image]
         data = image.get("bytes") if isinstance(image, dict) else image
         if data is None:
-            known = [row[name] for name in STATUS if row.get(name)] or ([image.get("path")] if image else [])
-            return Skipped(printable(id), printable(": ".join(map(str, ["no image", *known]))))
+            details = [row[name] for name in STATUS if row.get(name)] or ([image.get("path")] if image else [])
+            return Skipped(printable(id), printable(": ".join(map(str, ["no image", *details]))))
         return self.columns.sample(id, data, row)

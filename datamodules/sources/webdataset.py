@@ -1,4 +1,4 @@
-"""Tar files as WebDataset lays them out, and img2dataset writes them: KEY.jpg, KEY.txt, KEY.json, one after another."""
+"""Tar files as WebDataset and img2dataset write them: KEY.jpg, KEY.txt, KEY.json, one sample after another."""
 
 import os
 import re
@@ -14,18 +14,18 @@ from nami_lightning.datamodules.sources.fields import COLUMNS, BadText, Columns,
 from nami_lightning.datamodules.sources.files import IMAGE_EXTENSIONS, Files
 
 NAME = re.compile(r"(?:\./)*((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)
-"""A member's key, up to the first dot of the last part of its name, and the extension."""
+"""The name of a file in a tar: its key, which ends at the first dot after the last slash, and its extension."""
 
 
 class WebDataset(Source):
-    """Images and captions in tar files, read once from start to end: memory does not grow with their size.
+    """Images and captions in tar files, which are read once from start to end, so memory does not grow with their size.
 
-    The caption is ``KEY.txt`` or ``KEY.caption``, or a field of ``KEY.json``. An id is ``TAR/KEY``.
+    The caption is ``KEY.txt``, ``KEY.caption``, or a field of ``KEY.json``. An id is ``TAR/KEY``.
 
     Args:
-        path: a folder of ``.tar`` files, one of them, or a pattern.
+        path: a folder of ``.tar`` files, one such file, or a pattern.
         columns: which fields of ``KEY.json`` hold captions and scores; ``txt`` is ``KEY.txt``.
-        extension: of the images, where a key has several: ``jpg``; null: any that Pillow reads.
+        extension: extension of the image to use, if a key has several images: ``jpg``; null: any that Pillow reads.
     """
 
     def __init__(self, path: str, columns: Columns = COLUMNS, extension: str | None = None) -> None:
@@ -34,19 +34,19 @@ class WebDataset(Source):
         self.extensions = IMAGE_EXTENSIONS if extension is None else (extension.lower().removeprefix("."),)
 
     def settings(self) -> dict[str, Any]:
-        """All arguments."""
+        """Return all arguments."""
         return {"name": "WebDataset", "path": self.path, "columns": asdict(self.columns), "extension": self.extension}
 
     def parts(self) -> list[str]:
-        """``NAME:BYTES`` of every tar.
+        """Return ``NAME:BYTES`` of every tar.
 
         Raises:
-            FileNotFoundError: there are none.
+            FileNotFoundError: there are no such files.
         """
         return self.files.parts()
 
     def read(self, part: str) -> Iterator[SourceSample | Skipped]:
-        """The samples of a tar; of a damaged one those that end before the damage, then the tar itself.
+        """Yield the samples of a tar; of a damaged tar, those before the damage, then a skipped sample for the tar.
 
         Raises:
             OSError: the system can't read the tar (no permission, a failing disk).
@@ -74,11 +74,11 @@ class WebDataset(Source):
 
 
 class DamagedTar(ValueError):
-    """A tar that can't be read any further."""
+    """An error for a tar that can't be read any further."""
 
 
 class Member(NamedTuple):
-    """One file of a tar; without data if it wasn't wanted, or is a link."""
+    """One file of a tar. Its data is None if it is not wanted, or if it is a link."""
 
     key: str
     extension: str
@@ -86,28 +86,28 @@ class Member(NamedTuple):
 
 
 def read_members(file: Path, extensions: set[str]) -> Iterator[Member]:
-    """The files of a tar, compressed or not, in their order; those whose names have no extension are left out.
+    """Yield the files of a tar, compressed or not, in their order; files without an extension are left out.
 
     Raises:
-        DamagedTar: after the last whole one.
-        OSError: the system can't read it.
+        DamagedTar: the tar is damaged; all complete files before the damage were yielded.
+        OSError: the system can't read the tar.
     """
     try:
         with tarfile.open(file, "r|*", tarinfo=_StrictHeader) as tar:
             while (header := tar.next()) is not None:
-                tar.members.clear()  # type: ignore[attr-defined]  # else it remembers all
+                tar.members.clear()  # type: ignore[attr-defined]  # else tarfile keeps all headers in memory
                 if not header.isdir() and (match := NAME.fullmatch(header.name)):
                     extension = match[2].lower()
                     wanted = tar.extractfile(header) if header.isreg() and extension in extensions else None
                     yield Member(match[1], extension, wanted.read() if wanted else None)
-    except Exception as error:  # tarfile and the decompressors raise nearly anything on damaged files
+    except Exception as error:  # on damaged files, tarfile and the decompressors raise errors of many classes
         if isinstance(error, OSError) and error.errno is not None:
             raise
         raise DamagedTar(str(error) or type(error).__name__) from error
 
 
 class _StrictHeader(tarfile.TarInfo):
-    """Without it, tarfile takes a damaged header for the end."""
+    """A tar header that is an error if it is damaged; tarfile's own class takes it for the end of the tar."""
 
     @classmethod
     def fromtarfile(cls, tarfile_: tarfile.TarFile) -> Self:

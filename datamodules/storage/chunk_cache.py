@@ -1,12 +1,13 @@
-"""Chunks of a remote data set on this machine: a folder with a limit, shared by all its processes and runs.
+"""A local cache for the chunks of remote data sets: a folder of limited size that all processes and runs here share.
 
-Each process writes down, in a lease, which chunks it reads now or will read next; they stay. When there is no room
-for a chunk that is to come, the others go, the oldest first. A lease ends with its process, however that ends. Each
-chunk is fetched by one process at a time, under a name of its own until it is whole.
+Each process writes the chunks that it reads now or will read next into a file, its lease. These chunks stay in the
+cache. When there is no room for a new chunk, chunks that are in no lease are removed, the oldest first. A lease ends
+with its process, however that ends. Each chunk is fetched by one process at a time, under a temporary name until it is
+complete.
 
-CACHE/locks/                       cache.lock guards leases, room and removal; 00.lock .. ff.lock the fetching
-CACHE/locks/HOST-PID-N.lease       what one process holds: file names; locked by it for as long as it lives
-CACHE/NAME-FINGERPRINT/            one data set as it lies at its URL, as far as it was fetched
+CACHE/locks/                       cache.lock guards leases, space and removal; 00.lock .. ff.lock guard fetching
+CACHE/locks/HOST-PID-N.lease       the names of the files that one process holds; locked while the process lives
+CACHE/NAME-FINGERPRINT/            the fetched files of one data set, with the same paths as at its URL
 """
 
 import hashlib
@@ -33,16 +34,16 @@ from nami_lightning.datamodules.storage.remote import Remote
 log = logging.getLogger(__name__)
 
 OPEN_CHUNKS = 512
-"""Chunks of the cache that a process keeps open; each is an open file, of which systems allow a process 1,024."""
+"""The number of chunks that a process keeps open. Each is an open file, and systems allow a process 1,024 of these."""
 
 PAUSE = 0.2
-"""Seconds until a process looks again at what others are about to do."""
+"""Seconds that a process waits before it looks again at what the other processes have done."""
 
 PATIENCE = 60.0
-"""Seconds for which a chunk that is needed now waits for room, which other processes may be about to give up."""
+"""Seconds that a process waits for room for a chunk that it needs now, because other processes may soon make room."""
 
 READING = "reading"
-"""The purpose of a chunk that is read but not held for another one."""
+"""The purpose of a chunk that is held only while it is read."""
 
 UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 _numbers = itertools.count()
@@ -50,11 +51,11 @@ _numbers = itertools.count()
 
 @dataclass(frozen=True)
 class CacheSettings:
-    """Where chunks of a remote data set are kept.
+    """Where chunks of a remote data set are kept, and how many bytes of them.
 
     Args:
-        folder: on a local disk; null: ``nami_lightning`` in $XDG_CACHE_HOME or ~/.cache.
-        max_size: of all chunks in it, 50GB or 500GiB say.
+        folder: a folder on a local disk; null: ``nami_lightning`` in $XDG_CACHE_HOME or ~/.cache.
+        max_size: the largest size of all chunks in it together, for example 50GB or 500GiB.
     """
 
     folder: str | None = None
@@ -66,21 +67,35 @@ class CacheSettings:
 
     @property
     def limit(self) -> int:
-        """``max_size`` in bytes."""
+        """The value of ``max_size`` in bytes."""
         match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?i?)B?", self.max_size.strip())
         if not match or match[2] not in UNITS:
-            raise ValueError(f"cache.max_size must be a number of bytes, 50GB or 500GiB say; got {self.max_size!r}")
+            raise ValueError(
+                f"cache.max_size must be a number of bytes, for example 50GB or 500GiB; got {self.max_size!r}"
+            )
         return int(float(match[1]) * UNITS[match[2]])
 
     @property
     def path(self) -> Path:
-        """The folder."""
+        """The absolute path of the cache's folder."""
         home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
         return Path(self.folder or f"{home}/nami_lightning").expanduser().absolute()
 
 
 class _Reader:
-    """What one process knows of the cache and holds in it; made anew after a fork."""
+    """What one process knows of the cache and holds in it; a forked process makes a new one.
+
+    Attributes:
+        pid: the process.
+        name: a name that no other process on any machine has.
+        lease: the file that lists the chunks that the process holds.
+        alive: a lock that the process keeps for as long as it lives.
+        held: the files that it holds for each purpose.
+        open: the chunks that it has open, by file.
+        wanted: the files that its thread is to fetch, in order.
+        more: notified when ``wanted`` changes.
+        thread: fetches in the background.
+    """
 
     def __init__(self, locks: Path) -> None:
         self.pid = os.getpid()
@@ -96,21 +111,21 @@ class _Reader:
 
 
 _inherited: list[_Reader] = []
-"""Of the parents of this process: kept, since freeing them could end their leases."""
+"""The readers inherited from this process's parents; they are kept, because freeing them could end their leases."""
 
 
 class ChunkCache:
-    """The chunk files of one remote data set.
+    """The local cache of the chunk files of one remote data set.
 
     Args:
-        remote: where they lie.
-        settings: where they are kept.
-        description: what the data set's ``dataset.json`` says, as it was read; another one is another data set.
+        remote: the folder of the data set in its store.
+        settings: where chunks are kept.
+        description: the content of the data set's ``dataset.json``; another content means another data set.
 
     Attributes:
-        folder: the data set's local twin, where its indices stay, and chunks come and go.
-        sizes: bytes of each chunk file, by its name below the folder; to be filled in by who reads the indices.
-        sums: their checksums.
+        folder: the data set's local folder. The indices stay in it; chunks are fetched into it and removed again.
+        sizes: the bytes of each chunk file, by its name below the folder. Whoever reads the indices fills this in.
+        sums: the checksums of the chunk files, by the same names.
     """
 
     def __init__(self, remote: Remote, settings: CacheSettings, description: bytes) -> None:
@@ -139,26 +154,28 @@ class ChunkCache:
     def _bookkeeping(self) -> FileLock:
         return FileLock(self.locks / "cache.lock")
 
-    # --- what is read --------------------------------------------------------------------------
+    # --- reading -------------------------------------------------------------------------------
 
     def metadata(self, file: str) -> None:
-        """Have a small file, an index say, in :attr:`folder`; it stays, and does not count."""
+        """Fetch a small file, for example an index, into :attr:`folder`. It stays, and is not counted as used space."""
         path = self.folder / file
         if not path.exists():
             _write(path, self.remote.read(file), self._reader.name)
 
     @contextmanager
     def chunk(self, file: str, entry: dict[str, Any], config: dict[str, Any]) -> Iterator[ChunkFile]:
-        """A chunk, fetched if it isn't here; it is kept open as long as it is held, so don't keep it.
+        """Give access to a chunk inside a ``with`` block, and fetch it first if it isn't here.
+
+        The cache keeps the chunk open for as long as the chunk is held. Don't use it outside the block.
 
         Args:
-            file: its name below the folder.
-            entry: of its index; see :class:`ChunkFile`.
-            config: of its index.
+            file: the chunk's name below the folder.
+            entry: its entry in the index; see :class:`ChunkFile`.
+            config: the config in the index.
 
         Raises:
-            DamagedChunk: it is missing or damaged where it comes from.
-            FetchFailed: it can't be fetched.
+            DamagedChunk: the chunk is missing or damaged in its store.
+            FetchFailed: the chunk can't be fetched.
         """
         reader = self._reader
         if file in reader.open:
@@ -180,7 +197,10 @@ class ChunkCache:
                 self.hold(READING, [])
 
     def hold(self, purpose: str, files: Iterable[str]) -> None:
-        """Keep these chunks, and no others, for a purpose; the missing ones are fetched in the background, in order."""
+        """Hold these chunks for a purpose, and release those held for it before.
+
+        Chunks that are missing here are fetched in the background, in the given order.
+        """
         reader = self._reader
         files = tuple(dict.fromkeys(files))
         if reader.held.get(purpose, ()) == files:
@@ -203,50 +223,54 @@ class ChunkCache:
     # --- fetching ------------------------------------------------------------------------------
 
     def _fetch_ahead(self, reader: _Reader) -> None:
-        """What a process's thread does: fetch what is wanted. What fails is left to the one who needs it."""
-        busy = 0
+        """Fetch the wanted chunks; this runs in a thread of the process.
+
+        A chunk that can't be fetched is left to the reader that needs it, which then raises the error.
+        """
+        postponed = 0  # chunks in a row that other processes are fetching
         while True:
             with reader.more:
                 while not reader.wanted:
                     reader.more.wait()
-                    busy = 0
+                    postponed = 0
                 file = reader.wanted.popleft()
             try:
                 if self._fetch(file, wait=False):
-                    busy = 0
+                    postponed = 0
                     continue
             except (DataError, OSError) as error:
                 log.debug("fetching %s ahead: %s", file, error)
                 continue
-            busy += 1
+            postponed += 1
             with reader.more:
                 reader.wanted.append(file)
-                if busy >= len(reader.wanted):
+                if postponed >= len(reader.wanted):
                     reader.more.wait(PAUSE)
 
     def _fetch(self, file: str, wait: bool) -> bool:
-        """Have a chunk here; False if another process is fetching it and ``wait`` isn't set."""
+        """Fetch a chunk if it isn't here; return False if another process is fetching it and ``wait`` isn't set."""
         path, size = self.folder / file, self.sizes[file]
-        if _is_whole(path, size):
+        if _is_complete(path, size):
             return True
-        stripe = hashlib.blake2b(str(path).encode(), digest_size=1).hexdigest()
+        lock_name = hashlib.blake2b(str(path).encode(), digest_size=1).hexdigest()
         try:
-            with FileLock(self.locks / f"{stripe}.lock", timeout=-1 if wait else 0):
-                if not _is_whole(path, size):
+            with FileLock(self.locks / f"{lock_name}.lock", timeout=-1 if wait else 0):
+                if not _is_complete(path, size):
                     self._fetch_alone(file, path, size, wait)
         except Timeout:
             return False
         return True
 
     def _fetch_alone(self, file: str, path: Path, size: int, wait: bool) -> None:
+        """Fetch a chunk as soon as there is room for it; the caller holds the lock for it."""
         partial = path.with_name(f"{path.name}.{size}.{self._reader.name}.partial")
         path.parent.mkdir(parents=True, exist_ok=True)
         deadline = monotonic() + PATIENCE * wait
-        while (taken := self._claim(size, partial)) > self.settings.limit:
+        while (used := self._reserve(size, partial)) > self.settings.limit:
             if monotonic() > deadline:
                 raise DataError(
-                    f"the cache {self.root} is full: {taken:,} bytes are needed at a time, of its "
-                    f"{self.settings.limit:,}: give this run a cache.folder of its own, or a larger cache.max_size"
+                    f"the cache {self.root} is full: {used:,} bytes are needed at the same time, but its limit is "
+                    f"{self.settings.limit:,}: give this run its own cache.folder, or set a larger cache.max_size"
                 )
             sleep(PAUSE)
         try:
@@ -256,36 +280,39 @@ class ChunkCache:
         finally:
             partial.unlink(missing_ok=True)
 
-    def _claim(self, size: int, partial: Path) -> int:
-        """Remove chunks that nobody holds until ``size`` bytes are free, and claim them by making ``partial``.
+    def _reserve(self, size: int, partial: Path) -> int:
+        """Remove chunks that nobody holds until ``size`` bytes are free, and create ``partial`` to reserve the bytes.
 
         Returns:
-            The bytes that are then taken; above the limit if too much is held, and nothing is claimed.
+            The bytes that are then used. If this is above the limit, too much is held, and nothing is reserved.
         """
         with self._bookkeeping():
             held, alive = self._leases()
             chunks, used = [], 0
             for path in self.root.glob("*/**/*"):
                 if path.suffix == ".partial" and path.name.split(".")[-2] not in alive:
-                    path.unlink(missing_ok=True)  # of a process that is no more
+                    path.unlink(missing_ok=True)  # its process has ended
                 elif path.suffix == ".partial":
                     used += int(path.name.split(".")[-3])
                 elif path.suffix == ".bin":
                     stat = path.stat()
                     used += stat.st_size
                     chunks.append((stat.st_mtime_ns, stat.st_size, path))
-            for _, of_chunk, path in sorted(chunks):
+            for _, chunk_size, path in sorted(chunks):
                 if used + size <= self.settings.limit:
                     break
                 if str(path.relative_to(self.root)) not in held:
                     path.unlink()
-                    used -= of_chunk
+                    used -= chunk_size
             if used + size <= self.settings.limit:
                 partial.touch()
             return used + size
 
     def _leases(self) -> tuple[set[str], set[str]]:
-        """Files, below the root, that living processes hold, and the processes' names; the leases of others end."""
+        """Return the files, relative to the root, that living processes hold, and the names of these processes.
+
+        The leases of processes that have ended are removed.
+        """
         held: set[str] = set()
         alive: set[str] = set()
         own = self._reader.name
@@ -301,12 +328,13 @@ class ChunkCache:
         return held, alive
 
 
-def _is_whole(path: Path, size: int) -> bool:
-    """Whether a chunk is here; one that isn't as long as it should be was cut short when the machine went down."""
+def _is_complete(path: Path, size: int) -> bool:
+    """Return whether a complete chunk is here; a crash of the machine may have left a file that is too short."""
     return path.exists() and path.stat().st_size == size
 
 
 def _is_locked(path: Path) -> bool:
+    """Return whether a process holds the lock at ``path``."""
     try:
         with FileLock(path, timeout=0):
             return False
@@ -315,7 +343,7 @@ def _is_locked(path: Path) -> bool:
 
 
 def _write(path: Path, content: bytes, name: str) -> None:
-    """A small file, whole or not at all."""
+    """Write a small file, either completely or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{name}")
     partial.write_bytes(content)

@@ -1,4 +1,4 @@
-"""One chunk of a data set read whole: its file against its checksum, its samples to the end of their images."""
+"""Check one chunk of a data set: its file against its checksum, and each sample to the end of its image."""
 
 import hashlib
 import math
@@ -15,12 +15,12 @@ from nami_lightning.datamodules.storage.shards import Record
 
 
 class Damage(NamedTuple):
-    """Something that is not as it should be.
+    """A problem that a check found.
 
     Attributes:
-        file: below the data set's folder.
+        file: the damaged file, relative to the data set's folder.
         problem: what is wrong.
-        sample: whose fault it is, if not all of the file's: its id, or its number in the file.
+        sample: the sample that is damaged: its id, or its number in the file; empty if it is the file as a whole.
     """
 
     file: str
@@ -33,13 +33,13 @@ class Chunk:
     """What is known of a chunk file before it is read.
 
     Attributes:
-        folder: the data set's.
-        file: below it.
-        checksum: that ``dataset.json`` gives; empty: it doesn't name the file.
-        entry: of the index of its bucket; empty: it doesn't name the file.
-        config: of that index.
-        shape: of the bucket; None: the items are not samples.
-        layout: of its encodings; None: it holds images.
+        folder: the data set's folder.
+        file: the chunk's path relative to that folder.
+        checksum: the checksum in ``dataset.json``; empty if that doesn't list the file.
+        entry: the entry in the index of its bucket; empty if that doesn't list the file.
+        config: the config in that index.
+        shape: the shape of the bucket; None if the items are not samples.
+        layout: the layout of the encodings in it; None if it holds images.
     """
 
     folder: Path
@@ -52,7 +52,13 @@ class Chunk:
 
 
 class Checked(NamedTuple):
-    """What a worker found in a chunk: its bytes on disk, the hashes of its ids in order, and what is wrong."""
+    """The result of checking one chunk.
+
+    Attributes:
+        size: the chunk's bytes on disk.
+        ids: the hashes of its samples' ids (8 bytes each), in order.
+        damages: the problems.
+    """
 
     size: int
     ids: bytes
@@ -60,22 +66,22 @@ class Checked(NamedTuple):
 
 
 def size_of(chunk: Chunk) -> int:
-    """Its bytes on disk; 0 if it is missing."""
+    """Return the chunk's bytes on disk, 0 if it is missing."""
     path = chunk.folder / chunk.file
     return path.stat().st_size if path.exists() else 0
 
 
 def check_chunk(chunk: Chunk) -> Checked:
-    """Read a chunk and everything in it."""
+    """Read a chunk and everything in it, and return what is wrong."""
     path = chunk.folder / chunk.file
     damages: list[Damage] = []
     ids = b""
     try:
         if chunk.checksum and checksum(path) != chunk.checksum:
-            damages.append(Damage(chunk.file, "its checksum is another: it was changed since it was written"))
+            damages.append(Damage(chunk.file, "its checksum is wrong: the file was changed after it was written"))
         if chunk.shape is not None and chunk.entry:
-            ids, of_samples = check_samples(chunk, ChunkFile(path, chunk.entry, chunk.config), chunk.shape)
-            damages += of_samples
+            ids, sample_damages = check_samples(chunk, ChunkFile(path, chunk.entry, chunk.config), chunk.shape)
+            damages += sample_damages
     except OSError as error:
         damages.append(Damage(chunk.file, f"it can't be read: {error.strerror}"))
     except DamagedChunk as error:
@@ -84,17 +90,17 @@ def check_chunk(chunk: Chunk) -> Checked:
 
 
 def check_samples(chunk: Chunk, items: ChunkFile, shape: Shape) -> tuple[bytes, list[Damage]]:
-    """The hashes of the ids of all samples of a chunk, and what is wrong with them."""
+    """Return the hashes of the ids of all samples of a chunk, and what is wrong with the samples."""
     ids, damages = [], []
     for number in range(len(items)):
-        name = f"{chunk.file}/{number}"  # stands in for the id of a sample that can't be read
+        name = f"{chunk.file}/{number}"  # used as the id of a sample that can't be read
         try:
             record = (Record if chunk.layout is None else EncodedRecord).from_item(items[number])
             name = record.id
             if (
-                problem := problem_of(record, shape)
+                problem := find_problem(record, shape)
                 if isinstance(record, Record)
-                else problem_of_encodings(record, chunk)
+                else find_encodings_problem(record, chunk)
             ):
                 damages.append(Damage(chunk.file, problem, name))
         except DamagedChunk as error:
@@ -105,8 +111,8 @@ def check_samples(chunk: Chunk, items: ChunkFile, shape: Shape) -> tuple[bytes, 
     return b"".join(ids), damages
 
 
-def problem_of_captions(record: Record | EncodedRecord) -> str:
-    """What is wrong with a sample's name and captions; empty if nothing is."""
+def find_captions_problem(record: Record | EncodedRecord) -> str:
+    """Return what is wrong with a sample's id and captions, or an empty text."""
     if not record.id or not isinstance(record.id, str):
         return f"its id is {record.id!r}"
     if not record.captions or not all(isinstance(caption, str) for caption in record.captions):
@@ -116,13 +122,13 @@ def problem_of_captions(record: Record | EncodedRecord) -> str:
     return ""
 
 
-def problem_of(record: Record, shape: Shape) -> str:
-    """What is wrong with a sample; empty if nothing is."""
-    return problem_of_captions(record) or problem_of_image(record.image, shape)
+def find_problem(record: Record, shape: Shape) -> str:
+    """Return what is wrong with a sample of images, or an empty text."""
+    return find_captions_problem(record) or find_image_problem(record.image, shape)
 
 
-def problem_of_image(data: bytes | memoryview, shape: Shape) -> str:
-    """What is wrong with a sample's image; empty if nothing is."""
+def find_image_problem(data: bytes | memoryview, shape: Shape) -> str:
+    """Return what is wrong with a sample's image, or an empty text."""
     try:
         image = open_image(data)
     except BadImage as error:
@@ -132,9 +138,9 @@ def problem_of_image(data: bytes | memoryview, shape: Shape) -> str:
     return ""
 
 
-def problem_of_encodings(record: EncodedRecord, chunk: Chunk) -> str:
-    """What is wrong with a sample of encodings; empty if nothing is."""
-    if problem := problem_of_captions(record):
+def find_encodings_problem(record: EncodedRecord, chunk: Chunk) -> str:
+    """Return what is wrong with a sample of encodings, or an empty text."""
+    if problem := find_captions_problem(record):
         return problem
     assert chunk.layout is not None
     if len(record.text) != len(record.captions):
@@ -142,7 +148,7 @@ def problem_of_encodings(record: EncodedRecord, chunk: Chunk) -> str:
     layout = chunk.layout
     resolution, shape = parse_bucket_name("/".join(Path(chunk.file).parts[1:3]))
     aspect, levels = aspect_of(shape, resolution), layout.levels(resolution)
-    if (layout.pixels or record.image) and (problem := problem_of_image(record.image, shape)):
+    if (layout.pixels or record.image) and (problem := find_image_problem(record.image, shape)):
         return problem
     if len(record.latents) != len(levels):
         return f"it has {len(record.latents)} kinds of latents, not {len(levels)}"
@@ -152,4 +158,5 @@ def problem_of_encodings(record: EncodedRecord, chunk: Chunk) -> str:
             values.append(from_bytes(data).view(-1, *layout.latents_shape(level, aspect)))
     except RuntimeError as error:
         return f"its encodings have the wrong size ({error})"
-    return "" if all(bool(of.isfinite().all()) and of.numel() for of in values) else "its encodings are not finite"
+    finite = all(bool(tensor.isfinite().all()) and tensor.numel() for tensor in values)
+    return "" if finite else "its encodings are not finite"

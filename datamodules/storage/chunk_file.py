@@ -1,7 +1,7 @@
-"""litdata's chunk files on this machine, an item at a time and in any order.
+"""The items of one of litdata's chunk files on this machine, read one at a time and in any order.
 
-litdata's own access by index reads a local chunk whole for every item that is not the next one, so a shuffled stream
-would spend more time there than on decoding. Here each chunk is mapped once and stays open.
+litdata's own access by index reads the whole local chunk for every item that is not the next one. A shuffled stream
+would spend more time on that than on decoding. Here each chunk is mapped into memory once and stays open.
 """
 
 import hashlib
@@ -14,14 +14,14 @@ from litdata.utilities._pytree import treespec_loads
 
 
 class DataError(RuntimeError):
-    """Data that can't be read."""
+    """An error for data that can't be read."""
 
 
 class DamagedChunk(DataError):
-    """A chunk file that is missing or does not hold what it should.
+    """An error for a chunk file that is missing or does not hold what it should.
 
     Args:
-        path: of the file, or its URL.
+        path: the path of the file, or its URL.
         problem: what is wrong with it.
     """
 
@@ -34,25 +34,25 @@ class DamagedChunk(DataError):
 
 
 class DamagedSample(DamagedChunk):
-    """One sample of a chunk that can't be used; others can."""
+    """An error for one sample of a chunk that can't be used; the others may be readable."""
 
 
 def checksum(file: Path) -> str:
-    """BLAKE2b (128 bits) of a file's content."""
+    """Return the BLAKE2b hash (128 bits, hexadecimal) of a file's content."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 class ChunkFile:
-    """The items of one chunk, by number.
+    """The items of one chunk file, by their number.
 
     Args:
-        path: of the file.
-        entry: what the index of its folder says of it: ``chunk_size`` (items) and ``chunk_bytes``.
-        config: of the index: how items are packed.
+        path: the path of the file.
+        entry: its entry in the index of its folder: ``chunk_size`` (the number of items) and ``chunk_bytes``.
+        config: the config in that index, which says how items are packed.
 
     Raises:
-        DamagedChunk: the file is missing, or is not what ``entry`` says.
+        DamagedChunk: the file is missing, or ``entry`` describes another file.
     """
 
     def __init__(self, path: Path, entry: dict[str, Any], config: dict[str, Any]) -> None:
@@ -67,20 +67,20 @@ class ChunkFile:
         try:
             size = path.stat().st_size
             with path.open("rb") as file:
-                held = int.from_bytes(file.read(4), "little")
+                stored_items = int.from_bytes(file.read(4), "little")
         except OSError as error:
             raise DamagedChunk(path, f"it can't be read: {error.strerror}") from error
         if size != self.bytes:
             raise DamagedChunk(path, f"it has {size:,} bytes, but its index says {self.bytes:,}")
-        if held != self.items:
-            raise DamagedChunk(path, f"it holds {held:,} items, but its index says {self.items:,}")
+        if stored_items != self.items:
+            raise DamagedChunk(path, f"it holds {stored_items:,} items, but its index says {self.items:,}")
         self._loader.set_mmap_allowed_chunks({0})
 
     def __len__(self) -> int:
         return self.items
 
     def __getitem__(self, number: int) -> Any:
-        """Item ``number``.
+        """Return item ``number``.
 
         Raises:
             DamagedSample: it can't be unpacked.

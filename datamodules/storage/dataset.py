@@ -1,10 +1,10 @@
-"""A prepared data set's description of itself, and its buckets.
+"""A prepared data set: its description and its buckets.
 
-FOLDER/dataset.json                format, settings, counts, checksums: written last
-FOLDER/skipped.jsonl               the samples that could not be used, with their reasons
+FOLDER/dataset.json                format, settings, counts and checksums; it is written last
+FOLDER/skipped.jsonl               the samples that could not be used, each with the reason
 FOLDER/train/256/256x256/          one bucket: shards of images of one shape
 FOLDER/heldout/256/256x256/        the same for the held-out split
-FOLDER/encodings/NAME/             the same data set as latents and text states: again all of the above
+FOLDER/encodings/NAME/             the same data set as latents and text states, again with all of the above
 """
 
 import json
@@ -34,11 +34,12 @@ class Bucket:
     """The images of one split, resolution and shape.
 
     Attributes:
-        shards: the records.
-        resolution: of its stage; the shape's area is about its square.
-        shape: of the images; with random crops they are larger than it on one side.
-        chunk_sizes: samples that are shuffled as one; their order is made of these. Those of the shards, but for
-            encodings, which keep the order of the images that they were made of.
+        shards: the stored records.
+        resolution: the resolution in px that the bucket was made for; the shape's area is about its square.
+        shape: the shape of the images; with random crops, images are larger than it on one side.
+        chunk_sizes: the number of samples in each chunk that is shuffled as a unit; the order of samples is computed
+            from these. They are the shards' own chunk sizes. Encodings are the exception: they keep the chunk sizes,
+            and so the order, of the images that they were made from.
     """
 
     shards: Shards
@@ -51,29 +52,29 @@ class Bucket:
 
     @cached_property
     def files(self) -> list[range]:
-        """For each of the chunks that are shuffled, the numbers of the files in which its samples lie."""
+        """For each chunk that is shuffled as a unit, the numbers of the files that hold its samples."""
         ends = accumulate(self.chunk_sizes)
         spans = ((end - size, end - 1) for size, end in zip(self.chunk_sizes, ends, strict=True))
         return [range(self.shards.chunk_of(first), self.shards.chunk_of(last) + 1) for first, last in spans]
 
     @property
     def aspect(self) -> Aspect:
-        """The shape relative to the resolution."""
+        """The aspect ratio: the shape relative to the resolution."""
         return aspect_of(self.shape, self.resolution)
 
     @property
     def name(self) -> str:
-        """``256/256x256``."""
+        """The bucket's name, for example ``256/256x256``."""
         return bucket_name(self.resolution, self.shape)
 
 
 def bucket_name(resolution: int, shape: Shape) -> str:
-    """A bucket's folder below its split's."""
+    """Return the folder of a bucket, relative to its split's folder."""
     return f"{resolution}/{shape}"
 
 
 def parse_bucket_name(name: str) -> tuple[int, Shape]:
-    """The resolution and the shape of :func:`bucket_name`."""
+    """Return the resolution and the shape that a name from :func:`bucket_name` holds."""
     resolution, _, shape = name.partition("/")
     return int(resolution), Shape(*map(int, shape.split("x")))
 
@@ -82,20 +83,21 @@ class PreparedDataset:
     """A data set that :func:`~nami_lightning.datamodules.preparation.prepare.prepare` made.
 
     Args:
-        folder: where it lies, or the URL of a remote one.
-        cache: where chunks of a remote one are kept.
+        folder: the data set's folder, or the URL of a remote data set.
+        cache: where chunks of a remote data set are kept.
 
     Attributes:
-        folder: where it lies; of a remote one, where what is fetched of it lies.
-        cache: of a remote one.
-        description: what ``dataset.json`` says: ``settings``, ``samples`` of each split and bucket, ``removed`` and
-            ``skipped`` by reason, ``checksums`` (BLAKE2b) of every chunk; ``encodings``, if it holds those instead of
-            images: see :mod:`nami_lightning.datamodules.precomputed.encode`.
+        location: the folder or the URL, as messages name it.
+        folder: the data set's folder; for a remote data set, the local folder with its fetched files.
+        cache: the cache of a remote data set; None for a local one.
+        description: the content of ``dataset.json``: ``settings``, ``samples`` of each split and bucket, ``removed``
+            and ``skipped`` by reason, and ``checksums`` (BLAKE2b) of every chunk. If the data set holds encodings
+            instead of images, also ``encodings``: see :mod:`nami_lightning.datamodules.precomputed.encode`.
 
     Raises:
-        FileNotFoundError: no folder, or one whose preparation did not finish.
-        FetchFailed: a remote one can't be reached.
-        ValueError: another format, or a description that can't be read.
+        FileNotFoundError: the folder does not exist, or its preparation did not finish.
+        FetchFailed: a remote data set can't be reached.
+        ValueError: the format is another, or the description can't be read.
     """
 
     def __init__(self, folder: str | Path, cache: CacheSettings = CacheSettings()) -> None:
@@ -114,19 +116,19 @@ class PreparedDataset:
 
     @property
     def encodings(self) -> dict[str, Any] | None:
-        """What the description says of the encodings, if the data set holds those instead of images."""
+        """The part of the description about encodings, or None if the data set holds images."""
         return self.description.get("encodings")
 
     @property
     def resolutions(self) -> list[int]:
-        """Of its buckets, coarsest first."""
+        """The resolutions of the buckets in px, coarsest first."""
         return sorted(self.description["settings"]["resolutions"])
 
     def buckets(self, split: Split) -> list[Bucket]:
-        """The buckets of a split that hold anything, coarsest first.
+        """Return the buckets of a split that hold samples, coarsest first.
 
         Raises:
-            ValueError: shards that don't hold what the description says.
+            ValueError: shards don't hold the number of samples that the description says.
         """
         found = []
         for name, samples in self.description["samples"][split].items():
@@ -136,7 +138,7 @@ class PreparedDataset:
             if len(shards) != samples:
                 raise ValueError(
                     f"{self.location}/{split}/{name} holds {len(shards)} samples, but {DESCRIPTION} says {samples}: "
-                    "it was changed after its preparation; prepare it again"
+                    "it was changed after it was prepared; prepare it again"
                 )
             chunks = shards.chunk_sizes if self.encodings is None else self.encodings["chunks"][f"{split}/{name}"]
             found.append(Bucket(shards, *parse_bucket_name(name), chunks))
@@ -153,7 +155,7 @@ class PreparedDataset:
 
 
 def _parse(content: bytes, path: str) -> dict[str, Any]:
-    """A description, of this version's format."""
+    """Return the content of a description, and check that its format is the one of this version."""
     try:
         description: dict[str, Any] = json.loads(content)
         found = description.get("format")

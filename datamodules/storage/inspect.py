@@ -1,4 +1,4 @@
-"""What a data set is, for people: its settings and counts, and a picture of some of its images."""
+"""Describe a data set for people: its settings and counts, and a contact sheet of some of its images."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -27,101 +27,106 @@ from nami_lightning.utils.text_table import table as _table
 
 CONTACT_SHEET = "contact_sheet.png"
 CELL = 192
-"""Longest side of an image on the contact sheet."""
+"""The longest side in px of an image on the contact sheet."""
 
 COLUMNS = 8
+"""The number of images in a row of the contact sheet."""
 MEASURED = 2000
-"""Records whose captions are measured."""
+"""The number of records whose captions are measured."""
 
-ONLY_LOCAL = "It is remote: for captions and pictures, copy it to a disk, and show the copy."
+ONLY_LOCAL = "It is remote: to see captions and images, copy it to a disk, and show the copy."
 QUANTILES = {"least": 0.0, "5%": 0.05, "median": 0.5, "95%": 0.95, "most": 1.0}
 
 
 def show(folder: str | Path, out: Path | None, samples: int) -> None:
-    """Print what a data set is, and draw a contact sheet; of a remote one, only what needs none of its chunks.
+    """Print a description of a data set, and save a contact sheet; for a remote one, print only what needs no chunk.
 
     Args:
-        folder: of a prepared data set, or its URL.
-        out: where ``contact_sheet.png`` goes; None: here.
-        samples: images on it, spread over the buckets; 0: none is drawn.
+        folder: the folder of a prepared data set, or its URL.
+        out: the folder in which ``contact_sheet.png`` is saved; None: the current folder.
+        samples: the number of images on the contact sheet, taken from all buckets; 0: no contact sheet.
 
     Raises:
-        FileNotFoundError: no data set is there.
-        ValueError: it is of another format, or ``out`` lies in it.
+        FileNotFoundError: the folder holds no data set.
+        ValueError: the data set has another format, or ``out`` lies inside its folder.
     """
     out = out or Path()
     if is_remote(folder):
         dataset = PreparedDataset(folder)
-        print("\n".join([*settings(dataset), "", *outcome(dataset), "", ONLY_LOCAL]))
+        print("\n".join([*settings_lines(dataset), "", *outcome(dataset), "", ONLY_LOCAL]))
         return
     folder = Path(folder)
     if samples and folder.resolve() in (out.resolve(), *out.resolve().parents):
-        raise ValueError(f"--out {out} lies in the data set, which is left as it is: choose another folder")
+        raise ValueError(f"--out {out} lies in the data set, and nothing is written there: choose another folder")
     dataset = PreparedDataset(folder)
     if dataset.encodings is not None:
-        print("\n".join([*settings(dataset), "", *encoders(dataset.encodings), "", *outcome(dataset)]))
+        print("\n".join([*settings_lines(dataset), "", *encoder_lines(dataset.encodings), "", *outcome(dataset)]))
         return
-    buckets = buckets_of(dataset)
-    print("\n".join([*settings(dataset), "", *outcome(dataset), "", *captions(buckets), "", *encodings(folder)]))
+    buckets = list_buckets(dataset)
+    print(
+        "\n".join(
+            [*settings_lines(dataset), "", *outcome(dataset), "", *caption_lines(buckets), "", *encoding_lines(folder)]
+        )
+    )
     if samples:
         save_image(contact_sheet(buckets, samples), out / CONTACT_SHEET)
         print(f"\nSome of its images: {out / CONTACT_SHEET}")
 
 
-def buckets_of(dataset: PreparedDataset) -> list[tuple[Split, Bucket]]:
-    """All buckets that hold anything, split by split."""
+def list_buckets(dataset: PreparedDataset) -> list[tuple[Split, Bucket]]:
+    """Return all buckets that hold samples, split by split."""
     return [(split, bucket) for split in SPLITS for bucket in dataset.buckets(split)]
 
 
 def outcome(dataset: PreparedDataset) -> list[str]:
-    """What a preparation made, and what it left out and why."""
-    return [*counts(dataset, buckets_of(dataset)), "", *losses(dataset)]
+    """Return the lines that say what a preparation made, and what it left out and why."""
+    return [*count_lines(dataset, list_buckets(dataset)), "", *removal_lines(dataset)]
 
 
-def settings(dataset: PreparedDataset) -> list[str]:
-    """The format, the source, what was set, and the size."""
-    about = dataset.description
-    chosen: dict[str, Any] = dict(about["settings"])
-    source: dict[str, Any] = chosen.pop("source")
-    filters = {name: value for name, value in chosen.pop("filters").items() if value not in (None, False)}
-    rows = [("format", about["format"]), ("source", _pairs(source))]
-    rows += [(name.replace("_", " "), _text(value)) for name, value in chosen.items()]
+def settings_lines(dataset: PreparedDataset) -> list[str]:
+    """Return the lines with the format, the source, the settings, and the size."""
+    description = dataset.description
+    settings: dict[str, Any] = dict(description["settings"])
+    source: dict[str, Any] = settings.pop("source")
+    filters = {name: value for name, value in settings.pop("filters").items() if value not in (None, False)}
+    rows = [("format", description["format"]), ("source", _pairs(source))]
+    rows += [(name.replace("_", " "), _text(value)) for name, value in settings.items()]
     rows += [("filters", _pairs(filters))]
     rows += [("on disk", _on_disk(dataset.folder))] if dataset.cache is None else [("chunks", _in_store(dataset))]
     return [dataset.location, *_table([[f"  {name}", value] for name, value in rows], "<<")]
 
 
-def counts(dataset: PreparedDataset, buckets: Sequence[tuple[Split, Bucket]]) -> list[str]:
-    """Images of every bucket and split."""
-    held: dict[tuple[int, Aspect], dict[Split, int]] = {}
+def count_lines(dataset: PreparedDataset, buckets: Sequence[tuple[Split, Bucket]]) -> list[str]:
+    """Return the lines with the number of images of each bucket and split."""
+    counts: dict[tuple[int, Aspect], dict[Split, int]] = {}
     for split, bucket in buckets:
-        held.setdefault((bucket.resolution, bucket.aspect), {})[split] = len(bucket)
+        counts.setdefault((bucket.resolution, bucket.aspect), {})[split] = len(bucket)
     rows = [["resolution", "shape", "aspect", *SPLITS, "all"]]
-    for resolution, aspect in sorted(held, key=lambda key: (key[0], key[1].ratio)):
-        of_bucket = [held[resolution, aspect].get(split, 0) for split in SPLITS]
-        numbers = [f"{number:,}" for number in (*of_bucket, sum(of_bucket))]
+    for resolution, aspect in sorted(counts, key=lambda key: (key[0], key[1].ratio)):
+        by_split = [counts[resolution, aspect].get(split, 0) for split in SPLITS]
+        numbers = [f"{number:,}" for number in (*by_split, sum(by_split))]
         rows.append([f"{resolution} px", str(aspect.shape(resolution)), str(aspect), *numbers])
-    totals = [sum(of_bucket.get(split, 0) for of_bucket in held.values()) for split in SPLITS]
+    totals = [sum(bucket_counts.get(split, 0) for bucket_counts in counts.values()) for split in SPLITS]
     rows.append(["all", "", "", *(f"{number:,}" for number in (*totals, sum(totals)))])
     lines = ["images", *(f"  {line}" for line in _table(rows, ">>>>>>"))]
-    empty = [f"{resolution} px" for resolution in dataset.resolutions if resolution not in {key[0] for key in held}]
+    empty = [f"{resolution} px" for resolution in dataset.resolutions if resolution not in {key[0] for key in counts}]
     return lines + [f"  No image is stored at {', '.join(empty)}."] * bool(empty)
 
 
-def losses(dataset: PreparedDataset) -> list[str]:
-    """What became of the images that were read but are not there."""
-    about = dataset.description
-    rows = [["read", f"{about['read']:,}"]]
-    rows += [[f"removed: {reason}", f"{number:,}"] for reason, number in _falling(about["removed"])]
-    rows += [[f"skipped: {reason}", f"{number:,}"] for reason, number in _falling(about["skipped"])]
-    rows += [["kept", f"{sum(sum(of_split.values()) for of_split in about['samples'].values()):,}"]]
+def removal_lines(dataset: PreparedDataset) -> list[str]:
+    """Return the lines that say what happened to the images that were read."""
+    description = dataset.description
+    rows = [["read", f"{description['read']:,}"]]
+    rows += [[f"removed: {reason}", f"{number:,}"] for reason, number in _largest_first(description["removed"])]
+    rows += [[f"skipped: {reason}", f"{number:,}"] for reason, number in _largest_first(description["skipped"])]
+    rows += [["kept", f"{sum(sum(by_bucket.values()) for by_bucket in description['samples'].values()):,}"]]
     lines = ["from the source", *(f"  {line}" for line in _table(rows, "<>"))]
-    return lines + [f"  The skipped ones by name: {dataset.location}/{SKIPPED}"] * bool(about["skipped"])
+    return lines + [f"  The skipped ones by name: {dataset.location}/{SKIPPED}"] * bool(description["skipped"])
 
 
-def captions(buckets: Sequence[tuple[Split, Bucket]]) -> list[str]:
-    """Quantiles over records spread over all buckets."""
-    records = [record for _, _, record in spread(buckets, MEASURED)]
+def caption_lines(buckets: Sequence[tuple[Split, Bucket]]) -> list[str]:
+    """Return the lines with quantiles of captions and images, measured on records of all buckets."""
+    records = [record for _, _, record in sample_evenly(buckets, MEASURED)]
     measures: dict[str, list[float]] = {
         "characters of a caption": [len(caption) for record in records for caption in record.captions],
         "captions of an image": [len(record.captions) for record in records],
@@ -135,16 +140,16 @@ def captions(buckets: Sequence[tuple[Split, Bucket]]) -> list[str]:
     return [f"in {len(records):,} of {everything:,} images", *(f"  {line}" for line in _table(rows, "<>>>>>"))]
 
 
-def encodings(folder: Path) -> list[str]:
-    """The precomputed encodings that are there, with their sizes."""
+def encoding_lines(folder: Path) -> list[str]:
+    """Return the lines with the precomputed encodings of a data set, and their sizes."""
     found = sorted(path.parent for path in folder.glob(f"{ENCODINGS}/*/{DESCRIPTION}"))
     rows = [[f"  {path.name}", _on_disk(path)] for path in found]
     return ["encodings", *_table(rows, "<<")] if rows else ["encodings: none"]
 
 
-def encoders(about: dict[str, Any]) -> list[str]:
-    """Who made a data set of encodings, and what it holds of each sample."""
-    layout = about["layout"]
+def encoder_lines(encodings: dict[str, Any]) -> list[str]:
+    """Return the lines that say which encoders made a data set of encodings, and what it holds of each sample."""
+    layout = encodings["layout"]
     size = (
         "pixels: the images themselves" if layout["pixels"] else f"{layout['channels']} channels, {layout['factor']} px"
     )
@@ -152,16 +157,16 @@ def encoders(about: dict[str, Any]) -> list[str]:
         ("latents", size),
         ("stages", f"{_text(layout['resolutions'])} px"),
         ("latent pyramid", layout["latent_pyramid"]),
-        ("crops", str(about["crops"])),
+        ("crops", str(encodings["crops"])),
     ]
-    rows += [(key, "none" if of is None else _pairs(of)) for key, of in about["encoders"].items()]
+    rows += [(key, "none" if value is None else _pairs(value)) for key, value in encodings["encoders"].items()]
     return ["encodings", *_table([[f"  {name}", value] for name, value in rows], "<<")]
 
 
 def contact_sheet(buckets: Sequence[tuple[Split, Bucket]], samples: int) -> Image.Image:
-    """Images spread over the buckets, with their buckets and captions."""
+    """Return a picture of images from all buckets, with their buckets and captions."""
     images, labels, texts = [], [], []
-    for split, bucket, record in spread(buckets, samples):
+    for split, bucket, record in sample_evenly(buckets, samples):
         image = open_image(record.image)
         image.thumbnail((CELL, CELL), Image.Resampling.LANCZOS)
         count = len(record.captions)
@@ -171,8 +176,11 @@ def contact_sheet(buckets: Sequence[tuple[Split, Bucket]], samples: int) -> Imag
     return caption_grid(images, texts, COLUMNS, labels)
 
 
-def spread(buckets: Sequence[tuple[Split, Bucket]], samples: int) -> Iterator[tuple[Split, Bucket, Record]]:
-    """So many records at even distances, in proportion from all buckets, but one of each if ``samples`` allows."""
+def sample_evenly(buckets: Sequence[tuple[Split, Bucket]], samples: int) -> Iterator[tuple[Split, Bucket, Record]]:
+    """Yield ``samples`` records at even distances from all buckets, in proportion to the buckets' sizes.
+
+    If ``samples`` allows, at least one record comes from each bucket.
+    """
     sizes = [len(bucket) for _, bucket in buckets]
     samples = min(samples, sum(sizes))
     each = int(samples >= len(sizes))
@@ -197,7 +205,7 @@ def _text(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _falling(counts: dict[str, int]) -> list[tuple[str, int]]:
+def _largest_first(counts: dict[str, int]) -> list[tuple[str, int]]:
     return sorted(counts.items(), key=lambda item: -item[1])
 
 
@@ -207,5 +215,5 @@ def _on_disk(folder: Path) -> str:
 
 
 def _in_store(dataset: PreparedDataset) -> str:
-    sizes = [size for _, bucket in buckets_of(dataset) for size in bucket.shards.chunk_bytes]
+    sizes = [size for _, bucket in list_buckets(dataset) for size in bucket.shards.chunk_bytes]
     return f"{tqdm.format_sizeof(sum(sizes), 'B', 1024)} in {len(sizes):,} chunks"

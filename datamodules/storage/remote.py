@@ -1,8 +1,9 @@
-"""Files of a data set that lies remotely, at any URL that fsspec reads: s3://, hf://, gs://, https://, ...
+"""Files of a remote data set, at any URL that fsspec reads: s3://, hf://, gs://, https://, ...
 
-fsspec, since it is one way to all stores, the one that Lightning writes remote checkpoints by, and finds credentials
-and endpoints where each store's own tools do (AWS_ENDPOINT_URL, HF_TOKEN, ...). litdata's downloaders know fewer
-stores; each retries by rules of its own, S3's a thousand times, and the Hub's keeps a second copy of every file.
+fsspec is used because it reaches all stores in one way, because Lightning writes remote checkpoints with it, and
+because it finds credentials and endpoints where each store's own tools find them (AWS_ENDPOINT_URL, HF_TOKEN, ...).
+litdata's downloaders know fewer stores, and each has its own rules for retries: the one for S3 tries a thousand times,
+and the one for the Hub keeps a second copy of every file.
 """
 
 import errno
@@ -21,17 +22,17 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 DELAYS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
-"""Seconds at most before each new try of a transfer that failed; at least half of them, by chance."""
+"""The longest wait in seconds before each new try of a failed transfer; the wait is random, at least half as long."""
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 class FetchFailed(DataError):
-    """A remote file that can't be fetched.
+    """An error for a remote file that can't be fetched.
 
     Args:
-        url: of the file.
-        problem: what kept it.
+        url: the URL of the file.
+        problem: why it can't be fetched.
     """
 
     def __init__(self, url: str, problem: str) -> None:
@@ -43,7 +44,7 @@ class FetchFailed(DataError):
 
 
 def is_remote(folder: str | Path) -> bool:
-    """Whether it is a URL."""
+    """Return whether ``folder`` is a URL."""
     return "://" in str(folder)
 
 
@@ -51,34 +52,34 @@ class Remote:
     """A remote folder.
 
     Args:
-        url: of the folder.
+        url: the URL of the folder.
     """
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
 
     def read(self, file: str) -> bytes:
-        """The content of a file below the folder.
+        """Return the content of a file below the folder.
 
         Raises:
-            FileNotFoundError: it isn't there.
-            FetchFailed: the store can't be reached or refuses.
+            FileNotFoundError: the file doesn't exist.
+            FetchFailed: the store can't be reached, or it refuses access.
         """
         return self._try(file, lambda store, path: bytes(store.cat_file(path)), DELAYS)
 
     def download(self, file: str, target: Path, size: int, sum_: str, delays: Sequence[float] | None = None) -> None:
-        """A file below the folder to a local one, which is what it should be.
+        """Copy a file below the folder to a local file, and check its size and checksum.
 
         Args:
-            file: below the folder.
-            target: written over.
-            size: that it must have, in bytes.
-            sum_: checksum that it must have.
-            delays: before each new try; None: :data:`DELAYS`.
+            file: its path relative to the folder.
+            target: the local file, which is overwritten.
+            size: the size in bytes that it must have.
+            sum_: the checksum that it must have.
+            delays: the longest wait in seconds before each new try; None: :data:`DELAYS`.
 
         Raises:
-            DamagedChunk: it isn't there, or it is something else, in every try.
-            FetchFailed: the store can't be reached or refuses.
+            DamagedChunk: the file doesn't exist, or in every try its size or checksum was wrong.
+            FetchFailed: the store can't be reached, or it refuses access.
         """
 
         def fetch(store: Any, path: str) -> None:
@@ -94,7 +95,7 @@ class Remote:
             raise DamagedChunk(f"{self.url}/{file}", "it is missing") from error
 
     def _try(self, file: str, action: Callable[[Any, str], T], delays: Sequence[float]) -> T:
-        """``action`` on a file's store and its path there, tried again after each of ``delays``."""
+        """Call ``action`` with a file's store and its path there; if that fails, try again after each of ``delays``."""
         url = f"{self.url}/{file}"
         for delay in (*delays, None):
             try:
@@ -103,7 +104,7 @@ class Remote:
                 raise FileNotFoundError(f"{url} does not exist") from error
             except (ModuleNotFoundError, PermissionError) as error:
                 raise FetchFailed(url, str(error)) from error
-            except Exception as error:  # each store's client has errors of its own
+            except Exception as error:  # each store's client has its own classes of errors
                 if isinstance(error, OSError) and error.errno in NO_SPACE:
                     raise
                 if delay is None and isinstance(error, DamagedChunk):
@@ -111,12 +112,12 @@ class Remote:
                 if delay is None:
                     raise FetchFailed(url, f"{error!r}, in {len(delays) + 1} tries") from error
                 log.warning("%s can't be fetched (%r): trying again in up to %g s", url, error, delay)
-                time.sleep(random.SystemRandom().uniform(delay / 2, delay))  # the run's own chance is left alone
+                time.sleep(random.SystemRandom().uniform(delay / 2, delay))  # leaves the run's random state alone
         raise AssertionError("unreachable")
 
 
 def _store(url: str) -> tuple[Any, str]:
-    """The file system of a URL, made for this process, and the path in it."""
+    """Return the file system of a URL, made in this process, and the path in it."""
     try:
         store, path = url_to_fs(url)
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""Buckets on disk: litdata shards of records, written in order and read by index."""
+"""Buckets on disk: litdata shards of records, which are written in order and read by index."""
 
 import json
 import shutil
@@ -23,9 +23,9 @@ class Record(NamedTuple):
 
     Attributes:
         id: its name.
-        image: a PNG, JPEG or WebP file.
-        captions: at least one.
-        weights: of the captions; empty: all alike.
+        image: the content of a PNG, JPEG or WebP file.
+        captions: one caption or more.
+        weights: the weight of each caption; empty if all have the same weight.
     """
 
     id: str
@@ -34,33 +34,36 @@ class Record(NamedTuple):
     weights: list[float]
 
     def to_item(self) -> tuple[str, bytes, str]:
-        """What litdata stores. No dict: where pyarrow is installed, litdata would store those in Arrow's format, which
-        can't be read where it isn't, and is read 256 at a time."""
+        """Return the tuple that litdata stores.
+
+        It holds no dict: if pyarrow is installed, litdata stores dicts in Arrow's format. That can't be read where
+        pyarrow is missing, and it is read 256 items at a time.
+        """
         return self.id, self.image, json.dumps([self.captions, self.weights], ensure_ascii=False)
 
-    def caption(self, chance: float) -> str:
-        """The caption that ``chance``, in [0, 1), falls on."""
-        return self.captions[chosen(self.weights or [1.0] * len(self.captions), chance)]
+    def caption(self, number: float) -> str:
+        """Return the caption that ``number``, uniform in [0, 1), selects in proportion to the weights."""
+        return self.captions[pick_index(self.weights or [1.0] * len(self.captions), number)]
 
     @classmethod
     def from_item(cls, item: tuple[str, bytes, str]) -> "Record":
-        """What litdata read."""
+        """Return the record that an item holds, as litdata read it."""
         name, image, texts = item
         return cls(name, image, *json.loads(texts))
 
 
-def chosen(weights: Sequence[float], chance: float) -> int:
-    """Which of several things with ``weights`` the number ``chance``, in [0, 1), falls on."""
+def pick_index(weights: Sequence[float], number: float) -> int:
+    """Return the index that ``number``, uniform in [0, 1), selects in proportion to ``weights``."""
     ends = list(accumulate(weights))
-    return bisect_right(ends, chance * ends[-1])
+    return bisect_right(ends, number * ends[-1])
 
 
 class ShardWriter:
-    """Writes items to a new folder of shards; usable only once :meth:`close` returned.
+    """Writes items to a new folder of shards, which can be read once :meth:`close` has returned.
 
     Args:
-        folder: created; must not exist.
-        chunk_bytes: size at which a chunk is closed.
+        folder: the folder, which is created; it must not exist.
+        chunk_bytes: a chunk is closed when it reaches this size in bytes.
     """
 
     def __init__(self, folder: Path, chunk_bytes: int) -> None:
@@ -75,21 +78,23 @@ class ShardWriter:
         self.count += 1
 
     def close(self) -> None:
-        """Write the last chunk and the index (none for an empty folder)."""
+        """Write the last chunk and the index; without items, write nothing."""
         if self.count:
             self.cache.done()
             self.cache.merge()
 
 
 class Shards:
-    """Reads a folder of shards by index. Files are opened when they are read, so this can be sent to a worker process.
+    """Reads a folder of shards by index.
+
+    Files are opened when they are read, so this object can be sent to a worker process.
 
     Args:
-        folder: of the shards; one without an index is empty.
-        cache: through which their chunks come, if they lie remotely: ``folder`` is one below the cache's.
+        folder: the folder of the shards; without an index it counts as empty.
+        cache: fetches the chunks if they are remote; ``folder`` must lie below the cache's folder.
 
     Raises:
-        ValueError: an index that can't be read.
+        ValueError: the index can't be read.
     """
 
     def __init__(self, folder: Path, cache: ChunkCache | None = None) -> None:
@@ -104,41 +109,44 @@ class Shards:
         return sum(self.chunk_sizes)
 
     def read(self, indices: Sequence[int]) -> list[Any]:
-        """The items at ``indices``, in that order; read in the order in which they lie on disk.
+        """Return the items at ``indices``, in that order. They are read in the order in which they lie on disk.
 
         Raises:
             DamagedChunk: a chunk is missing or damaged.
             FetchFailed: a remote chunk can't be fetched.
         """
-        return list(map(_plain, self.views(indices)))
+        return list(map(_copy_views, self.views(indices)))
 
     def views(self, indices: Sequence[int]) -> list[Any]:
-        """As :meth:`read`, but bytes are views of the chunk's file: what isn't looked at isn't read."""
+        """Return the items at ``indices`` like :meth:`read`, with bytes as views of the chunk's file.
+
+        So bytes that nobody uses are not read from the disk.
+        """
         items = {}
-        for number, of_chunk in groupby(sorted(set(indices)), self.chunk_of):
+        for number, chunk_indices in groupby(sorted(set(indices)), self.chunk_of):
             start = self._ends[number] - self.chunk_sizes[number]
             with self._chunk(number) as chunk:
-                for index in of_chunk:
+                for index in chunk_indices:
                     items[index] = chunk[index - start]
         return [items[index] for index in indices]
 
     def damaged_sample(self, index: int, problem: str) -> DamagedSample:
-        """The error that says what the item at ``index`` is."""
+        """Return the error for a damaged item at ``index``: it names the chunk file and the item's number in it."""
         number = self.chunk_of(index)
-        place = index - self._ends[number] + self.chunk_sizes[number]
-        return DamagedSample(self.chunk_file(number), f"item {place} {problem}")
+        item = index - self._ends[number] + self.chunk_sizes[number]
+        return DamagedSample(self.chunk_file(number), f"item {item} {problem}")
 
     def chunk_of(self, index: int) -> int:
-        """The number of the chunk in which an item lies."""
+        """Return the number of the chunk that holds the item at ``index``."""
         return bisect_right(self._ends, index)
 
     def chunk_file(self, number: int) -> Path:
-        """The path of a chunk; of a remote one, when it is here."""
+        """Return the local path of a chunk; a remote chunk lies there only after it was fetched."""
         path: Path = self.folder / self._index["chunks"][number]["filename"]
         return path
 
     def chunk_name(self, number: int) -> str:
-        """The name by which the cache knows a remote chunk."""
+        """Return the name by which the cache knows a remote chunk."""
         return self._chunk_names[number]
 
     @cached_property
@@ -149,7 +157,7 @@ class Shards:
 
     @contextmanager
     def _chunk(self, number: int) -> Iterator[ChunkFile]:
-        if number in self._damaged:  # and known to be: not fetched and tried again for every sample
+        if number in self._damaged:  # a chunk that is known to be damaged is not fetched again for every sample
             raise self._damaged[number]
         try:
             if self.cache is None:
@@ -163,21 +171,24 @@ class Shards:
                 self._damaged[number] = error
             raise
 
-    @lru_cache(maxsize=OPEN_CHUNKS)  # noqa: B019  (one for all folders, which live as long as the process)
+    @lru_cache(maxsize=OPEN_CHUNKS)  # noqa: B019  (one cache for all folders, and these live as long as the process)
     def _open(self, number: int) -> ChunkFile:
         return ChunkFile(self.chunk_file(number), self._index["chunks"][number], self._index["config"])
 
 
-def _plain(item: tuple[Any, ...]) -> tuple[Any, ...]:
-    """litdata gives views of a chunk's memory; bytes can be sent between processes and written again."""
+def _copy_views(item: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return an item with bytes in place of litdata's views of a chunk's memory.
+
+    Bytes, unlike views, can be sent to other processes and written again.
+    """
     return tuple(bytes(value) if isinstance(value, memoryview) else value for value in item)
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """A shard folder's index: ``chunks`` and ``config``; without chunks if the folder has none.
+    """Return the index of a folder of shards: ``chunks`` and ``config``, both empty if the folder has none.
 
     Raises:
-        ValueError: it can't be read.
+        ValueError: the index can't be read.
     """
     path = folder / INDEX
     if not path.exists():
@@ -192,12 +203,12 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 
 def join(folders: Sequence[Path], names: Sequence[str], target: Path) -> int:
-    """Make one folder of shards from several without rewriting a chunk: chunks are linked, indices joined.
+    """Make one folder of shards from several without copying chunks: chunks are linked, and indices are joined.
 
     Args:
-        folders: of shards, of the same kind of items; empty ones add nothing.
-        names: one a folder; prefixes of its chunks' new names.
-        target: created.
+        folders: folders of shards that hold items of the same kind; empty ones add nothing.
+        names: one name for each folder, which becomes the prefix of its chunks' new names.
+        target: the new folder, which is created.
 
     Returns:
         The number of items.
@@ -217,7 +228,7 @@ def join(folders: Sequence[Path], names: Sequence[str], target: Path) -> int:
 
 
 def _link(source: Path, target: Path) -> None:
-    """A second name for a file, or a copy where the file system can't."""
+    """Give a file a second name, or copy it where the file system has no hard links."""
     try:
         target.hardlink_to(source)
     except OSError:

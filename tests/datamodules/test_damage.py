@@ -107,9 +107,9 @@ def test_others_stand_in_for_damaged_samples_wherever_they_are_read(
     for step in range(STEPS):
         expected, got = ids(undamaged, step), ids(alone, step)
         assert got == [
-            name if name not in names else next(other for other in stream[place.position :] if other not in names)
+            name if name not in names else next(other for other in stream[ref.position :] if other not in names)
             for stage in (0, 1)
-            for name, place in zip(expected[4 * stage :], alone.lot(stage, step)[1], strict=False)
+            for name, ref in zip(expected[4 * stage :], alone.sample_refs(stage, step)[1], strict=False)
         ]
         parts = [steps[step] for steps in two]
         assert got == [name for both in zip(*parts, strict=True) for micro in both for name in micro.ids]
@@ -145,7 +145,7 @@ def test_a_bucket_without_a_readable_sample_is_an_error(folder: Path) -> None:
     description = json.loads((folder / "dataset.json").read_text())
     description["samples"]["train"]["16/16x16"] = 3
     (folder / "dataset.json").write_text(json.dumps(description))
-    with pytest.raises(DataError, match=r"a.bin is damaged.* Nor can any sample of its bucket be read"):
+    with pytest.raises(DataError, match=r"a.bin is damaged.* No other sample of its bucket can be read"):
         make_data(folder, "skip").steps()[0]
 
 

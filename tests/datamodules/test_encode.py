@@ -24,14 +24,15 @@ from PIL import Image
 from squares import Squares, contents
 
 from nami_lightning.callbacks import BridgePretraining, CurriculumCallback, Metrics
-from nami_lightning.callbacks.sampler_settings import Drawing
 from nami_lightning.cli.main import main
 from nami_lightning.datamodules.multi_resolution import MultiResolutionDataModule
 from nami_lightning.datamodules.precomputed import encode as encode_module
-from nami_lightning.datamodules.precomputed.encode import Encoding, encode_batch, encode_parts, merge
+from nami_lightning.datamodules.precomputed.encode import encode_batch, encode_parts, merge
+from nami_lightning.datamodules.precomputed.encoding_task import EncodingTask
 from nami_lightning.datamodules.precomputed.records import EncodedRecord, Layout
+from nami_lightning.datamodules.preparation.parts_folder import parts_folder
 from nami_lightning.datamodules.preparation.prepare import prepare
-from nami_lightning.datamodules.preparation.prepare_parts import Preparation, parts_folder
+from nami_lightning.datamodules.preparation.prepare_parts import Preparation
 from nami_lightning.datamodules.sources import ImageFolder
 from nami_lightning.datamodules.sources.base import SourceSample
 from nami_lightning.datamodules.storage.dataset import PreparedDataset
@@ -39,6 +40,7 @@ from nami_lightning.datamodules.storage.shards import ShardWriter
 from nami_lightning.datamodules.storage.verify import verify
 from nami_lightning.metrics.record import read_entries
 from nami_lightning.models.autoencoder import decode_latents, encode_posterior
+from nami_lightning.models.sampler_settings import SamplerSettings
 from nami_lightning.models.text_encoder import PromptEncoder, TextStates
 from nami_lightning.runs.recipe import Recipe
 from nami_lightning.training.batch import pixels
@@ -105,7 +107,7 @@ def make_module(overrides: list[str]) -> NamiModule:
 
 
 def encode(overrides: list[str], images: Path, output: Path, crops: int = 1) -> Path:
-    encoding = Encoding(make_module(overrides), PreparedDataset(images), output, crops)
+    encoding = EncodingTask(make_module(overrides), PreparedDataset(images), output, crops)
     encode_parts(encoding, batch_size=4, workers=0)
     merge(encoding)
     return output
@@ -180,7 +182,7 @@ def test_metrics_of_latents_see_what_the_autoencoder_decodes(root: Path, tmp_pat
     recipe = [*with_vae(root), "--output_dir", str(tmp_path)]
     folder = encode(recipe, root / "images", tmp_path / "encoded")
     measure = Metrics(
-        samples=4, training_images=4, features=Colours(), agreement=None, drawing=Drawing(num_inference_steps=1)
+        samples=4, training_images=4, features=Colours(), agreement=None, sampler=SamplerSettings(num_inference_steps=1)
     )
     _, module = train(recipe, folder, measure)
     assert measure.reference is not None
@@ -205,7 +207,7 @@ def test_a_remote_data_set_is_encoded_into_a_folder_that_is_named(
     ]
     arguments = ["data", "encode", str(TINY), *RECIPE, *data, "--workers", "0"]
     assert main(arguments) == 2
-    assert "say with --output" in capsys.readouterr().err
+    assert "with --output" in capsys.readouterr().err
     assert main([*arguments, "--output", str(tmp_path / "encoded")]) == 0
     assert (tmp_path / "encoded" / "skipped.jsonl").read_bytes() == (root / "images" / "skipped.jsonl").read_bytes()
     assert verify(tmp_path / "encoded", 1) == []
@@ -224,7 +226,8 @@ def test_batches_are_those_of_the_images_and_hold_what_the_encoders_say(root: Pa
     captions = set()
     for step in range(STEPS):
         for with_images, micro in zip(images.steps()[step], encoded.steps()[step], strict=True):
-            assert (micro.stage, micro.ids, micro.places) == (with_images.stage, with_images.ids, with_images.places)
+            assert (micro.stage, micro.ids) == (with_images.stage, with_images.ids)
+            assert micro.global_indices == with_images.global_indices
             assert micro.captions == with_images.captions
             assert micro.images.numel() == 0
             captions.update(micro.captions)
@@ -324,11 +327,11 @@ def test_training_draws_among_the_stored_crops(root: Path, tmp_path: Path) -> No
 
 def test_crops_that_would_be_the_same_are_refused(root: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="all crops would be the same"):
-        Encoding(make_module(with_vae(root)), PreparedDataset(root / "images"), tmp_path / "more", crops=2)
+        EncodingTask(make_module(with_vae(root)), PreparedDataset(root / "images"), tmp_path / "more", crops=2)
     settings = Preparation([32], heldout_percent=0, crop="random", format="png")
     images = PreparedDataset(prepare(Squares(10), tmp_path / "images", settings, workers=1))
     with pytest.raises(ValueError, match="whole images are stored"):
-        Encoding(make_module([]), images, tmp_path / "more", crops=2)
+        EncodingTask(make_module([]), images, tmp_path / "more", crops=2)
 
 
 # --- interruptions and shards ------------------------------------------------------------------
@@ -348,7 +351,7 @@ def test_killed_and_shared_encodings_equal_those_made_in_one_go(
     module = make_module([])
     module.text_encoder([""])
     monkeypatch.setattr(encode_module, "encode_batch", slowly)
-    killed = Encoding(module, PreparedDataset(images), tmp_path / "killed")
+    killed = EncodingTask(module, PreparedDataset(images), tmp_path / "killed")
     for parts in (0, 2, 5):
         process = multiprocessing.get_context("fork").Process(target=encode_parts, args=(killed, 4, 0))
         process.start()
@@ -365,7 +368,7 @@ def test_killed_and_shared_encodings_equal_those_made_in_one_go(
     merge(killed)
     assert contents(killed.output) == contents(alone)
 
-    shared = Encoding(module, PreparedDataset(images), tmp_path / "shared")
+    shared = EncodingTask(module, PreparedDataset(images), tmp_path / "shared")
     encode_parts(shared, 4, 0, (1, 2))
     with pytest.raises(ValueError, match="parts are missing"):
         merge(shared)
@@ -421,7 +424,7 @@ def test_another_revision_is_refused_and_another_place_is_not(root: Path, encode
     with pytest.raises(ValueError, match=r"model\.autoencoder is .* \(revision \w{32}\) in the recipe, but .* made by"):
         start(with_vae(tmp_path), encoded)
     with pytest.raises(ValueError, match=r"model\.autoencoder is"):
-        Encoding(make_module(with_vae(tmp_path)), PreparedDataset(root / "images"), encoded).is_complete()
+        EncodingTask(make_module(with_vae(tmp_path)), PreparedDataset(root / "images"), encoded).is_complete()
 
 
 def test_encoders_that_are_not_on_this_machine_go_by_name(root: Path, encoded: Path, tmp_path: Path) -> None:
@@ -437,16 +440,16 @@ def test_encoders_that_are_not_on_this_machine_go_by_name(root: Path, encoded: P
 def test_outputs_of_something_else_are_refused(root: Path, encoded: Path, tmp_path: Path) -> None:
     images, module = PreparedDataset(root / "images"), make_module(with_vae(root))
     with pytest.raises(ValueError, match="is a data set of images"):
-        Encoding(module, images, root / "images").is_complete()
+        EncodingTask(module, images, root / "images").is_complete()
     with pytest.raises(ValueError, match="holds encodings already"):
-        Encoding(module, PreparedDataset(encoded), tmp_path / "out")
+        EncodingTask(module, PreparedDataset(encoded), tmp_path / "out")
     pooled = make_module([*with_vae(root), "--model.latent_pyramid", "pool"])
     with pytest.raises(ValueError, match="latent_pyramid was encode and is pool now"):
-        Encoding(pooled, images, encoded).is_complete()
+        EncodingTask(pooled, images, encoded).is_complete()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").touch()
     with pytest.raises(ValueError, match="exists and holds no encodings"):
-        Encoding(module, images, tmp_path / "mine").is_complete()
+        EncodingTask(module, images, tmp_path / "mine").is_complete()
 
 
 # --- as commands -------------------------------------------------------------------------------

@@ -55,7 +55,7 @@ def test_a_step_is_micro_batches_of_one_stage_and_one_shape_coarsest_first(folde
     data = make_data(folder)
     batch = data.steps()[0]
     assert [(micro.stage, len(micro)) for micro in batch] == [(0, 8), (0, 8), (1, 4), (1, 4), (2, 2), (2, 2)]
-    assert sorted(place for micro in batch for place in micro.places) == list(range(28))
+    assert sorted(place for micro in batch for place in micro.global_indices) == list(range(28))
     assert [micro.stage for micro in data.steps()[12]] == [1, *[2] * 8]
     shapes: dict[int, set[tuple[int, ...]]] = {0: set(), 1: set(), 2: set()}
     for step in range(len(data.steps())):
@@ -93,7 +93,7 @@ def test_ranks_take_slices_of_the_same_global_batches(folder: Path, ranks: int) 
         assert len({tuple((micro.stage, micro.images.shape[1:]) for micro in part) for part in parts}) == 1
         for which, micro in enumerate(alone[step]):
             assert [i for part in parts for i in part[which].ids] == micro.ids
-            assert [p for part in parts for p in part[which].places] == micro.places
+            assert [p for part in parts for p in part[which].global_indices] == micro.global_indices
             assert [c for part in parts for c in part[which].captions] == micro.captions
 
 
@@ -162,7 +162,7 @@ def test_a_stages_stream_is_the_same_on_two_ranks(tmp_path: Path) -> None:
     for number in range(6):
         one = data.steps().stage_batch(number, 2)
         of_two = data.steps(number % 2, 2).stage_batch(number // 2, 2)
-        assert (one.ids, one.places) == (of_two.ids, of_two.places)
+        assert (one.ids, one.global_indices) == (of_two.ids, of_two.global_indices)
         assert torch.equal(one.images, of_two.images)
 
 
@@ -194,7 +194,7 @@ def test_heldout_has_places_of_its_own_for_every_sample_of_a_stage(folder: Path)
     heldout = make_data(folder).heldout(20)
     for stage in range(3):
         micros = [heldout[i] for i in range(len(heldout)) if heldout[i].stage == stage]
-        places = [place for micro in micros for place in micro.places]
+        places = [place for micro in micros for place in micro.global_indices]
         assert sorted(places) == list(range(len(places)))
         assert len({name for micro in micros for name in micro.ids}) == len(places)
 

@@ -6,14 +6,14 @@ from fractions import Fraction
 
 import pytest
 
-from nami_lightning.datamodules.sample_order import BucketOrder, Lots, Read, apportion, reads
+from nami_lightning.datamodules.sample_order import BucketOrder, Read, StageBatches, apportion, reads
 
 
 @pytest.mark.parametrize("sizes", [[1], [3, 5], [0, 4, 4], [1, 100, 7], [17, 0, 3, 100], [5, 5, 5]])
-def test_apportion_grows_by_one_draw_at_a_time_and_is_exact_after_a_cycle(sizes: list[int]) -> None:
+def test_apportion_grows_by_one_sample_at_a_time_and_is_exact_after_a_cycle(sizes: list[int]) -> None:
     before = [0] * len(sizes)
-    for draws in range(1, 2 * sum(sizes) + 1):
-        counts = apportion(draws, sizes)
+    for total in range(1, 2 * sum(sizes) + 1):
+        counts = apportion(total, sizes)
         assert sum(b - a for a, b in zip(before, counts, strict=True)) == 1
         assert all(b >= a for a, b in zip(before, counts, strict=True))
         before = counts
@@ -21,12 +21,12 @@ def test_apportion_grows_by_one_draw_at_a_time_and_is_exact_after_a_cycle(sizes:
 
 
 def test_apportion_is_websters_method() -> None:
-    """Against its definition: the draws sorted by the exact times (i + 1/2) / size."""
+    """Against its definition: the samples sorted by their exact times (i + 1/2) / size."""
     sizes = [4, 9, 2, 30]
     times = sorted((Fraction(2 * i + 1, 2 * size), b) for b, size in enumerate(sizes) for i in range(size))
-    for draws in range(sum(sizes) + 1):
-        expected = [sum(1 for _, bucket in times[:draws] if bucket == b) for b in range(len(sizes))]
-        assert apportion(draws, sizes) == expected
+    for total in range(sum(sizes) + 1):
+        expected = [sum(1 for _, bucket in times[:total] if bucket == b) for b in range(len(sizes))]
+        assert apportion(total, sizes) == expected
 
 
 def test_reads_are_in_proportion_and_go_on_where_they_stopped() -> None:
@@ -37,17 +37,17 @@ def test_reads_are_in_proportion_and_go_on_where_they_stopped() -> None:
 
 
 @pytest.mark.parametrize("sizes", [[6], [60, 30, 10], [5, 0, 1]])
-def test_lots_know_what_the_lots_before_them_took(sizes: list[int]) -> None:
-    """Against counting: three phases of 20, 7 and 40 lots, of 8, 3 and 1 samples."""
+def test_batches_know_what_the_batches_before_them_took(sizes: list[int]) -> None:
+    """Against counting: three phases of 20, 7 and 40 batches, of 8, 3 and 1 samples."""
     phases = [(20, 8), (7, 3), (40, 1)]
-    lots = Lots(sizes, phases)
+    batches = StageBatches(sizes, phases)
     taken = [0] * len(sizes)
     for number, samples in enumerate(samples for count, samples in phases for _ in range(count)):
-        kind, before = lots(number)
-        assert before == taken[kind]
-        taken[kind] += samples
-    counts = Counter(lots(number)[0] for number in range(sum(sizes)))
-    assert [counts[kind] for kind in range(len(sizes))] == sizes
+        aspect, before = batches(number)
+        assert before == taken[aspect]
+        taken[aspect] += samples
+    counts = Counter(batches(number)[0] for number in range(sum(sizes)))
+    assert [counts[aspect] for aspect in range(len(sizes))] == sizes
 
 
 @pytest.mark.parametrize("window", [1, 2, 100])

@@ -16,8 +16,9 @@ from PIL import Image
 from squares import Squares, colour, contents, kill
 
 from nami_lightning.datamodules.preparation.filters import Filters
+from nami_lightning.datamodules.preparation.parts_folder import parts_folder
 from nami_lightning.datamodules.preparation.prepare import merge, prepare
-from nami_lightning.datamodules.preparation.prepare_parts import Preparation, is_heldout, parts_folder, prepare_parts
+from nami_lightning.datamodules.preparation.prepare_parts import Preparation, is_heldout, prepare_parts
 from nami_lightning.datamodules.sources.base import Skipped, SourceSample
 from nami_lightning.datamodules.storage.dataset import SPLITS, PreparedDataset
 from nami_lightning.datamodules.storage.shards import Record
@@ -145,7 +146,7 @@ def test_a_merge_that_was_interrupted_is_done_again(tmp_path: Path, monkeypatch:
     out = tmp_path / "out"
     prepare_parts(Squares(), out, PREPARATION, workers=1)
     with monkeypatch.context() as patch:
-        patch.setattr("nami_lightning.datamodules.preparation.prepare.publish", interrupt)
+        patch.setattr("nami_lightning.datamodules.preparation.parts_folder.publish", interrupt)
         with pytest.raises(KeyboardInterrupt):
             merge(Squares(), out, PREPARATION)
     assert not out.exists()

@@ -117,8 +117,8 @@ def kept(cache: Path) -> int:
 
 def bytes_read(steps: StepDataset, count: int) -> float:
     """Bytes of the epochs, or parts of them, that all cursors go through in the first ``count`` steps."""
-    places = [place for step in range(count) for stage in range(2) for place in steps.lot(stage, step)[1]]
-    buckets = [steps.images.buckets[place.bucket] for place in places]
+    refs = [ref for step in range(count) for stage in range(2) for ref in steps.sample_refs(stage, step)[1]]
+    buckets = [steps.images.buckets[ref.bucket] for ref in refs]
     return sum(sum(bucket.shards.chunk_bytes) / len(bucket) for bucket in buckets)
 
 
@@ -168,7 +168,7 @@ def test_the_next_windows_are_fetched_before_they_are_read(url: str, tmp_path: P
     data = make_data(url, tmp_path)
     steps = data.steps()
     steps[0]
-    wanted = set(steps.ahead(0))
+    wanted = set(steps.chunks_ahead(0))
     assert len(wanted) == 8
     deadline = monotonic() + 60
     while not all((data.dataset.folder / name).exists() for name in wanted):

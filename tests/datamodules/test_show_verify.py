@@ -17,10 +17,10 @@ from squares import Squares
 from nami_lightning.benchmarks import data_loading
 from nami_lightning.datamodules.aspect_buckets import Shape
 from nami_lightning.datamodules.preparation.prepare import prepare
-from nami_lightning.datamodules.preparation.prepare_parts import Preparation, checksum
+from nami_lightning.datamodules.preparation.prepare_parts import Preparation
 from nami_lightning.datamodules.sources.base import SourceSample
-from nami_lightning.datamodules.storage.chunk_checks import Damage, problem_of
-from nami_lightning.datamodules.storage.chunk_file import ChunkFile, DamagedChunk
+from nami_lightning.datamodules.storage.chunk_checks import Damage, find_problem
+from nami_lightning.datamodules.storage.chunk_file import ChunkFile, DamagedChunk, checksum
 from nami_lightning.datamodules.storage.dataset import DESCRIPTION
 from nami_lightning.datamodules.storage.inspect import show
 from nami_lightning.datamodules.storage.shards import INDEX, Record, read_index
@@ -114,7 +114,7 @@ def test_a_chunk_that_the_index_lost_is_found(copy: Path) -> None:
     edit_index(copy, lambda chunks: chunks.pop(0))
     problems = [damage.problem for damage in verify(copy, 1) if damage.file == f"{BUCKET}/{INDEX}"]
     assert "says" in problems[0]
-    assert problems[1] == f"it doesn't name {file}"
+    assert problems[1] == f"it doesn't list {file}"
 
 
 @pytest.mark.parametrize("text", ["{", "{}", '{"chunks": [1]}', None])
@@ -147,13 +147,13 @@ def test_samples_that_are_no_good() -> None:
 
     good = Record("a", png(16), ["one", "two"], [1.0, 2.0])
     shape = Shape(16, 16)
-    assert problem_of(good, shape) == ""
-    assert problem_of(good._replace(image=good.image[:-40]), shape).startswith("not a readable image")
-    assert problem_of(good._replace(image=png(15)), shape) == "its image is 15x15, smaller than its bucket's 16x16"
-    assert "id" in problem_of(good._replace(id=""), shape)
-    assert "captions" in problem_of(good._replace(captions=[], weights=[]), shape)
-    assert "weights" in problem_of(good._replace(weights=[1.0]), shape)
-    assert "weights" in problem_of(good._replace(weights=[0.0, 0.0]), shape)
+    assert find_problem(good, shape) == ""
+    assert find_problem(good._replace(image=good.image[:-40]), shape).startswith("not a readable image")
+    assert find_problem(good._replace(image=png(15)), shape) == "its image is 15x15, smaller than its bucket's 16x16"
+    assert "id" in find_problem(good._replace(id=""), shape)
+    assert "captions" in find_problem(good._replace(captions=[], weights=[]), shape)
+    assert "weights" in find_problem(good._replace(weights=[1.0]), shape)
+    assert "weights" in find_problem(good._replace(weights=[0.0, 0.0]), shape)
 
 
 def test_encodings_have_checksums_too(copy: Path) -> None:
@@ -243,7 +243,7 @@ def options(folder: Path, **changes: object) -> Namespace:
 
 def test_bench_prints_three_rates_and_two_quotients(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = prepare(Squares(60, [(40, 40)]), whole.with_name("alike"), Preparation([8, 32]), 1)
-    data_loading.data(options(folder))
+    data_loading.measure_data_loading(options(folder))
     printed = capsys.readouterr().out
     for shape in ("32x32", "8x8"):
         row = re.search(rf"^ +{shape} +(\d+)/s +(\d+)/s +(\d+)/s +([\d.]+) +([\d.]+)$", printed, re.MULTILINE)
@@ -253,8 +253,8 @@ def test_bench_prints_three_rates_and_two_quotients(whole: Path, capsys: pytest.
 
 def test_bench_says_what_it_lacks(whole: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"too few .* choose a smaller --batch_size"):
-        data_loading.data(options(whole, batch_size=64))
-    with data_loading.exported(data_loading._largest(data_loading.PreparedDataset(whole)), 2) as images:
+        data_loading.measure_data_loading(options(whole, batch_size=64))
+    with data_loading.export_images(data_loading._largest_bucket(data_loading.PreparedDataset(whole)), 2) as images:
         assert len(list(images.glob("*/*.png"))) == 2
         with pytest.raises(ValueError, match="--images"):
-            data_loading.data(options(whole, images=str(images)))
+            data_loading.measure_data_loading(options(whole, images=str(images)))
