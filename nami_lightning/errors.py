@@ -1,4 +1,4 @@
-"""Errors for people: the line of a parser's message that matters, and the nearest right name for a misspelt one."""
+"""Error messages for users: the line of a parser's message that matters, and the nearest name to a misspelt one."""
 
 import inspect
 import re
@@ -11,9 +11,9 @@ from pathlib import Path
 import jsonargparse
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-NOISE = ("Expected a <class 'NoneType'>", "Not a valid subclass of")
+UNHELPFUL_ENTRIES = ("Expected a <class 'NoneType'>", "Not a valid subclass of")
 PROJECT = Path(__file__).parent.resolve()
-HOMES = (PROJECT, *(PROJECT.joinpath(part).resolve() for part in ("callbacks", "datamodules")))
+PROJECT_FOLDERS = (PROJECT, *(PROJECT.joinpath(part).resolve() for part in ("callbacks", "datamodules")))
 RECIPE_CLASSES = {
     "curriculum": "nami_lightning.Curriculum",
     "model": "nami_lightning.NamiModule",
@@ -21,8 +21,11 @@ RECIPE_CLASSES = {
 }
 
 
-def is_for_people(error: BaseException) -> bool:
-    """Whether the message says all: raised by our own checks, by the recipe's parser, Lightning's, or for a file."""
+def is_user_error(error: BaseException) -> bool:
+    """Tell whether an error's message is enough for a user, without a traceback.
+
+    It is if it comes from our own checks, from the recipe's parser, from Lightning's checks, or is about a file.
+    """
     if isinstance(
         error, jsonargparse.ArgumentError | FileNotFoundError | ModuleNotFoundError | MisconfigurationException
     ):
@@ -31,16 +34,16 @@ def is_for_people(error: BaseException) -> bool:
         return True
     frames = traceback.extract_tb(error.__traceback__)
     raised_in = Path(frames[-1].filename).resolve() if frames else Path()
-    ours = any(home in raised_in.parents for home in HOMES) or "jsonargparse" in raised_in.parts
+    ours = any(home in raised_in.parents for home in PROJECT_FOLDERS) or "jsonargparse" in raised_in.parts
     return ours and isinstance(error, ValueError | RuntimeError | OSError)
 
 
 def explain(error: BaseException, known_keys: Iterable[str] = ()) -> str:
-    """One clear message: where it is wrong (the recipe key), what is wrong, and the nearest right name.
+    """Return one clear message: where the error is (the recipe key), what is wrong, and the nearest right name.
 
     Args:
-        error: any exception; jsonargparse's are cut to the line that matters.
-        known_keys: every key of a recipe, ``model.tau`` say.
+        error: any exception; a message of jsonargparse is cut to the line that matters.
+        known_keys: every key of a recipe, ``model.tau`` for example.
     """
     text = str(error)
     key = re.search(r'Parser key "([^"]+)"', text)
@@ -60,8 +63,13 @@ def explain(error: BaseException, known_keys: Iterable[str] = ()) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """Of what a library says of a failure; its kind if it says nothing."""
+    """Return the first line of a library's error message; the error's type if the message is empty."""
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def one_line(error: Exception) -> str:
+    """Return a library's error message as a single line."""
+    return " ".join(str(error).split())
 
 
 def _nearest(wrong: str, names: Iterable[str]) -> str:
@@ -70,7 +78,7 @@ def _nearest(wrong: str, names: Iterable[str]) -> str:
 
 
 def _class_of(text: str, position: int) -> str:
-    """The class path that an unaccepted option was given to: the last named before it, or the first after it."""
+    """Return the class path that a rejected option was given to: the last named before it, or the first after it."""
     before = re.findall(r"class_path '([\w.]+)'", text[:position])
     after = re.findall(r"class_path='([\w.]+)'", text[position:])
     return (before[-1:] or after[:1] or [""])[0]
@@ -85,11 +93,14 @@ def _parameters(class_path: str) -> list[str]:
 
 
 def _first_cause(text: str) -> str:
-    """Of a union's list of what was tried, the first entry that is not about another type; else the text itself."""
+    """Return what is wrong if the message lists what was tried of a union: the first entry about the right type.
+
+    Other messages are returned as they are.
+    """
     _, found, causes = text.partition("Errors:\n")
     if not found:
         return re.sub(r'^Parser key "[^"]+":\s*', "", text).strip()
     causes = causes.partition("\n  Given value")[0].partition("\nGiven value")[0]
     entries = re.split(r"^\s*- ", causes, flags=re.MULTILINE)
-    real = [entry.strip() for entry in entries if entry.strip() and not entry.startswith(NOISE)]
+    real = [entry.strip() for entry in entries if entry.strip() and not entry.startswith(UNHELPFUL_ENTRIES)]
     return re.sub(r"\s*\n\s*", " ", real[0]) if real else text

@@ -1,6 +1,6 @@
-"""How fast it is, beside something that it should be as fast as: both in turns within one run.
+"""Benchmarks of speed: each measures this project and something comparable, in turns within one run.
 
-- ``train_step``: a recipe's step, beside a bare PyTorch loop over the same network.
-- ``sampling``: a NAMI, beside FLUX-base and flow-only.
-- ``data_loading``: images read a second, beside litdata alone and torchvision's ImageFolder.
+- ``train_step``: a training step of a recipe, compared with a bare PyTorch loop over the same network.
+- ``sampling``: sampling with a NAMI, compared with FLUX-base and flow-only.
+- ``data_loading``: images read per second, compared with litdata alone and with torchvision's ImageFolder.
 """

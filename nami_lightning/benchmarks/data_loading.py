@@ -1,4 +1,4 @@
-"""How fast a data set is read, next to plain litdata and torchvision's ImageFolder, interleaved in one run."""
+"""Measures how fast a data set is read, compared with plain litdata and torchvision's ImageFolder, in turns."""
 
 import statistics
 import tempfile
@@ -25,37 +25,37 @@ from nami_lightning.datamodules.storage.dataset import Bucket, PreparedDataset
 from nami_lightning.datamodules.storage.shards import Record
 from nami_lightning.training.curriculum import Curriculum, Phase
 
-COARSER = 4
-"""The second stage that is measured takes images so many times smaller."""
+COARSE_FACTOR = 4
+"""Factor by which the images of the second measured stage are smaller."""
 
-PREFETCH = 2
-"""Batches that each worker of each loader works ahead."""
+PREFETCHED_BATCHES = 2
+"""Number of batches that each worker of each loader prepares in advance."""
 
 NAMES = ("ours", "litdata", "ImageFolder")
 Loader = Iterable[Any]
 
 
-def data(options: Namespace) -> None:
-    """Images a second of a data set's largest bucket, of its finest resolution, and of a stage four times coarser.
+def measure_data_loading(options: Namespace) -> None:
+    """Print the images per second of a data set's largest bucket, for its resolution and a four times smaller one.
 
     Args:
-        options: ``recipe``, a prepared data set or a recipe whose data set is prepared; ``images``, a folder of
-            the same images as torchvision's ImageFolder takes it, or None to export them; ``workers`` of each
-            loader; ``batch_size``; ``samples`` that each loader reads in a round; ``rounds``.
+        options: ``recipe``: a prepared data set, or a recipe whose data set is prepared; ``images``: a folder of the
+            same images for torchvision's ImageFolder, or None to export them; ``workers`` of each loader;
+            ``batch_size``; ``samples`` that each loader reads in a round; ``rounds``.
 
     Raises:
         ValueError: the data set has too few images for a batch.
     """
     if options.recipe is None:
-        raise ValueError("bench data needs a data set: lightning bench data DIR")
-    dataset = _open(options.recipe, options.overrides)
-    bucket = _largest(dataset)
-    factors = [1] + [COARSER] * all(side % COARSER == 0 for side in (bucket.resolution, *bucket.shape))
-    batches = _batches(bucket, options)
-    print(f"{dataset.folder}, train/{bucket.name}, {len(bucket):,} images; {options.workers} worker(s) a loader")
+        raise ValueError("no data set is given: lightning bench data DIR")
+    dataset = _open_dataset(options.recipe, options.overrides)
+    bucket = _largest_bucket(dataset)
+    factors = [1] + [COARSE_FACTOR] * all(side % COARSE_FACTOR == 0 for side in (bucket.resolution, *bucket.shape))
+    batches = _batches_per_round(bucket, options)
+    print(f"{dataset.folder}, train/{bucket.name}, {len(bucket):,} images; {options.workers} worker(s) per loader")
     with ExitStack() as stack:
-        count = (batches + _warm_up(options)) * options.batch_size
-        images = Path(options.images) if options.images else stack.enter_context(exported(bucket, count))
+        count = (batches + _warm_up_batches(options)) * options.batch_size
+        images = Path(options.images) if options.images else stack.enter_context(export_images(bucket, count))
         rows = [(factor, _compare(bucket, factor, images, batches, options)) for factor in factors]
     headings = f"{'ours':>10}  {'litdata':>10}  {'ImageFolder':>11}  {'/litdata':>8}  {'/ImageFolder':>12}"
     print(f"\n{'images of':>12}  {headings}")
@@ -64,10 +64,10 @@ def data(options: Namespace) -> None:
         by_plain, by_folder = (statistics.median(of_round[0] / of_round[i] for of_round in rates) for i in (1, 2))
         shape = str(_shape(bucket, factor))
         print(f"{shape:>12}  {ours:>8.0f}/s  {plain:>8.0f}/s  {folder:>9.0f}/s  {by_plain:>8.2f}  {by_folder:>12.2f}")
-    print(f"Medians of {options.rounds} rounds; a loader reads {batches} batches of {options.batch_size} in each.")
+    print(f"Medians of {options.rounds} rounds; each loader reads {batches} batches of {options.batch_size} per round.")
 
 
-def _open(recipe_or_dir: str, overrides: list[str]) -> PreparedDataset:
+def _open_dataset(recipe_or_dir: str, overrides: list[str]) -> PreparedDataset:
     if Path(recipe_or_dir).is_dir():
         return PreparedDataset(Path(recipe_or_dir))
     from nami_lightning.runs.recipe import Recipe
@@ -75,14 +75,14 @@ def _open(recipe_or_dir: str, overrides: list[str]) -> PreparedDataset:
     module: Any = Recipe(recipe_or_dir, overrides).make_data()
     dataset: PreparedDataset = module.dataset
     if dataset.cache is not None:
-        raise ValueError(f"{dataset.location} is remote: give a copy of it on a disk, whose reading can be compared")
+        raise ValueError(f"{dataset.location} is remote: to compare how fast it is read, give a copy of it on a disk")
     return dataset
 
 
-def _largest(dataset: PreparedDataset) -> Bucket:
-    """The training bucket with most images, of the finest resolution that has any."""
+def _largest_bucket(dataset: PreparedDataset) -> Bucket:
+    """Return the training bucket with most images, of the finest resolution that has any."""
     if dataset.encodings is not None:
-        raise ValueError(f"{dataset.folder} holds encodings: give the data set of images that they were made of")
+        raise ValueError(f"{dataset.folder} holds encodings: give the data set of images that they were made from")
     buckets = dataset.buckets("train")
     if not buckets:
         raise ValueError(f"{dataset.folder} has no training images")
@@ -93,14 +93,14 @@ def _shape(bucket: Bucket, factor: int) -> Shape:
     return Shape(bucket.shape.width // factor, bucket.shape.height // factor)
 
 
-def _warm_up(options: Namespace) -> int:
-    """Batches that don't count: some may have been ready before a clock was started."""
-    return 1 + PREFETCH * int(options.workers)
+def _warm_up_batches(options: Namespace) -> int:
+    """Return the number of first batches that don't count, because some were ready before the clock was started."""
+    return 1 + PREFETCHED_BATCHES * int(options.workers)
 
 
-def _batches(bucket: Bucket, options: Namespace) -> int:
-    """Batches that a loader reads in a round: as many as asked for, all from one epoch."""
-    in_epoch = len(bucket) // options.batch_size - options.workers - _warm_up(options)
+def _batches_per_round(bucket: Bucket, options: Namespace) -> int:
+    """Return the number of batches that a loader reads in a round: as many as asked for, but all from one epoch."""
+    in_epoch = len(bucket) // options.batch_size - options.workers - _warm_up_batches(options)
     if in_epoch < 1:
         raise ValueError(
             f"{bucket.shards.folder}, the largest bucket, holds {len(bucket)} images: too few for {options.workers} "
@@ -110,12 +110,12 @@ def _batches(bucket: Bucket, options: Namespace) -> int:
 
 
 def _compare(bucket: Bucket, factor: int, images: Path, batches: int, options: Namespace) -> list[tuple[float, ...]]:
-    """The rates of the three loaders, round after round."""
+    """Return the images per second of the three loaders in each round."""
     shape = _shape(bucket, factor)
     rounds = []
     for number in range(options.rounds):
         rates = tuple(
-            rate(make(bucket, factor, images, options.batch_size, options.workers), batches, options)
+            images_per_second(make(bucket, factor, images, options.batch_size, options.workers), batches, options)
             for make in (our_loader, litdata_loader, folder_loader)
         )
         rounds.append(rates)
@@ -124,17 +124,20 @@ def _compare(bucket: Bucket, factor: int, images: Path, batches: int, options: N
     return rounds
 
 
-def rate(loader: Loader, batches: int, options: Namespace) -> float:
-    """Images a second of a loader at work: its workers have started, and no batch was ready before it was timed."""
+def images_per_second(loader: Loader, batches: int, options: Namespace) -> float:
+    """Return the images per second of a running loader.
+
+    Its workers have started, and no batch is ready before the clock is started.
+    """
     batches_read = iter(loader)
-    warm = sum(1 for _ in islice(batches_read, _warm_up(options)))
+    warm = sum(1 for _ in islice(batches_read, _warm_up_batches(options)))
     begin = perf_counter()
     read = sum(1 for _ in islice(batches_read, batches))
     seconds = perf_counter() - begin
     if read < batches:
-        wanted = (batches + _warm_up(options)) * options.batch_size
+        wanted = (batches + _warm_up_batches(options)) * options.batch_size
         raise ValueError(
-            f"--images: a loader found {warm + read} batches of {options.batch_size}; give {wanted} images"
+            f"--images: a loader found only {warm + read} batches of {options.batch_size}; give {wanted} images"
         )
     return batches * int(options.batch_size) / seconds
 
@@ -143,15 +146,15 @@ def rate(loader: Loader, batches: int, options: Namespace) -> float:
 
 
 def our_loader(bucket: Bucket, factor: int, images: Path, batch_size: int, workers: int) -> Loader:
-    """The stream of a training of one stage on this bucket."""
+    """Return the loader of a training with a single stage on this bucket."""
     curriculum = Curriculum([Phase(10**9, [1], 1.0)], batch_size)
     stage = StageImages([bucket], [bucket.resolution // factor], top_only=False)
     steps = StepDataset(curriculum, stage, [batch_size], seed=0, shuffle_window=16)
-    return StepLoader(steps, 0, workers, PREFETCH, pin_memory=False)
+    return StepLoader(steps, 0, workers, PREFETCHED_BATCHES, pin_memory=False)
 
 
 def litdata_loader(bucket: Bucket, factor: int, images: Path, batch_size: int, workers: int) -> Loader:
-    """litdata as one would use it, on the same shards, decoded by the same function."""
+    """Return litdata's own loader of the same shards, which decodes with the same function as ours."""
     dataset = StreamingDataset(
         str(bucket.shards.folder),
         shuffle=True,
@@ -159,18 +162,18 @@ def litdata_loader(bucket: Bucket, factor: int, images: Path, batch_size: int, w
         transform=partial(decode, shape=_shape(bucket, factor), factor=factor),
     )
     return StreamingDataLoader(
-        dataset, batch_size=batch_size, num_workers=workers, prefetch_factor=PREFETCH if workers else None
+        dataset, batch_size=batch_size, num_workers=workers, prefetch_factor=PREFETCHED_BATCHES if workers else None
     )
 
 
 def decode(item: Any, shape: Shape, factor: int) -> tuple[Tensor, str]:
-    """A stored item to what training needs of it."""
+    """Return what training needs of a stored item: the image and its caption."""
     record = Record.from_item(item)
     return read_image(record.image, shape, factor), record.caption(0.0)
 
 
 def folder_loader(bucket: Bucket, factor: int, images: Path, batch_size: int, workers: int) -> Loader:
-    """torchvision's loader of image files."""
+    """Return torchvision's loader of image files."""
     shape = _shape(bucket, factor)
     resize = Resize(min(shape), InterpolationMode.BILINEAR)
     dataset = ImageFolder(str(images), Compose([resize, CenterCrop((shape.height, shape.width)), PILToTensor()]))
@@ -180,13 +183,13 @@ def folder_loader(bucket: Bucket, factor: int, images: Path, batch_size: int, wo
         shuffle=True,
         drop_last=True,
         num_workers=workers,
-        prefetch_factor=PREFETCH if workers else None,
+        prefetch_factor=PREFETCHED_BATCHES if workers else None,
     )
 
 
 @contextmanager
-def exported(bucket: Bucket, count: int) -> Iterator[Path]:
-    """A temporary ImageFolder of the bucket's images as they are stored, of at most ``count`` of them."""
+def export_images(bucket: Bucket, count: int) -> Iterator[Path]:
+    """Yield a temporary ImageFolder of at most ``count`` of the bucket's images, as they are stored."""
     with tempfile.TemporaryDirectory(prefix="nami-bench-") as path:
         target = Path(path) / "images"
         target.mkdir()

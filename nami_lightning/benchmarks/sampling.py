@@ -1,7 +1,7 @@
-"""How long a model draws, stage by stage, next to FLUX-base and flow-only of the same size: the paper's Table 2.
+"""Measures how long a model samples, stage by stage, compared with FLUX-base and flow-only of the same size (Table 2).
 
-All take as many steps of the solver in all. Weights are random, which time does not depend on; encoding prompts and
-decoding latents, which is the same for all, is left out, as in the paper.
+All models take the same total number of solver steps. The weights are random, because time does not depend on them. As
+in the paper, encoding prompts and decoding latents is not measured: both are the same for all models.
 """
 
 import statistics
@@ -24,26 +24,30 @@ from nami_lightning.training.module import NamiModule
 from nami_lightning.utils.text_table import table
 
 WARM_UP = 1
-"""Rounds that don't count."""
+"""Number of first rounds that don't count."""
 
 
-def sample(options: Namespace) -> None:
-    """Seconds that a recipe's model, flow-only and FLUX-base take to draw, in turn, and by how much each is quicker.
+def measure_sampling(options: Namespace) -> None:
+    """Print the seconds that a recipe's model, flow-only and FLUX-base take to sample, and the differences.
+
+    The models take turns.
 
     Args:
-        options: ``recipe``; ``overrides``; ``steps`` of each stage; ``batch_size``, images at once; ``rounds``.
+        options: ``recipe``; ``overrides``; ``steps`` of each stage; ``batch_size``, the number of images at once;
+            ``rounds``.
     """
     model = Recipe(options.recipe or "openmoji", options.overrides).make_model()
-    device, number_type = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     pipelines = {name: make(model) for name, make in PIPELINES.items()}
     for pipeline in pipelines.values():
-        nn.Module.to(pipeline.transformer, number_type)  # not its bridge: where a stage starts must not be rounded
+        # The bridge stays in float32: rounding must not change where a stage starts.
+        nn.Module.to(pipeline.transformer, dtype)
         pipeline.to(device)
     steps, images = options.steps, options.batch_size
     times: dict[str, list[list[float]]] = {name: [] for name in pipelines}
-    for number in tqdm(range(WARM_UP + options.rounds), "drawing in turn", leave=False):
+    for number in tqdm(range(WARM_UP + options.rounds), "sampling in turns", leave=False):
         for name, pipeline in pipelines.items():
-            taken = draw(pipeline, steps * model.num_stages // pipeline.bridge.num_stages, images)
+            taken = time_sampling(pipeline, steps * model.num_stages // pipeline.bridge.num_stages, images)
             if number >= WARM_UP:
                 times[name].append(taken)
 
@@ -58,45 +62,45 @@ def sample(options: Namespace) -> None:
     print("\n".join(table(rows, "<" + ">" * (len(header) - 1))))
     threads = f" with {torch.get_num_threads()} thread(s)" if device == "cpu" else ""
     print(
-        f"Seconds, medians of {options.rounds} rounds in turn, {images} image(s) at once, {steps} steps a stage "
-        f"({steps * model.num_stages} in one stage), on {device}{threads}, in {number_type}."
+        f"Seconds, medians of {options.rounds} rounds in turns, {images} image(s) at once, {steps} steps per stage "
+        f"({steps * model.num_stages} in one stage), on {device}{threads}, in {dtype}."
     )
 
 
 # --- the three models ------------------------------------------------------------------------------
 
 
-def nami(model: NamiModule) -> NamiPipeline:
-    """The recipe's own."""
+def nami_pipeline(model: NamiModule) -> NamiPipeline:
+    """Return a pipeline of the recipe's own model."""
     return make_pipeline(model, {}, model.bridge)
 
 
-def flow_only(model: NamiModule) -> NamiPipeline:
-    """All blocks at every stage."""
+def flow_only_pipeline(model: NamiModule) -> NamiPipeline:
+    """Return a pipeline that runs all blocks at every stage."""
     rest = [0] * (model.num_stages - 1)
     return make_pipeline(model, {key: [total, *rest] for key, total in all_blocks(model).items()}, model.bridge)
 
 
-def flux_base(model: NamiModule) -> NamiPipeline:
-    """All blocks, and one stage at the finest resolution."""
+def flux_base_pipeline(model: NamiModule) -> NamiPipeline:
+    """Return a pipeline with all blocks and one stage, at the finest resolution."""
     bridge = BridgeFlow(window_ratios=[1], channels=model.transformer_config["in_channels"])
     return make_pipeline(model, {key: [total] for key, total in all_blocks(model).items()}, bridge)
 
 
 PIPELINES: dict[str, Callable[[NamiModule], NamiPipeline]] = {
-    "NAMI": nami,
-    "flow-only": flow_only,
-    "FLUX-base": flux_base,
+    "NAMI": nami_pipeline,
+    "flow-only": flow_only_pipeline,
+    "FLUX-base": flux_base_pipeline,
 }
 
 
 def all_blocks(model: NamiModule) -> dict[str, int]:
-    """Double and single blocks of all stages together."""
+    """Return the number of double and of single blocks of all stages together."""
     return {key: sum(model.transformer_config[key]) for key in ("num_layers", "num_single_layers")}
 
 
 def make_pipeline(model: NamiModule, changes: dict[str, Any], bridge: BridgeFlow) -> NamiPipeline:
-    """A pipeline of a random network that draws latents, as pixels of an image of their size."""
+    """Return a pipeline with a random network that samples latents, and returns them as pixels."""
     transformer = NamiTransformer2DModel(**model.transformer_config | changes)
     bridge.fitted.fill_(True)
     side = model.resolutions[-1] // model.autoencoder_config.factor
@@ -106,8 +110,8 @@ def make_pipeline(model: NamiModule, changes: dict[str, Any], bridge: BridgeFlow
     return pipeline
 
 
-def draw(pipeline: NamiPipeline, steps: int, images: int) -> list[float]:
-    """Seconds of each stage, its bridge included, of one drawing without guidance."""
+def time_sampling(pipeline: NamiPipeline, steps: int, images: int) -> list[float]:
+    """Return the seconds of each stage, its bridge included, of one call without guidance."""
     config, length = pipeline.transformer.config, pipeline.config.max_sequence_length
     device = pipeline.device
     text = TextStates(
@@ -116,8 +120,8 @@ def draw(pipeline: NamiPipeline, steps: int, images: int) -> list[float]:
     )
     ends = []
 
-    def note(_: Any, step: int, t: float, state: dict[str, Any]) -> None:
-        if (step + 1) % steps == 0:  # the last of a stage
+    def record_end_of_stage(_: Any, step: int, t: float, state: dict[str, Any]) -> None:
+        if (step + 1) % steps == 0:  # the last step of a stage
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             ends.append(perf_counter())
@@ -128,6 +132,6 @@ def draw(pipeline: NamiPipeline, steps: int, images: int) -> list[float]:
         num_inference_steps=steps,
         guidance_scale=1.0,
         output_type="latent",
-        callback_on_step_end=note,
+        callback_on_step_end=record_end_of_stage,
     )
     return [end - start for start, end in zip([begin, *ends], ends, strict=False)]

@@ -1,4 +1,4 @@
-"""Benchmarks: what is measured, next to what it should be as fast as, interleaved in one run."""
+"""Measures how long a training step takes, compared with a bare PyTorch loop over the same network, in turns."""
 
 import statistics
 from argparse import Namespace
@@ -19,16 +19,16 @@ from nami_lightning.training.module import NamiModule
 from nami_lightning.training.strategies import FSDP2Strategy
 
 WARM_UP = 3
-"""Steps at the start of each phase that don't count."""
+"""Number of steps at the start of each phase that don't count."""
 
-PARTS_OF_A_STEP = ("CurriculumCallback", "BridgePretraining")
-"""The callbacks without which a step is not the recipe's."""
+CALLBACKS_OF_A_STEP = ("CurriculumCallback", "BridgePretraining")
+"""The callbacks that are a part of the recipe's step; all others are left out."""
 
 STRATEGIES = {"ddp": "ddp_find_unused_parameters_true", "fsdp": "fsdp2"}
 
 
-class Fetched:
-    """All batches of a training, read in advance, so that reading them disturbs neither side of a comparison."""
+class FetchedBatches:
+    """All batches of a training, read in advance, so that reading disturbs neither side of the comparison."""
 
     def __init__(self, steps: Sequence[list[MicroBatch]]) -> None:
         self.batches = [steps[number] for number in range(len(steps))]
@@ -41,13 +41,13 @@ class Fetched:
 
 
 class BareLoop(L.Callback):
-    """After each of Lightning's steps, does the same step on a twin model in plain PyTorch, and times both.
+    """A callback that repeats each of Lightning's steps on a copy of the model in plain PyTorch, and times both.
 
-    Lightning's time is from the end of the bare step to the end of its own: hooks, logging, the curriculum, and the
-    step. The bare step's is the step alone.
+    Lightning's time is from the end of the bare step to the end of its own: hooks, logging, the curriculum and the
+    step. The time of the bare loop is that of the step alone.
 
     Args:
-        twin: the same model, which gets an optimizer of its own.
+        twin: a model of the same recipe, which gets its own optimizer.
     """
 
     def __init__(self, twin: NamiModule) -> None:
@@ -55,7 +55,7 @@ class BareLoop(L.Callback):
         self.times: list[tuple[int, float, float]] = []
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Spread the twin as the strategy spreads its model, by hand, and start the clock."""
+        """Shard or wrap the twin by hand, as the strategy does with its model, and start the clock."""
         self.twin.to(pl_module.device)
         self.network: nn.Module = self.twin.transformer
         if isinstance(trainer.strategy, FSDP2Strategy):
@@ -68,7 +68,7 @@ class BareLoop(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: list[MicroBatch], batch_idx: int
     ) -> None:
-        """Lightning's step has ended: note its time, and take ours."""
+        """Record the time of Lightning's step, and do the bare step."""
         _synchronise(pl_module.device)
         lightning_done = perf_counter()
         self.step(batch)
@@ -78,11 +78,11 @@ class BareLoop(L.Callback):
         self.clock = bare_done
 
     def step(self, batch: list[MicroBatch]) -> None:
-        """One optimizer step as one would write it by hand."""
+        """Do one optimizer step as one would write it by hand."""
         twin = self.twin
         ratio = twin.curriculum.phase(batch[0].step).ratio
         for micro in batch:
-            loss = twin.flow_loss(self.network, micro, micro.step, twin.prompt_dropout)
+            loss, _ = twin.flow_loss(twin, self.network, micro, micro.step, twin.prompt_dropout)
             (loss * ratio[micro.stage] / sum(ratio)).backward()
         if twin.gradient_clip_norm is not None:
             nn.utils.clip_grad_norm_(twin.transformer.parameters(), twin.gradient_clip_norm)
@@ -91,17 +91,17 @@ class BareLoop(L.Callback):
 
 
 def shard(model: NamiTransformer2DModel, strategy: FSDP2Strategy) -> None:
-    """FSDP2 as torch's own tutorial applies it: every block, every head, and the root."""
+    """Apply FSDP2 as torch's own tutorial does: to every block, every head, and the root."""
     settings: dict[str, Any] = {"mesh": strategy.device_mesh["shard"], "mp_policy": strategy.policy}
     for block in (*model.transformer_blocks, *model.single_transformer_blocks, *model.heads):
         fully_shard(block, **settings)
     fully_shard(model, **settings)
 
 
-def step(options: Namespace) -> None:
-    """Step time of a recipe in each of its phases, beside a bare PyTorch loop over the same modules and batches."""
+def measure_step(options: Namespace) -> None:
+    """Print the step time of a recipe in each of its phases, next to a bare PyTorch loop over the same batches."""
     overrides = list(options.overrides)
-    if options.recipe is None and options.devices:  # the demo has one sample of stage 3 a step: one for each device
+    if options.recipe is None and options.devices:  # the demo's step has one sample of stage 3: make it one per device
         overrides = ["--curriculum.unit", str(options.devices), *overrides]
     if options.strategy:
         overrides += ["--trainer.strategy", STRATEGIES[options.strategy]]
@@ -112,13 +112,13 @@ def step(options: Namespace) -> None:
         phase.steps, phase.warmup_steps = options.steps + WARM_UP, 0
     settings = recipe.config.trainer
     settings.logger, settings.enable_checkpointing, settings.limit_val_batches = False, False, 0
-    settings.callbacks = [c for c in settings.callbacks if c.class_path.endswith(PARTS_OF_A_STEP)]
+    settings.callbacks = [c for c in settings.callbacks if c.class_path.endswith(CALLBACKS_OF_A_STEP)]
     model, data, trainer = recipe.make()
     twin = recipe.make_model()
     twin.configure_model()
     bare = BareLoop(twin)
     trainer.callbacks.append(bare)  # type: ignore[attr-defined]
-    fetched = Fetched(data.steps(trainer.global_rank, trainer.world_size))  # type: ignore[attr-defined]
+    fetched = FetchedBatches(data.steps(trainer.global_rank, trainer.world_size))  # type: ignore[attr-defined]
     data.train_dataloader = lambda: fetched  # type: ignore[method-assign]
     trainer.fit(model, data)
     if not trainer.is_global_zero:

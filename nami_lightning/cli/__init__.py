@@ -1,19 +1,20 @@
 """The command ``lightning`` (also ``nami``): a file for each command, with its options and what it does.
 
-``main`` makes the parser of all commands and calls the one that was asked for. Each command's file has ``add_command``,
-which states the options, and a function that does the work, named by ``set_defaults(execute=...)``. These files import
-nothing heavy at their top, so that ``--help`` answers at once: a function imports what it needs.
+``main`` makes the parser of all commands and calls the command that was asked for. Each command's file has
+``add_command``, which adds the options, and a function that does the work, given to ``set_defaults(execute=...)``.
+These files import nothing heavy at their top, so that ``--help`` answers at once: a function imports what it needs.
 
-- ``run``: train what a recipe describes.
-- ``sample``: images from prompts.
-- ``show``: what a run is.
-- ``plan``: what a recipe needs, before it runs.
-- ``data``: image-caption collections to shards.
-- ``export``: a checkpoint as a diffusers pipeline.
-- ``launch``: a script that runs a recipe on a cluster.
-- ``evaluate``: benchmarks of generation.
-- ``compare``: runs side by side.
-- ``sweep``: train a list of recipes, then compare.
-- ``bench``: how fast it is.
-- ``argument_types``: numbers as the command line takes them.
+- ``main``: the parser of all commands, and how errors are printed.
+- ``run``: trains what a recipe describes.
+- ``sample``: generates images from prompts.
+- ``show``: prints the state of a run.
+- ``plan``: prints what a recipe needs before it runs.
+- ``data``: prepares, encodes, shows and verifies data sets of images with captions.
+- ``export``: writes a checkpoint as a diffusers pipeline.
+- ``launch``: writes a script that runs a recipe on a cluster.
+- ``evaluate``: runs the benchmarks of generated images; ``evaluate_options`` has its options.
+- ``compare``: compares runs.
+- ``sweep``: trains a list of recipes, then compares the runs.
+- ``bench``: measures the speed of training, sampling and data loading.
+- ``argument_types``: types of command-line arguments, and the help that several commands share.
 """

@@ -1,4 +1,4 @@
-"""``python -m nami_lightning.cli`` is the command ``lightning``; torchrun starts it so."""
+"""Runs the command ``lightning`` for ``python -m nami_lightning.cli``, which torchrun uses."""
 
 import sys
 

@@ -1,40 +1,62 @@
-"""``lightning bench``: how fast it is, beside something that it should be as fast as."""
+"""``lightning bench``: measure the speed of training, sampling or data loading, next to something comparable."""
 
 import argparse
 from argparse import Namespace
 from typing import Any
 
-from nami_lightning.cli.argument_types import positive
+from nami_lightning.cli.argument_types import positive_int
 
-RECIPE_HELP = "a YAML file, or the name of a packaged one (default openmoji); keys may follow"
+RECIPE_HELP = "a recipe file, or the name of a packaged recipe (default openmoji); any recipe key may follow"
 
 
 def add_command(commands: Any) -> None:
-    """Add ``bench`` and what it measures to the command line."""
+    """Add ``bench`` and its benchmarks to the command line."""
     parser = commands.add_parser(
         "bench",
-        help="how fast it is, next to what it should be as fast as",
-        description="Time it, and what it should be as fast as, in turns within one run: medians and quotients. "
-        "Nothing is written but the data set, if it isn't there.",
+        help="measure the speed of training, sampling or data loading",
+        description="Measure the speed of this project and of something comparable, in turns within one run, and print "
+        "medians and quotients. Nothing is written, except for the data set if it isn't prepared yet.",
     )
     benchmarks = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
 
-    step = _add(benchmarks, "step", "a recipe's step time in each phase, beside a bare PyTorch loop", RECIPE_HELP)
-    step.add_argument("--steps", type=positive, default=20, help="steps of each phase that count (default 20)")
-    step.add_argument("--strategy", choices=["ddp", "fsdp"], help="default: as the recipe says")
-    step.add_argument("--devices", type=positive, help="processes, or GPUs (default: as the recipe says)")
+    step = _add(benchmarks, "step", "the step time of a recipe in each phase, next to a bare PyTorch loop", RECIPE_HELP)
+    step.add_argument(
+        "--steps", type=positive_int, default=20, help="number of measured steps of each phase (default 20)"
+    )
+    step.add_argument("--strategy", choices=["ddp", "fsdp"], help="sharding strategy (default: the recipe's)")
+    step.add_argument(
+        "--devices", type=positive_int, help="number of GPUs, or of CPU processes (default: the recipe's)"
+    )
 
-    sample = _add(benchmarks, "sample", "seconds an image, beside FLUX-base and flow-only", RECIPE_HELP)
-    sample.add_argument("--steps", type=positive, default=10, help="the solver's in each stage (10, as in Table 2)")
-    sample.add_argument("--batch_size", type=positive, default=1, help="images at once (default 1)")
-    sample.add_argument("--rounds", type=positive, default=5, help="of which medians are taken (default 5)")
+    sample = _add(benchmarks, "sample", "the seconds to sample images, next to FLUX-base and flow-only", RECIPE_HELP)
+    sample.add_argument(
+        "--steps", type=positive_int, default=10, help="solver steps of each stage (default 10, as in Table 2)"
+    )
+    sample.add_argument(
+        "--batch_size", type=positive_int, default=1, help="number of images sampled at once (default 1)"
+    )
+    sample.add_argument(
+        "--rounds", type=positive_int, default=5, help="number of rounds; medians over them are printed (default 5)"
+    )
 
-    data = _add(benchmarks, "data", "images read a second, beside litdata and ImageFolder", "a data set, or a recipe")
-    data.add_argument("--images", metavar="DIR", help="the same images as torchvision's ImageFolder takes them")
-    data.add_argument("--workers", type=int, default=2, help="processes of each loader (default 2)")
-    data.add_argument("--batch_size", type=positive, default=32, help="images a batch (default 32)")
-    data.add_argument("--samples", type=positive, default=1024, help="images that each reads in a round (1024)")
-    data.add_argument("--rounds", type=positive, default=5, help="of which medians are taken (default 5)")
+    data = _add(
+        benchmarks,
+        "data",
+        "the images read per second, next to litdata and ImageFolder",
+        "a prepared data set, or a recipe",
+    )
+    data.add_argument("--images", metavar="DIR", help="folder of the same images for torchvision's ImageFolder")
+    data.add_argument("--workers", type=int, default=2, help="number of worker processes of each loader (default 2)")
+    data.add_argument("--batch_size", type=positive_int, default=32, help="number of images per batch (default 32)")
+    data.add_argument(
+        "--samples",
+        type=positive_int,
+        default=1024,
+        help="number of images that each loader reads in a round (default 1024)",
+    )
+    data.add_argument(
+        "--rounds", type=positive_int, default=5, help="number of rounds; medians over them are printed (default 5)"
+    )
 
 
 def _add(benchmarks: Any, name: str, what: str, recipe: str) -> argparse.ArgumentParser:
@@ -47,18 +69,18 @@ def _add(benchmarks: Any, name: str, what: str, recipe: str) -> argparse.Argumen
 
 
 def bench(options: Namespace) -> None:
-    """Measure one of the three."""
+    """Run one of the three benchmarks."""
     if options.recipe is None and options.overrides and not options.overrides[0].startswith("-"):
-        options.recipe = options.overrides.pop(0)  # argparse takes an optional one only before any option
+        options.recipe = options.overrides.pop(0)  # argparse accepts an optional argument only before the first option
     if options.what == "step":
-        from nami_lightning.benchmarks.train_step import step
+        from nami_lightning.benchmarks.train_step import measure_step
 
-        step(options)
+        measure_step(options)
     elif options.what == "sample":
-        from nami_lightning.benchmarks.sampling import sample
+        from nami_lightning.benchmarks.sampling import measure_sampling
 
-        sample(options)
+        measure_sampling(options)
     else:
-        from nami_lightning.benchmarks.data_loading import data
+        from nami_lightning.benchmarks.data_loading import measure_data_loading
 
-        data(options)
+        measure_data_loading(options)

@@ -1,4 +1,4 @@
-"""``lightning compare``: runs side by side."""
+"""``lightning compare``: compare runs by tables, plots and images."""
 
 import argparse
 from argparse import Namespace
@@ -6,43 +6,47 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nami_lightning.cli.argument_types import resamples
+from nami_lightning.cli.argument_types import RUN_HELP, resample_count
 
 
 def add_command(commands: Any) -> None:
     """Add ``compare`` to the command line."""
     parser = commands.add_parser(
         "compare",
-        help="runs side by side: tables, plots, grids",
-        description="Put runs side by side: final values, values at an equal budget, what one needs to reach another's "
-        "best, and which differences are more than the metric's noise. Their recipes need the callback Metrics.",
+        help="compare runs by tables, plots and images",
+        description="Compare runs: final values, values at an equal budget, the budget that one needs to reach the "
+        "best value of another, and which differences are more than the metric's noise. The runs' recipes need the "
+        "callback Metrics.",
     )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run (folder, or name below runs/)")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help=RUN_HELP)
     parser.add_argument(
         "--by",
         choices=["steps", "samples", "flops", "time"],
         default="flops",
-        help="what budget is counted in: the x-axis of the plots too (default flops)",
+        help="budget that runs are compared by, also the x-axis of the plots (default flops)",
     )
     add_output_options(parser)
     parser.set_defaults(execute=compare)
 
 
 def add_output_options(parser: argparse.ArgumentParser) -> None:
-    """Add what ``compare`` and ``sweep`` share."""
+    """Add the options that ``compare`` and ``sweep`` share."""
     parser.add_argument(
         "--output",
         metavar="DIR",
-        help="where index.html, comparison.md, plots and grid.png go (default: comparison, "
-        "or for a sweep its output_dir/comparisons/FILE)",
+        help="folder of index.html, comparison.md, the plots and grid.png (default: comparison; "
+        "for a sweep, comparisons/FILE in its output_dir)",
     )
     parser.add_argument(
-        "--resamples", type=resamples, default=200, help="of the bootstrap; 0 leaves it out (default 200)"
+        "--resamples",
+        type=resample_count,
+        default=200,
+        help="number of bootstrap resamples; 0 leaves the bootstrap out (default 200)",
     )
 
 
 def compare(options: Namespace) -> None:
-    """Put runs side by side."""
+    """Compare runs, and write the comparison."""
     from nami_lightning.runs.run_dir import find_run
 
     folders = [find_run(name).folder for name in options.runs]
@@ -50,12 +54,12 @@ def compare(options: Namespace) -> None:
 
 
 def write_comparison(folders: Sequence[Path], by: str, resamples: int, output: Path) -> None:
-    """Compare the runs in ``folders``, print the tables, and say where the rest is."""
+    """Compare the runs in ``folders``, write the comparison, and print its tables and its path."""
     from nami_lightning.comparison.compare import differences, load_records
-    from nami_lightning.comparison.page import write
+    from nami_lightning.comparison.page import write_page
 
     output.mkdir(parents=True, exist_ok=True)
     records = load_records(folders)
-    tables = write(records, by, output, differences(records, resamples) if resamples else [])
+    tables = write_page(records, by, output, differences(records, resamples) if resamples else [])
     print("\n\n".join(table.text() for table in tables))
-    print(f"\nPage: {output / 'index.html'}  Overlay: tensorboard --logdir {output / 'tensorboard'}")
+    print(f"\nPage: {output / 'index.html'}  TensorBoard: tensorboard --logdir {output / 'tensorboard'}")

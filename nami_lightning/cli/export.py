@@ -1,27 +1,32 @@
-"""``lightning export``: a checkpoint, one file or every rank's shards, as a folder for NamiPipeline.from_pretrained."""
+"""``lightning export``: write a checkpoint as a folder for NamiPipeline.from_pretrained."""
 
 import argparse
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+from nami_lightning.cli.argument_types import RUN_HELP
+
 SHARD_SIZE = "2GB"
-"""Largest file of weights, which is what writing needs besides the model itself."""
+"""Largest size of a file of weights; writing needs this much memory in addition to the model."""
 
 
 def add_command(commands: Any) -> None:
     """Add ``export`` to the command line."""
     parser = commands.add_parser(
         "export",
-        help="a checkpoint as a diffusers pipeline",
+        help="write a checkpoint as a diffusers pipeline",
         description="Write a checkpoint, of one process or of many, as a folder for NamiPipeline.from_pretrained. "
-        "Needs no GPU, and memory for the model alone.",
+        "This needs no GPU, and only as much memory as the model itself.",
     )
-    parser.add_argument("run", metavar="RUN", help="a run (folder, or name below runs/)")
-    parser.add_argument("--step", type=int, help="of the checkpoint (default: the newest)")
-    parser.add_argument("--output", metavar="DIR", help="a new folder (default: RUN/pipelines/step=NNNNNNN)")
+    parser.add_argument("run", metavar="RUN", help=RUN_HELP)
+    parser.add_argument("--step", type=int, help="step of the checkpoint (default: the newest)")
+    parser.add_argument("--output", metavar="DIR", help="folder to create (default: RUN/pipelines/step=NNNNNNN)")
     parser.add_argument(
-        "--ema", action=argparse.BooleanOptionalAction, default=True, help="the EMA's weights, not the trained ones"
+        "--ema",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="export the EMA's weights instead of the trained ones",
     )
     parser.set_defaults(execute=export)
 
@@ -30,11 +35,12 @@ def export(options: Namespace) -> None:
     """Write the pipeline's folder under a temporary name, and rename it when it is complete.
 
     Args:
-        options: ``run``, ``step`` (or None for the newest), ``output`` (or None: below the run), ``ema``.
+        options: ``run``; ``step``, or None for the newest checkpoint; ``output``, or None for a folder in the run;
+            ``ema``.
 
     Raises:
-        FileNotFoundError: no such run, or no such checkpoint.
-        FileExistsError: the output is there already.
+        FileNotFoundError: the run or the checkpoint does not exist.
+        FileExistsError: the output already exists.
     """
     from nami_lightning.runs.load import load_module
     from nami_lightning.runs.run_dir import find_run, remove, step_of

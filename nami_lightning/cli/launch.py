@@ -1,8 +1,8 @@
-"""``lightning launch slurm``: the script that runs a recipe on a SLURM cluster and asks to be started again.
+"""``lightning launch slurm``: write the script that runs a recipe on a SLURM cluster and restarts it.
 
-``srun`` starts one process a GPU, and hands on the status that they end with: a torchrun in between would make it 1.
-SLURM itself requeues a job whose node failed; the script requeues one that ran out of time or was preempted, for which
-every process gets SIGUSR1 two minutes before the end, saves, and ends with the status REQUEUE.
+``srun`` starts one process per GPU and returns their exit status; a torchrun in between would change it to 1. SLURM
+itself requeues a job whose node failed. The script requeues a job that ran out of time or was preempted: two minutes
+before the end every process gets SIGUSR1, saves a checkpoint, and ends with the status REQUEUE.
 """
 
 import shlex
@@ -13,38 +13,40 @@ from typing import Any
 
 SECONDS_TO_SAVE = 120
 SECONDS_TO_FOLLOW = 300
-"""How long the other processes may go on after the first ended, for whatever reason."""
+"""Seconds that the other processes may go on after the first has ended, for whatever reason."""
 
 
 def add_command(commands: Any) -> None:
-    """Add ``launch`` and the clusters that it knows to the command line."""
+    """Add ``launch`` and its clusters to the command line."""
     parser = commands.add_parser(
         "launch",
-        help="a script that runs a recipe on a cluster",
+        help="write a script that runs a recipe on a cluster",
         description="Write the script that runs a recipe on a cluster.",
     )
     clusters = parser.add_subparsers(dest="what", required=True, metavar="CLUSTER")
     slurm = clusters.add_parser(
         "slurm",
-        help="an sbatch script",
-        description="Write the sbatch script that trains RECIPE on a SLURM cluster, one process a GPU. Two minutes "
-        "before its time is up the job saves and is queued again; each time it goes on from its newest checkpoint.",
+        help="write an sbatch script for SLURM",
+        description="Write the sbatch script that trains RECIPE on a SLURM cluster, with one process per GPU. Two "
+        "minutes before its time is up, the job saves a checkpoint and is queued again; it then resumes from there.",
         epilog="Any recipe key can follow, as for: lightning run",
         allow_abbrev=False,
     )
-    slurm.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a packaged one")
-    slurm.add_argument("--nodes", type=int, required=True, help="how many")
-    slurm.add_argument("--gpus", type=int, required=True, help="of each node")
-    slurm.add_argument("--cpus", type=int, help="cores for each GPU (default: the recipe's data workers and one more)")
-    slurm.add_argument("--partition", help="as sbatch takes it")
-    slurm.add_argument("--account", help="as sbatch takes it")
-    slurm.add_argument("--time", help="as sbatch takes it: 24:00:00, 2-00:00:00")
-    slurm.add_argument("--output", metavar="FILE", help="where the script goes (default: the terminal)")
+    slurm.add_argument("recipe", metavar="RECIPE", help="a recipe file, or the name of a packaged recipe")
+    slurm.add_argument("--nodes", type=int, required=True, help="number of nodes")
+    slurm.add_argument("--gpus", type=int, required=True, help="number of GPUs of each node")
+    slurm.add_argument(
+        "--cpus", type=int, help="number of cores for each GPU (default: the recipe's data workers plus one)"
+    )
+    slurm.add_argument("--partition", help="partition of the cluster, as sbatch takes it")
+    slurm.add_argument("--account", help="account to charge, as sbatch takes it")
+    slurm.add_argument("--time", help="time limit of the job, as sbatch takes it: 24:00:00 or 2-00:00:00")
+    slurm.add_argument("--output", metavar="FILE", help="file of the script (default: print it)")
     slurm.set_defaults(execute=launch_slurm, takes_keys=True)
 
 
 def launch_slurm(options: Namespace) -> None:
-    """Write or print the script."""
+    """Write the script to a file, or print it."""
     script = slurm_script(options)
     if options.output is None:
         print(script, end="")
@@ -54,11 +56,13 @@ def launch_slurm(options: Namespace) -> None:
 
 
 def slurm_script(options: Namespace) -> str:
-    """Return the text of an sbatch script, and make its log's folder, without which SLURM ends a job at once.
+    """Return the text of an sbatch script, and create the folder of its log.
+
+    SLURM ends a job at once if that folder doesn't exist.
 
     Args:
-        options: ``recipe``, ``overrides``, ``nodes``, ``gpus`` (a node), ``cpus`` (a GPU; None for the recipe's workers
-            and one more), ``partition``, ``account`` and ``time`` (None for the cluster's own).
+        options: ``recipe``; ``overrides``; ``nodes``; ``gpus`` of each node; ``cpus`` for each GPU, or None for the
+            recipe's data workers plus one; ``partition``, ``account`` and ``time``, or None for the cluster's defaults.
     """
     from nami_lightning.runs.preemption import REQUEUE
     from nami_lightning.runs.recipe import Recipe

@@ -1,4 +1,4 @@
-"""The command ``lightning`` (also ``nami``): all commands' options, and errors as one clear message."""
+"""The command ``lightning`` (also ``nami``): the parser of all commands, and errors as one clear message."""
 
 import argparse
 import logging
@@ -10,19 +10,19 @@ from collections.abc import Sequence
 from nami_lightning.cli import bench, compare, data, evaluate, export, launch, plan, run, sample, show, sweep
 
 COMMANDS = (run, sample, show, plan, data, export, launch, evaluate, compare, sweep, bench)
-"""In the order of ``lightning --help``."""
+"""The commands in the order of ``lightning --help``."""
 
 EXAMPLES = """\
 examples:
   lightning run recipes/openmoji.yaml                      train the demo; run it again to resume
-  lightning run recipes/openmoji.yaml --curriculum.unit 8  with another value of any recipe key
+  lightning run recipes/openmoji.yaml --curriculum.unit 8  change the value of any recipe key
   lightning sample openmoji --prompt "red apple"           sample with the run's newest checkpoint
-  lightning show openmoji                                  how far it is, and where its files lie
-  lightning export openmoji                                its newest checkpoint as a diffusers pipeline
+  lightning show openmoji                                  show its progress and where its files are
+  lightning export openmoji                                write its newest checkpoint as a diffusers pipeline
   lightning launch slurm recipes/nami_2b.yaml --nodes 8 --gpus 8 --output nami_2b.sh
-  lightning plan nami_2b --devices 64 --device a100-80gb   memory, operations and GPU-hours before anything is bought
+  lightning plan nami_2b --devices 64 --device a100-80gb   print the memory, operations and GPU-hours it needs
   lightning data prepare --source photos/ --output shards/ --resolutions 256 512 1024
-  lightning compare nami flux_base --by flops              tables, plots, grids, one page
+  lightning compare nami flux_base --by flops              write tables, plots and grids on one page
   lightning sweep openmoji_components                      train a list of recipes, then compare
 """
 
@@ -33,15 +33,15 @@ NOISE = (
     r".*FSDP2-wrapped module .* returned a view tensor.*",
     r".*Checkpoint directory .* exists and is not empty.*",
     r".*`local_dir_use_symlinks` argument is deprecated.*",
-    r".*your dataloader is not resumable.*",  # the position in the data is the step's number
+    r".*your dataloader is not resumable.*",  # the number of the step is the position in the data
 )
-"""What libraries say of their own inner workings."""
+"""Warnings of libraries about their own inner workings, which users can't act on."""
 
 ADVERTISEMENTS = ("Tip:", "`max_epochs=1` reached")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and return the exit status. Set NAMI_TRACEBACK=1 to see where an error came from."""
+    """Run a command and return its exit status. Set NAMI_TRACEBACK=1 to see where an error came from."""
     options, rest = make_parser().parse_known_args(arguments)
     if options.takes_keys:
         options.overrides = rest
@@ -49,14 +49,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: unknown option {rest[0]}; see: lightning {options.command} --help", file=sys.stderr)
         return 2
     quieten_libraries()
-    from nami_lightning.errors import explain, is_for_people
+    from nami_lightning.errors import explain, is_user_error
 
     try:
         options.execute(options)
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        if os.environ.get("NAMI_TRACEBACK") or not is_for_people(error):
+        if os.environ.get("NAMI_TRACEBACK") or not is_user_error(error):
             raise
         print(f"error: {explain(error)}", file=sys.stderr)
         return 2
@@ -64,7 +64,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Return the parser of all commands. Those with ``takes_keys`` take any recipe key besides their options."""
+    """Return the parser of all commands.
+
+    Commands with ``takes_keys`` accept any recipe key in addition to their options.
+    """
     parser = argparse.ArgumentParser(
         prog="lightning",
         description="Train text-to-image models in stages of rising resolution (NAMI).",
@@ -79,7 +82,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def quieten_libraries() -> None:
-    """Drop what libraries say of their own inner workings, and their advertisements."""
+    """Hide warnings of libraries about their own inner workings, and their advertisements."""
     for message in NOISE:
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(

@@ -1,4 +1,4 @@
-"""``lightning plan``: what a recipe needs on given devices, on the terminal or as JSON."""
+"""``lightning plan``: what a recipe needs on given devices, printed on the terminal or as JSON."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nami_lightning.datamodules import MultiResolutionDataModule
-    from nami_lightning.planning.inputs import Network, Setup, Spread
-    from nami_lightning.planning.report import Data
+    from nami_lightning.planning.inputs import Network, Setup, Sharding
+    from nami_lightning.planning.report import TrainingImages
     from nami_lightning.training.module import NamiModule
 
 EXAMPLES = """\
@@ -20,65 +20,78 @@ examples:
   lightning plan nami_2b --devices 64 --device a100-80gb
   lightning plan nami_0.6b --devices 8 --device h100 --images 50000000
   lightning plan nami_2b --devices 64 --device a100-40gb --model.activation_checkpointing 2   any recipe key
-  lightning plan nami_2b --devices 64 --json               the same for programs
+  lightning plan nami_2b --devices 64 --json               all figures as JSON
 """
 
-DEVICES_IF_UNSAID = 8
+DEFAULT_DEVICES_PER_NODE = 8
 ALIASES = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "64": "64-true"}
-"""Lightning's own short names of precisions."""
+"""Lightning's own short names of precisions, with their full names."""
 
 
 def add_command(commands: Any) -> None:
     """Add ``plan`` to the command line."""
     parser = commands.add_parser(
         "plan",
-        help="what a recipe needs: memory, operations, GPU-hours",
-        description="Say before anything is bought what RECIPE needs on given devices, beside FLUX-base, the same "
-        "network with one stage. Nothing is downloaded, prepared or trained.",
+        help="print what a recipe needs: memory, operations, GPU-hours",
+        description="Print what RECIPE needs on given devices, next to FLUX-base, which is the same network with one "
+        "stage. Nothing is downloaded, prepared or trained.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a packaged one; keys may follow")
-    parser.add_argument("--devices", type=int, help="how many (default: the recipe's trainer.devices; 8 if it is auto)")
-    parser.add_argument("--device", default="a100-80gb", help="which: a100-40gb, h100, h200, ... (default a100-80gb)")
     parser.add_argument(
-        "--utilization", type=float, default=0.4, help="share of the device's peak that is reached (default 0.4)"
+        "recipe", metavar="RECIPE", help="a recipe file, or the name of a packaged recipe; any recipe key may follow"
     )
     parser.add_argument(
-        "--images", type=int, nargs="+", metavar="N", help="images for training: all, or those of each resolution"
+        "--devices", type=int, help="number of devices (default: the recipe's trainer.devices, or 8 if that is auto)"
     )
-    parser.add_argument("--json", action="store_true", help="all figures for programs: bytes, operations, seconds")
+    parser.add_argument(
+        "--device", default="a100-80gb", help="kind of device: a100-40gb, h100, h200, ... (default a100-80gb)"
+    )
+    parser.add_argument(
+        "--utilization",
+        type=float,
+        default=0.4,
+        help="assumed share of the devices' peak speed, from 0 to 1 (default 0.4)",
+    )
+    parser.add_argument(
+        "--images",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="number of training images: one total, or one number for each resolution",
+    )
+    parser.add_argument("--json", action="store_true", help="print all figures as JSON: bytes, operations, seconds")
     parser.set_defaults(execute=plan, takes_keys=True)
 
 
 def plan(options: Namespace) -> None:
-    """Print what a recipe needs, beside FLUX-base."""
+    """Print what a recipe needs, next to what FLUX-base needs."""
     from nami_lightning.planning.plan import make_plan
     from nami_lightning.planning.report import as_json, as_text
-    from nami_lightning.planning.suggestions import find_remedy
+    from nami_lightning.planning.suggestions import find_suggestion
     from nami_lightning.runs.recipe import Recipe
 
     if not 0 < options.utilization <= 1:
-        raise ValueError(f"--utilization must lie above 0 and not above 1; got {options.utilization}")
+        raise ValueError(f"--utilization must be above 0 and at most 1; got {options.utilization}")
     recipe = Recipe(options.recipe, options.overrides)
     objects = recipe.parser.instantiate(recipe.config)
     setup = read_setup(recipe.config.name, objects, options)
     ours = make_plan(setup)
-    remedy = None if ours.fits else find_remedy(ours)
+    suggestion = None if ours.fits else find_suggestion(ours)
     base = make_plan(setup.flux_base()) if setup.curriculum.num_stages > 1 else None
-    data = read_data(objects.data, options.images)
+    data = count_images(objects.data, options.images)
     if options.json:
-        print(json.dumps(as_json(ours, base, remedy, data), indent=2))
+        print(json.dumps(as_json(ours, base, suggestion, data), indent=2))
     else:
-        print("\n".join(as_text(ours, base, remedy, data)))
+        print("\n".join(as_text(ours, base, suggestion, data)))
 
 
 def read_setup(name: str, objects: Any, options: Namespace) -> Setup:
-    """The settings of a recipe's objects that a plan depends on.
+    """Return the settings of a recipe's objects that a plan depends on.
 
     Raises:
-        ValueError: a device or strategy that plans don't know, or a DataModule of another kind.
+        ValueError: the device, the strategy or the kind of DataModule is one that plans don't know.
     """
     import torch
 
@@ -97,7 +110,7 @@ def read_setup(name: str, objects: Any, options: Namespace) -> Setup:
     precision = str(trainer.precision or "32-true")
     with torch.device("meta"):
         kind = type(module.make_transformer())
-    network = Network.of(kind, module.transformer_config)
+    network = Network.from_config(kind, module.transformer_config)
     setup = Setup(
         name=name,
         network=network,
@@ -106,35 +119,35 @@ def read_setup(name: str, objects: Any, options: Namespace) -> Setup:
         text_tokens=module.text_encoder_config.max_length,
         curriculum=module.curriculum,
         max_micro_batch=tuple(data.max_micro_batch),
-        devices=options.devices or devices_of(trainer),
+        devices=options.devices or count_devices(trainer),
         device=options.device,
         utilization=options.utilization,
         activation_checkpointing=module.activation_checkpointing,
         precision=ALIASES.get(precision, precision),
-        spread=spread_of(trainer.strategy),
+        sharding=read_sharding(trainer.strategy),
         ema=any(isinstance(callback, EMA) for callback in trainer.callbacks or []),
         optimizer=optimizer_state(module, network),
     )
-    return with_frozen(setup, module, data)
+    return add_encoders(setup, module, data)
 
 
-def devices_of(trainer: Any) -> int:
-    """Of the recipe, where it says a number; else eight on each node."""
+def count_devices(trainer: Any) -> int:
+    """Return the number of devices that the recipe states; eight on each node if it states none."""
     each = trainer.devices
-    number = len(each) if isinstance(each, list) else int(each) if str(each).isdigit() else DEVICES_IF_UNSAID
+    number = len(each) if isinstance(each, list) else int(each) if str(each).isdigit() else DEFAULT_DEVICES_PER_NODE
     return number * int(trainer.num_nodes or 1)
 
 
-def spread_of(strategy: Any) -> Spread:
-    """How a strategy of the recipe spreads weights.
+def read_sharding(strategy: Any) -> Sharding:
+    """Return how a strategy of the recipe stores the weights on the devices.
 
     Raises:
-        ValueError: it is neither DDP nor FSDP2.
+        ValueError: the strategy is neither DDP nor FSDP2.
     """
     import torch
     from lightning.pytorch.strategies import DDPStrategy
 
-    from nami_lightning.planning.inputs import Spread
+    from nami_lightning.planning.inputs import Sharding
     from nami_lightning.training.strategies import FSDP2Strategy
 
     if strategy == "fsdp2":
@@ -145,7 +158,7 @@ def spread_of(strategy: Any) -> Spread:
         policy = strategy.policy
         assert policy.param_dtype is not None
         assert policy.reduce_dtype is not None
-        return Spread(
+        return Sharding(
             "fsdp2",
             strategy.replicate,
             names[policy.param_dtype],
@@ -155,14 +168,17 @@ def spread_of(strategy: Any) -> Spread:
             shard_text_encoder=strategy.shard_text_encoder,
         )
     if isinstance(strategy, DDPStrategy):
-        return Spread(gradient_as_bucket_view=bool(strategy._ddp_kwargs.get("gradient_as_bucket_view")))
+        return Sharding(gradient_as_bucket_view=bool(strategy._ddp_kwargs.get("gradient_as_bucket_view")))
     if strategy is None or str(strategy).startswith(("auto", "ddp")):
-        return Spread()
-    raise ValueError(f"a plan knows trainer.strategy ddp and fsdp2; the recipe has {strategy}")
+        return Sharding()
+    raise ValueError(f"lightning plan knows only trainer.strategy ddp and fsdp2; the recipe has {strategy}")
 
 
 def optimizer_state(module: NamiModule, network: Network) -> float:
-    """Bytes of the optimizer's state for each byte of weights, found by one step on small ones with the same names."""
+    """Return the bytes of the optimizer's state for each byte of weights.
+
+    It is found by one step on small tensors that have the same names as the weights.
+    """
     import torch
 
     real = dict(network.model.named_parameters())
@@ -178,11 +194,11 @@ def optimizer_state(module: NamiModule, network: Network) -> float:
     return held / sum(weight.numel() for weight in real.values())
 
 
-def with_frozen(setup: Setup, module: NamiModule, data: MultiResolutionDataModule) -> Setup:
-    """The setup with the encoders that its training loads."""
+def add_encoders(setup: Setup, module: NamiModule, data: MultiResolutionDataModule) -> Setup:
+    """Return the setup with the frozen encoders that its training loads."""
     from nami_lightning.planning import encoder_memory
 
-    if (about := description(data)) is not None and about.get("encodings"):
+    if (found := read_description(data)) is not None and found.get("encodings"):
         return setup
     finest = module.resolutions[-1]
     encodes = [[side, side // 2] if stage else [side] for stage, side in enumerate(module.resolutions)]
@@ -190,15 +206,15 @@ def with_frozen(setup: Setup, module: NamiModule, data: MultiResolutionDataModul
         encodes = [[finest] for _ in module.resolutions]
     micro_batches = [setup.micro_batch(stage) for stage in range(len(encodes))]
     models = encoder_memory.text_encoders(module.text_encoder_config, len(encodes))
-    if setup.spread.shard_text_encoder:
-        shards = setup.spread.shards(setup.devices)
+    if setup.sharding.shard_text_encoder:
+        shards = setup.sharding.shards(setup.devices)
         models = [replace(model, memory=model.memory and -(-model.memory // shards)) for model in models]
     models += encoder_memory.autoencoder(module.autoencoder_config, encodes, micro_batches)
     return replace(setup, frozen=tuple(models))
 
 
-def description(data: MultiResolutionDataModule) -> dict[str, Any] | None:
-    """What the recipe's data set says of itself, if it is prepared."""
+def read_description(data: MultiResolutionDataModule) -> dict[str, Any] | None:
+    """Return the description that the recipe's data set was prepared with; None if it is not prepared."""
     from nami_lightning.datamodules.storage.dataset import PreparedDataset
 
     try:
@@ -207,24 +223,26 @@ def description(data: MultiResolutionDataModule) -> dict[str, Any] | None:
         return None
 
 
-def read_data(data: MultiResolutionDataModule, images: Sequence[int] | None) -> Data | None:
-    """Images by resolution: as given, or as counted in the prepared data set.
+def count_images(data: MultiResolutionDataModule, images: Sequence[int] | None) -> TrainingImages | None:
+    """Return the number of images by resolution, as given or as counted in the prepared data set.
 
     Raises:
-        ValueError: as many numbers as neither one nor the stages.
+        ValueError: the option gives neither one number nor one for each stage.
     """
     from nami_lightning.datamodules.storage.dataset import parse_bucket_name
-    from nami_lightning.planning.report import Data
+    from nami_lightning.planning.report import TrainingImages
 
     if images:
         if len(images) not in (1, len(data.resolutions)):
-            raise ValueError(f"--images takes one number, or one for each of {data.resolutions}; got {list(images)}")
+            raise ValueError(
+                f"--images takes one number, or one for each resolution of {data.resolutions}; got {list(images)}"
+            )
         sides = data.resolutions[-len(images) :]
-        return Data("--images", dict(zip(sides, images, strict=True)))
-    if (about := description(data)) is None:
+        return TrainingImages("--images", dict(zip(sides, images, strict=True)))
+    if (found := read_description(data)) is None:
         return None
     counts: dict[int, int] = {}
-    for name, samples in about["samples"]["train"].items():
+    for name, samples in found["samples"]["train"].items():
         side, _ = parse_bucket_name(name)
         counts[side] = counts.get(side, 0) + samples
-    return Data(str(data.dataset_folder), dict(sorted(counts.items())))
+    return TrainingImages(str(data.dataset_folder), dict(sorted(counts.items())))

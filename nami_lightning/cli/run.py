@@ -1,4 +1,4 @@
-"""``lightning run``: train what a recipe describes; the same command again goes on from the newest checkpoint."""
+"""``lightning run``: train what a recipe describes, or resume from its run's newest checkpoint."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from nami_lightning.training.module import NamiModule
 
 EPILOG = """\
-Ctrl-C, SIGTERM and SIGUSR1 save a checkpoint after the running step and end it with exit status 130,
-or 75 (start it again). A second signal ends it at once. What ranks but the first print is in the run's
-logs/rank_N.log.
+Ctrl-C, SIGTERM and SIGUSR1 save a checkpoint after the current step and end the run with exit status 130,
+or with 75 if it should be started again. A second signal ends it at once. The output of every rank but the
+first is in the run's logs/rank_N.log.
 
 Any recipe key can follow: --curriculum.unit 8 --trainer.devices 2 --config OVERLAY.yaml
 --print_config prints the resolved recipe; the recipes in recipes/ explain every key."""
@@ -34,13 +34,13 @@ def add_command(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a packaged one (openmoji)")
-    parser.add_argument("--fresh", action="store_true", help="start over; the old run is renamed, never deleted")
+    parser.add_argument("recipe", metavar="RECIPE", help="a recipe file, or the name of a packaged recipe (openmoji)")
+    parser.add_argument("--fresh", action="store_true", help="start over; the old run is renamed, but never deleted")
     parser.set_defaults(execute=run, takes_keys=True)
 
 
 def run(options: Namespace) -> None:
-    """Train a recipe, from the newest checkpoint of its run if there is one."""
+    """Train a recipe; if its run has a checkpoint, resume from the newest one."""
     from lightning.pytorch.utilities import rank_zero_info
 
     from nami_lightning.runs.lock import hold
@@ -62,7 +62,7 @@ def run(options: Namespace) -> None:
 def train(
     run: Run, recipe: Recipe, model: NamiModule, data: L.LightningDataModule, trainer: L.Trainer, fresh: bool
 ) -> None:
-    """Go on from the newest checkpoint, or begin."""
+    """Resume a run from its newest checkpoint, or start it."""
     from lightning.pytorch.utilities import rank_zero_info
 
     from nami_lightning.runs.rank_logs import join_after_restart
@@ -92,7 +92,7 @@ def train(
     join_after_restart(trainer.strategy)
     trainer.fit(model, data, ckpt_path=newest[0] if newest else None, weights_only=True)
     if model.step < curriculum.total_steps:
-        rank_zero_info(f"Stopped at {curriculum.describe(model.step)}. The same command goes on.")
+        rank_zero_info(f"Stopped at {curriculum.describe(model.step)}. Run the same command again to resume.")
     else:
         rank_zero_info(f"Done. Samples: {run.folder / 'samples'}  Curves: tensorboard --logdir {run.folder.parent}")
 

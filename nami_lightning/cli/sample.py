@@ -1,10 +1,10 @@
-"""``lightning sample``: images from prompts, by a run's newest checkpoint or by a saved pipeline."""
+"""``lightning sample``: generate images from prompts, with a run's newest checkpoint or a saved pipeline."""
 
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from nami_lightning.cli.argument_types import positive
+from nami_lightning.cli.argument_types import positive_int
 
 
 def add_command(commands: Any) -> None:
@@ -12,28 +12,48 @@ def add_command(commands: Any) -> None:
     parser = commands.add_parser(
         "sample", help="generate images from prompts", description="Generate images from prompts."
     )
-    parser.add_argument("run", metavar="RUN", help="a run (folder, or name below runs/), or a saved pipeline's folder")
-    parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
-    parser.add_argument("--prompts", metavar="FILE", help="a text file, one prompt a line")
-    parser.add_argument("--negative_prompt", default="", metavar="TEXT", help="what guidance leads away from")
-    parser.add_argument("--out", default="drawn", metavar="DIR", help="where the PNGs and grid.png go (default: drawn)")
-    parser.add_argument("--images", type=positive, default=1, help="images of each prompt (default 1)")
     parser.add_argument(
-        "--steps", type=positive, nargs="+", default=[10], help="steps a stage: one number, or one a stage (10)"
+        "run", metavar="RUN", help="a run (its folder, or its name below runs/), or the folder of a saved pipeline"
     )
-    parser.add_argument("--guidance_scale", type=float, default=3.5, help="1 is off (default 3.5)")
-    parser.add_argument("--solver", choices=["euler", "heun", "multistep"], default="multistep")
-    parser.add_argument("--seed", type=int, default=0, help="of the first image; the next has the next (default 0)")
-    parser.add_argument("--batch_size", type=positive, default=16, help="images generated at once (default 16)")
-    parser.add_argument("--columns", type=positive, default=8, help="images in a row of the grid (default 8)")
+    parser.add_argument(
+        "--prompt", action="append", default=[], metavar="TEXT", help="prompt to generate; may be given several times"
+    )
+    parser.add_argument("--prompts", metavar="FILE", help="text file with one prompt per line")
+    parser.add_argument("--negative_prompt", default="", metavar="TEXT", help="prompt that guidance leads away from")
+    parser.add_argument(
+        "--out", default="drawn", metavar="DIR", help="folder of the PNGs and grid.png (default: drawn)"
+    )
+    parser.add_argument("--images", type=positive_int, default=1, help="number of images per prompt (default 1)")
+    parser.add_argument(
+        "--steps",
+        type=positive_int,
+        nargs="+",
+        default=[10],
+        help="solver steps of each stage: one number, or one per stage (default 10)",
+    )
+    parser.add_argument(
+        "--guidance_scale", type=float, default=3.5, help="weight of classifier-free guidance; 1 is off (default 3.5)"
+    )
+    parser.add_argument(
+        "--solver", choices=["euler", "heun", "multistep"], default="multistep", help="ODE solver (default multistep)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the first image; image i uses seed + i (default 0)"
+    )
+    parser.add_argument(
+        "--batch_size", type=positive_int, default=16, help="number of images generated at once (default 16)"
+    )
+    parser.add_argument(
+        "--columns", type=positive_int, default=8, help="number of images in a row of the grid (default 8)"
+    )
     parser.set_defaults(execute=sample)
 
 
 def sample(options: Namespace) -> None:
-    """Write one PNG an image, and a grid of all.
+    """Write one PNG per image, and a grid of all.
 
     Raises:
-        ValueError: no prompt, or a pipeline that is not a NAMI's.
+        ValueError: there is no prompt, or the pipeline is not a NAMI's.
     """
     import torch
 
@@ -47,10 +67,10 @@ def sample(options: Namespace) -> None:
             line.strip() for line in Path(options.prompts).read_text(encoding="utf-8").splitlines() if line.strip()
         ]
     if not prompts:
-        raise ValueError("no prompt: give --prompt TEXT, or --prompts FILE with one prompt a line")
+        raise ValueError("no prompt: give --prompt TEXT, or --prompts FILE with one prompt per line")
     pipeline: Any = load_pipeline(options.run)
     if not isinstance(pipeline, NamiPipeline):
-        raise ValueError(f"{options.run} is a {type(pipeline).__name__}; lightning sample takes a NAMI alone")
+        raise ValueError(f"{options.run} is a {type(pipeline).__name__}; lightning sample takes only a NAMI")
     prompts = [prompt for prompt in prompts for _ in range(options.images)]
     images: list[Any] = []
     for first in range(0, len(prompts), options.batch_size):

@@ -1,15 +1,19 @@
-"""``lightning show``: what a run is: how far it has come, its last losses, where its files lie."""
+"""``lightning show``: print a run's progress, its last losses, and where its files are."""
 
 import shutil
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+from nami_lightning.cli.argument_types import RUN_HELP
+
 
 def add_command(commands: Any) -> None:
     """Add ``show`` to the command line."""
-    parser = commands.add_parser("show", help="print what a run is", description="Print what a run is.")
-    parser.add_argument("run", metavar="RUN", help="a run (folder, or name below runs/)")
+    parser = commands.add_parser(
+        "show", help="print the state of a run", description="Print a run's progress, its last losses, and its files."
+    )
+    parser.add_argument("run", metavar="RUN", help=RUN_HELP)
     parser.set_defaults(execute=show)
 
 
@@ -36,7 +40,7 @@ def show(options: Namespace) -> None:
 
 
 def last_scalars(folder: Path) -> dict[str, tuple[int, float]]:
-    """Return the newest loss and metric of each name in a run's TensorBoard events: (step, value)."""
+    """Return the newest value of each loss and metric in a run's TensorBoard events, as (step, value) by name."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder), size_guidance={"scalars": 1, "images": 1})

@@ -1,9 +1,9 @@
-"""Runs side by side: what each reached, with what budget, and which differences are more than noise.
+"""Compares runs: what each has reached with which budget, and which differences are more than noise.
 
-- ``compare``: the records of runs, and the differences between them with a bootstrap.
-- ``seed_variance``: runs that differ by their seed alone, taken together.
+- ``compare``: reads what runs have recorded, and computes their differences with a bootstrap.
+- ``seed_variance``: groups runs that differ only by their seed.
 - ``report``: the comparison as tables.
 - ``plots``: the comparison as plots, a grid of images, and TensorBoard events.
-- ``page``: all of it as one HTML page.
-- ``sweep``: train a list of recipes, each in turn.
+- ``page``: the whole comparison as one HTML page.
+- ``sweep``: trains a list of recipes one after the other.
 """

@@ -1,22 +1,20 @@
-"""A comparison on disk: one HTML page that needs no other file, so that it can be sent, and what it is made of."""
+"""Writes a comparison as one HTML page that needs no other file, and the files that the page is made of."""
 
-import base64
 import html
 import shutil
 from collections.abc import Sequence
-from io import BytesIO
 from pathlib import Path
 
 from PIL import Image
 
 from nami_lightning.comparison.compare import Difference, RunRecord
-from nami_lightning.comparison.plots import grid, plots, tensorboard
-from nami_lightning.comparison.report import Table, tables
-from nami_lightning.utils.atomic_write import replacing
-from nami_lightning.utils.image_grid import save_image
+from nami_lightning.comparison.plots import image_grid, write_plots, write_tensorboard
+from nami_lightning.comparison.report import Table, make_tables
+from nami_lightning.utils.atomic_write import write_text
+from nami_lightning.utils.image_grid import data_url, save_image
 
-LARGE = 4_000_000
-"""px of a grid from which it is a JPEG on the page, so that the page can be sent."""
+JPEG_ABOVE = 4_000_000
+"""Number of px above which the grid is a JPEG on the page, so that the page stays small enough to send."""
 
 STYLE = """
 h1 { overflow-wrap: anywhere }
@@ -33,8 +31,8 @@ img { max-width: 100% }
 """
 
 
-def page(title: str, shown: Sequence[Table], svgs: Sequence[Path], picture: Image.Image | None) -> str:
-    """One HTML page that needs no other file: which runs, then what is to be looked at, then the other tables."""
+def render_page(title: str, shown: Sequence[Table], svgs: Sequence[Path], picture: Image.Image | None) -> str:
+    """Return one HTML page that needs no other file: the runs, then the plots and the grid, then the other tables."""
     parts = [f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{html.escape(title)}</title>"]
     parts += [f"<style>{STYLE}</style></head><body><h1>{html.escape(title)}</h1>"]
     parts += [_html_table(table) for table in shown[:1]]
@@ -59,7 +57,7 @@ def _html_table(table: Table) -> str:
 
 
 def _svg(path: Path) -> str:
-    """The drawing alone, without the head of an XML file; its names made its own, since all share one page."""
+    """Return the svg element of a file, with ids that are unique on the page."""
     text = path.read_text(encoding="utf-8")
     text = text[text.index("<svg") :]
     for mark in ('id="', 'href="#', "url(#"):
@@ -68,32 +66,28 @@ def _svg(path: Path) -> str:
 
 
 def _inline(picture: Image.Image) -> str:
-    buffer = BytesIO()
-    kind = "PNG" if picture.width * picture.height < LARGE else "JPEG"
-    picture.save(buffer, kind, optimize=True, quality=90)
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return f"<img alt='drawn images' src='data:image/{kind.lower()};base64,{data}'>"
+    kind = "PNG" if picture.width * picture.height < JPEG_ABOVE else "JPEG"
+    return f"<img alt='generated images' src='{data_url(picture, kind, optimize=True, quality=90)}'>"
 
 
-def write(records: Sequence[RunRecord], by: str, output: Path, found: Sequence[Difference]) -> list[Table]:
-    """Write all into ``output``: index.html, comparison.md, plots, grid.png and tensorboard/; the tables."""
+def write_page(records: Sequence[RunRecord], by: str, output: Path, found: Sequence[Difference]) -> list[Table]:
+    """Write index.html, comparison.md, plots, grid.png and tensorboard/ into ``output``, and return the tables."""
     remove_comparison(output)
-    shown = tables(records, by, found)
+    shown = make_tables(records, by, found)
     title = " · ".join(record.name for record in records)
-    svgs, picture = plots(records, by, output), grid(records)
+    svgs, picture = write_plots(records, by, output), image_grid(records)
     if picture is not None:
         save_image(picture, output / "grid.png")
-    tensorboard(records, output / "tensorboard")
+    write_tensorboard(records, output / "tensorboard")
     files = {"comparison.md": f"# {title}\n\n" + "\n".join(table.markdown() for table in shown)}
-    files["index.html"] = page(title, shown, svgs, picture)
+    files["index.html"] = render_page(title, shown, svgs, picture)
     for name, text in files.items():
-        with replacing(output / name) as partial:
-            partial.write_text(text, encoding="utf-8")
+        write_text(output / name, text)
     return shown
 
 
 def remove_comparison(output: Path) -> None:
-    """Remove what an earlier comparison wrote into ``output``, so that two don't mix; the folder is made if need be."""
+    """Remove what an earlier comparison wrote into ``output``, so that two don't mix; create the folder if needed."""
     output.mkdir(parents=True, exist_ok=True)
     if not (output / "comparison.md").is_file():
         return

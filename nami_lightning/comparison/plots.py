@@ -1,4 +1,4 @@
-"""What a comparison shows: curves, what was drawn of the same prompts, TensorBoard's overlay."""
+"""The plots of a comparison, a grid of images of the same prompts, and TensorBoard events."""
 
 import itertools
 from collections.abc import Sequence
@@ -10,15 +10,18 @@ from PIL import Image
 
 from nami_lightning.comparison import compare
 from nami_lightning.comparison.compare import RunRecord, direction
-from nami_lightning.comparison.seed_variance import groups
+from nami_lightning.comparison.seed_variance import group_by_recipe
 from nami_lightning.utils.image_grid import caption_grid, save_figure
 
 COLUMNS = 8
-"""Of a grid, about: whole prompts stand beside each other."""
+"""Approximate number of columns of the grid; the images of one prompt are always in the same row."""
 
 
-def plots(records: Sequence[RunRecord], by: str, folder: Path) -> list[Path]:
-    """A curve a run for each metric, seeds of one recipe in one colour, PNG and SVG; the SVGs' paths."""
+def write_plots(records: Sequence[RunRecord], by: str, folder: Path) -> list[Path]:
+    """Plot each metric with a curve per run, as PNG and SVG, and return the SVGs' paths.
+
+    The seeds of one recipe have the same colour.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -26,17 +29,19 @@ def plots(records: Sequence[RunRecord], by: str, folder: Path) -> list[Path]:
     from matplotlib.ticker import EngFormatter
 
     written = []
-    for metric in compare.metrics_of(records):
+    for metric in compare.metric_names(records):
         if metric.endswith("_of_real"):
-            continue  # a constant
+            continue  # it is a constant
         figure, axes = pyplot.subplots(figsize=(6.4, 4), layout="constrained")
-        for number, (group, marker) in enumerate(zip(groups(records), itertools.cycle("os^Dv*"), strict=False)):
+        for number, (group, marker) in enumerate(
+            zip(group_by_recipe(records), itertools.cycle("os^Dv*"), strict=False)
+        ):
             label: str | None = group.title
             for record, line in zip(group.records, itertools.cycle(("-", "--", ":")), strict=False):
                 if curve := record.curve(metric, by):
                     style: dict[str, Any] = {"linestyle": line, "marker": marker, "markersize": 4}
                     axes.plot(*zip(*curve, strict=True), label=label, color=f"C{number % 10}", **style)
-                    label = None  # one entry of the legend for all seeds
+                    label = None  # all seeds share one entry of the legend
         real = [entry.metrics.get(f"{metric}_of_real") for record in records for entry in record.entries]
         if (floor := next((value for value in real if value is not None), None)) is not None:
             axes.axhline(floor, color="0.5", linestyle=":", label="real images")
@@ -56,9 +61,9 @@ def _title(metric: str) -> str:
     return metric + {-1: " (smaller is better)", 0: "", 1: " (larger is better)"}[direction(metric)]
 
 
-def grid(records: Sequence[RunRecord]) -> Image.Image | None:
-    """What the runs drew of the same prompts from the same noise, beside each other; None if nothing."""
-    drawn = {
+def image_grid(records: Sequence[RunRecord]) -> Image.Image | None:
+    """Return a grid of the images that all runs generated of the same prompts from the same noise; None without any."""
+    generated = {
         record.name: dict(
             zip(
                 zip(record.evaluation.captions, record.evaluation.seeds, strict=True),
@@ -69,21 +74,21 @@ def grid(records: Sequence[RunRecord]) -> Image.Image | None:
         for record in records
         if record.evaluation is not None
     }
-    drawn = {name: images for name, images in drawn.items() if images}
-    if not drawn:
+    generated = {name: images for name, images in generated.items() if images}
+    if not generated:
         return None
-    first = next(iter(drawn.values()))
-    shared = [key for key in first if all(key in images for images in drawn.values())]
+    first = next(iter(generated.values()))
+    shared = [key for key in first if all(key in images for images in generated.values())]
     if not shared:
         return None
-    columns = len(drawn) * max(1, COLUMNS // len(drawn))
-    cells = [(name, key) for key in shared for name in drawn]
-    images = [Image.fromarray(np.asarray(drawn[name][key])) for name, key in cells]
+    columns = len(generated) * max(1, COLUMNS // len(generated))
+    cells = [(name, key) for key in shared for name in generated]
+    images = [Image.fromarray(np.asarray(generated[name][key])) for name, key in cells]
     return caption_grid(images, [key[0] for _, key in cells], columns, [name for name, _ in cells])
 
 
-def tensorboard(records: Sequence[RunRecord], folder: Path) -> None:
-    """Every metric along every axis, a folder a run, so that TensorBoard lays the runs over each other."""
+def write_tensorboard(records: Sequence[RunRecord], folder: Path) -> None:
+    """Write every metric along every axis, in one folder per run, so that TensorBoard shows the runs in one plot."""
     from torch.utils.tensorboard import SummaryWriter
 
     units = {
@@ -97,7 +102,7 @@ def tensorboard(records: Sequence[RunRecord], folder: Path) -> None:
         for old in target.glob("events.out.tfevents.*"):
             old.unlink()
         with SummaryWriter(str(target)) as writer:
-            for metric in compare.metrics_of([record]):
+            for metric in compare.metric_names([record]):
                 for by, (unit, scale) in units.items():
                     for x, y in record.curve(metric, by):
                         writer.add_scalar(f"{metric} by {unit}", y, round(x * scale))

@@ -1,4 +1,4 @@
-"""A comparison as tables, for a terminal, for Markdown and for the page."""
+"""A comparison as tables: for a terminal, for Markdown and for the HTML page."""
 
 import math
 from collections.abc import Sequence
@@ -7,41 +7,41 @@ from dataclasses import dataclass
 import numpy as np
 
 from nami_lightning.comparison import compare
-from nami_lightning.comparison.compare import AXES, HEADLINES, Difference, RunRecord, direction
-from nami_lightning.comparison.seed_variance import groups, seed_differences
+from nami_lightning.comparison.compare import AXES, HEADLINE_METRICS, Difference, RunRecord, direction
+from nami_lightning.comparison.seed_variance import group_by_recipe, seed_differences
 from nami_lightning.utils.text_table import table as aligned
 
 MISSING = "—"
 NOISE_NOTE = (
-    "± is half of the 95% interval when the drawn and the held-out images of the last evaluations are resampled "
+    "± is half of the 95% interval when the generated and the held-out images of the last evaluations are resampled "
     "(bootstrap). It covers the noise of the metric, not that of training: the same recipe with another seed may "
-    "differ by more. Train each with two seeds or more before a small difference is believed. Of twenty differences "
-    "that are nothing, one is beyond the noise by chance. Precision's and recall's neighbourhoods are not resampled, "
-    "so their ± is too small. On few images a Frechet distance favours models that draw alike pictures: see whether "
-    "KID and MMD agree. Runs of unequal budgets are not made equal here."
+    "differ by more. Before you believe a small difference, train each recipe with at least two seeds. If there is no "
+    "real difference, one of twenty is still beyond the noise by chance. The neighbourhoods of precision and recall "
+    "are not resampled, so their ± is too small. With few images, a Frechet distance favours models whose images are "
+    "alike: check that KID and MMD agree. This table does not correct for different budgets."
 )
 SEEDS_NOTE = (
-    "At the last step at which all seeds of a recipe were measured; ± is the standard deviation from seed to seed: "
-    "training's own chance and the noise of the metric together. Of two or three seeds it is itself known only roughly."
+    "Values at the last step at which all seeds of a recipe were measured; ± is the standard deviation over seeds: the "
+    "randomness of training and the noise of the metric together. With two or three seeds it is only a rough estimate."
 )
 SEED_DIFFERENCES_NOTE = (
-    "If two recipes were equally good, every order of their seeds would be as likely: the last column is how often one "
-    "would then lie all on one side of the other (one case in three with two seeds each, one in ten with three)."
+    "If two recipes were equally good, every order of their seeds would be equally likely. The last column is the "
+    "probability that all seeds of one are then better than all of the other (1/3 for two seeds each, 1/10 for three)."
 )
 METRICS_NOTE = (
-    "A run is measured if its recipe says so:  trainer: {callbacks+: [{class_path: nami_lightning.callbacks.Metrics}]}"
+    "To measure a run, add this to its recipe:  trainer: {callbacks+: [{class_path: nami_lightning.callbacks.Metrics}]}"
 )
 BUDGET_NOTES = {
-    "steps": "Steps are optimizer steps; those of different recipes cost differently.",
-    "samples": "Samples are those of all stages together; one of a coarse stage costs less than one of a fine stage.",
-    "flops": "FLOPs are those of the network's forward and backward passes.",
-    "time": "Time is that of training alone: steps, waiting for data, fitting the bridges; not of evaluations.",
+    "steps": "Steps are optimizer steps; the cost of a step differs between recipes.",
+    "samples": "Samples are counted over all stages; a sample of a coarse stage costs less than one of a fine stage.",
+    "flops": "FLOPs count the network's forward and backward passes.",
+    "time": "Time is the time of training alone: steps, waiting for data, fitting the bridges, but no evaluations.",
 }
 
 
 @dataclass(frozen=True)
 class Table:
-    """A title, a note, and rows of text."""
+    """A table of text with a title and a note."""
 
     title: str
     header: list[str]
@@ -49,27 +49,27 @@ class Table:
     note: str = ""
 
     def text(self) -> str:
-        """For a terminal."""
+        """Return the table as text for a terminal."""
         lines = aligned([self.header, *self.rows], "<" + ">" * (len(self.header) - 1))
         return "\n".join([self.title, *lines, *([self.note] if self.note else [])])
 
     def markdown(self) -> str:
-        """For a Markdown page."""
+        """Return the table as Markdown."""
         lines = [self.header, ["---"] * len(self.header), *self.rows]
         body = "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
         return f"## {self.title}\n\n{body}\n" + (f"\n{self.note}\n" if self.note else "")
 
 
-def si(value: float) -> str:
-    """Three digits and a unit's prefix: 17.1 T."""
+def format_si(value: float) -> str:
+    """Return a number with three digits and an SI prefix: ``17.1 T`` for example."""
     if not value:
         return "0"
     power = min(max(int(math.log10(abs(value)) // 3), 0), 7)
     return f"{value / 1000**power:.3g} {['', 'k', 'M', 'G', 'T', 'P', 'E', 'Z'][power]}"
 
 
-def amount(value: float | None, by: str) -> str:
-    """A budget for people."""
+def format_budget(value: float | None, by: str) -> str:
+    """Return a budget as text."""
     if value is None:
         return MISSING
     if by == "time":
@@ -78,19 +78,19 @@ def amount(value: float | None, by: str) -> str:
         if hours:
             return f"{hours} h {minutes:02} min"
         return f"{minutes} min {seconds:02} s" if minutes else f"{seconds} s"
-    return f"{si(value)}FLOP" if by == "flops" else f"{round(value):,}"
+    return f"{format_si(value)}FLOP" if by == "flops" else f"{round(value):,}"
 
 
-def number(value: float | None) -> str:
-    """A metric's value for people."""
+def format_value(value: float | None) -> str:
+    """Return the value of a metric as text."""
     return MISSING if value is None else f"{value:.4g}"
 
 
 # --- tables ----------------------------------------------------------------------------------------
 
 
-def tables(records: Sequence[RunRecord], by: str, found: Sequence[Difference]) -> list[Table]:
-    """All of a comparison; of runs that were never measured, what they are."""
+def make_tables(records: Sequence[RunRecord], by: str, found: Sequence[Difference]) -> list[Table]:
+    """Return all tables of a comparison; only the table of runs if none was ever measured."""
     if not any(record.entries for record in records):
         return [runs_table(records)]
     return [
@@ -98,35 +98,42 @@ def tables(records: Sequence[RunRecord], by: str, found: Sequence[Difference]) -
         values_table(records),
         *seed_tables(records),
         budget_table(records, by),
-        *(reach_table(records, by, metric) for metric in compare.metrics_of(records) if _tells(metric, found)),
+        *(
+            reach_table(records, by, metric)
+            for metric in compare.metric_names(records)
+            if _shows_budgets(metric, found)
+        ),
         *([differences_table(records, found)] if found else []),
     ]
 
 
-def _tells(metric: str, found: Sequence[Difference]) -> bool:
-    """Whether budgets to reach its best are listed: not if all runs are within the noise of each other."""
+def _shows_budgets(metric: str, found: Sequence[Difference]) -> bool:
+    """Tell whether a table lists what it takes to reach a metric's best value.
+
+    It doesn't if all runs are within the noise of each other.
+    """
     of_metric = [one for one in found if one.metric == metric]
     if of_metric and all(one.within_noise for one in of_metric):
         return False
-    return metric.partition("/")[2].startswith(HEADLINES) and bool(direction(metric))
+    return metric.partition("/")[2].startswith(HEADLINE_METRICS) and bool(direction(metric))
 
 
 def runs_table(records: Sequence[RunRecord]) -> Table:
-    """What each run is and what it had used at its last evaluation."""
+    """Return a table of what each run is, and the budgets that it had used at its last evaluation."""
     rows = []
     for record in records:
-        used = [amount(record.end(axis), axis) for axis in AXES]
+        used = [format_budget(record.budget_used(axis), axis) for axis in AXES]
         drawn = str(record.entries[-1].drawn) if record.entries else MISSING
         state = record.state if record.entries else f"{record.state}; {_unmeasured(record)}"
         rows.append([record.name, state, *used, drawn])
-    note = compare.comparable(records)
+    note = compare.comparability_warning(records)
     if any(not record.entries and not _measures(record) for record in records):
         note = f"{note} {METRICS_NOTE}".strip()
-    return Table("Runs", ["run", "state", "steps", "samples", "operations", "time", "images drawn"], rows, note)
+    return Table("Runs", ["run", "state", "steps", "samples", "operations", "time", "images generated"], rows, note)
 
 
 def _unmeasured(record: RunRecord) -> str:
-    """Why a run has no evaluation."""
+    """Return why a run has no evaluation."""
     return "not measured yet" if _measures(record) else "its recipe lacks the callback Metrics"
 
 
@@ -135,61 +142,67 @@ def _measures(record: RunRecord) -> bool:
 
 
 def values_table(records: Sequence[RunRecord]) -> Table:
-    """Every metric at each run's last evaluation; the best of a row with a star."""
+    """Return a table of every metric at each run's last evaluation; the best value of a row has a star."""
     rows = []
-    for metric in compare.metrics_of(records):
+    for metric in compare.metric_names(records):
         rows.append([_arrow(metric), *_starred([record.value(metric) for record in records], direction(metric))])
-    note = "* the best. ↓ smaller is better, ↑ larger is better, · a check without a better." if rows else ""
+    note = "* the best. ↓ smaller is better, ↑ larger is better, · neither is better: a check." if rows else ""
     return Table("At each run's last evaluation", ["metric", *(record.name for record in records)], rows, note)
 
 
 def seed_tables(records: Sequence[RunRecord]) -> list[Table]:
-    """What each recipe's seeds gave on average, and which recipes differ by more than seeds do; none without seeds."""
-    of_recipes = groups(records)
+    """Return tables of each recipe's mean over seeds, and of the differences between recipes; none without seeds."""
+    of_recipes = group_by_recipe(records)
     if all(len(group.records) == 1 for group in of_recipes):
         return []
-    metrics = [metric for metric in compare.metrics_of(records) if not metric.endswith("_of_real")]
+    metrics = [metric for metric in compare.metric_names(records) if not metric.endswith("_of_real")]
     rows = [["at step", *(MISSING if group.step is None else f"{group.step:,}" for group in of_recipes)]]
     rows += [[_arrow(metric), *(_over_seeds(group.values(metric)) for group in of_recipes)] for metric in metrics]
     tables = [Table("Over seeds", ["metric", *(group.title for group in of_recipes)], rows, SEEDS_NOTE)]
     rows = []
     for one in seed_differences(records):
         verdict = f"every seed of {one.better} is better" if one.better else "the seeds overlap"
-        by_chance = f"{one.chance:.0%}" if one.better else MISSING
+        by_chance = f"{one.probability:.0%}" if one.better else MISSING
         rows.append([one.metric, f"{one.one} - {one.other}", f"{one.value:+.4g}", verdict, by_chance])
     if rows:
-        header = ["metric", "recipes", "difference of means", "verdict", "as likely by chance"]
+        header = ["metric", "recipes", "difference of means", "verdict", "probability by chance"]
         tables.append(Table("Differences over seeds", header, rows, SEED_DIFFERENCES_NOTE))
     return tables
 
 
 def _over_seeds(values: Sequence[float]) -> str:
     if len(values) < 2:
-        return number(values[0] if values else None)
-    return f"{number(float(np.mean(values)))} ± {np.std(values, ddof=1):.2g}"
+        return format_value(values[0] if values else None)
+    return f"{format_value(float(np.mean(values)))} ± {np.std(values, ddof=1):.2g}"
 
 
 def budget_table(records: Sequence[RunRecord], by: str) -> Table:
-    """Every metric with a better at the largest budget that all have used."""
+    """Return a table of the metrics at the largest budget that all runs have used."""
     budget = compare.equal_budget(records, by)
     rows = []
     if budget is not None:
-        for metric in filter(direction, compare.metrics_of(records)):
+        for metric in filter(direction, compare.metric_names(records)):
             values = [compare.value_at(record.curve(metric, by), budget) for record in records]
             rows.append([_arrow(metric), *_starred(values, direction(metric))])
-    note = f"{BUDGET_NOTES[by]} Values between two evaluations are on the straight line between them, without a margin."
-    if young := [record.name for record in records if (x := record.end(by)) is not None and budget and x < budget]:
-        note += f" Too young to be among them: {', '.join(young)}."
-    title = f"At equal {by}: {amount(budget, by)}"
+    note = f"{BUDGET_NOTES[by]} Values between two evaluations are interpolated linearly, without a margin."
+    if shorter := [
+        record.name for record in records if (x := record.budget_used(by)) is not None and budget and x < budget
+    ]:
+        note += f" Left out, because their budget is smaller: {', '.join(shorter)}."
+    title = f"At equal {by}: {format_budget(budget, by)}"
     return Table(title, ["metric", *(record.name for record in records)], rows, note)
 
 
 def reach_table(records: Sequence[RunRecord], by: str, metric: str) -> Table:
-    """What each (row) needed to be as good as each other's best (column), and as a share of what that one used."""
-    curves = {group.title: group.curve(metric, by) for group in groups(records)}
-    goals = {name: compare.best(curve, direction(metric)) for name, curve in curves.items()}
+    """Return a table of the budget that each run (row) needed to reach each other's best value (column).
+
+    The share is the quotient to the budget that the other run needed itself.
+    """
+    curves = {group.title: group.curve(metric, by) for group in group_by_recipe(records)}
+    goals = {name: compare.best_point(curve, direction(metric)) for name, curve in curves.items()}
     header = [
-        f"{name}'s best: {number(goal[1])} at {'≤ ' * (goal[0] == curves[name][0][0])}{amount(goal[0], by)}"
+        f"{name}'s best: {format_value(goal[1])} at "
+        f"{'≤ ' * (goal[0] == curves[name][0][0])}{format_budget(goal[0], by)}"
         for name, goal in goals.items()
         if goal
     ]
@@ -199,24 +212,24 @@ def reach_table(records: Sequence[RunRecord], by: str, metric: str) -> Table:
         for of, goal in goals.items():
             if goal is None:
                 continue
-            x = compare.reached(curve, goal[1], direction(metric))
+            x = compare.budget_to_reach(curve, goal[1], direction(metric))
             if x is None:
                 cells.append("not reached" if curve else MISSING)
             elif of == name:
-                cells.append(amount(x, by))
+                cells.append(format_budget(x, by))
             else:
                 most = "≤ " if x == curve[0][0] else ""
-                cells.append(f"{most}{amount(x, by)} ({most}{x / goal[0]:.2f} of it)")
+                cells.append(f"{most}{format_budget(x, by)} ({most}{x / goal[0]:.2f} of it)")
         rows.append([name, *cells])
-    note = "≤: already the first evaluation was as good. Seeds of one recipe are averaged."
+    note = "≤: the first evaluation was already as good. Seeds of one recipe are averaged."
     return Table(f"What it takes to reach another's best: {metric}, by {by}", ["run", *header], rows, note)
 
 
 def differences_table(records: Sequence[RunRecord], found: Sequence[Difference]) -> Table:
-    """Which differences are more than the metric's noise."""
+    """Return a table of the differences between runs, and whether they are more than the metric's noise."""
     rows = []
     metrics = list(dict.fromkeys(one.metric for one in found))
-    withheld = "can't be compared" in compare.comparable(records)
+    withheld = "can't be compared" in compare.comparability_warning(records)
     for one in sorted(found, key=lambda one: metrics.index(one.metric)):
         verdict = "within the noise" if one.within_noise else f"{_better(one)} is better"
         if withheld:
@@ -237,4 +250,4 @@ def _arrow(metric: str) -> str:
 def _starred(values: Sequence[float | None], sign: int) -> list[str]:
     there = [value * sign for value in values if value is not None]
     starred = len(set(there)) > 1 and sign != 0
-    return [number(v) + (" *" if starred and v is not None and v * sign == max(there) else "") for v in values]
+    return [format_value(v) + (" *" if starred and v is not None and v * sign == max(there) else "") for v in values]

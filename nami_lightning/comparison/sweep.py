@@ -1,17 +1,17 @@
-"""A sweep: the runs of a small YAML file one after another, then their comparison.
+"""Trains the runs of a sweep, which is a short YAML file, one after the other; then they are compared.
 
-    output_dir: runs/components     where the runs live
-    by: flops                       what the comparison is by: steps, samples, flops, time
-    overrides: {seed: 1}            laid over every recipe
+    output_dir: runs/components     folder of the runs
+    by: flops                       budget that runs are compared by: steps, samples, flops, time
+    overrides: {seed: 1}            recipe keys that replace those of every recipe
     runs:
       - {recipe: ../openmoji.yaml, name: nami}
       - recipe: ../openmoji.yaml
         name: no_residual_noise
         overrides: {model: {bridge: {init_args: {residual_noise: false}}}}
 
-A recipe is a file beside the sweep's, or the name of a packaged one; overrides are pieces of a recipe. Each run is a
-process of its own, so one that fails does not end the others. Run again, finished runs are left alone, the rest go on.
-Sweeps of one output_dir share the runs that they call the same.
+A recipe is a path relative to the sweep's file, or the name of a packaged recipe; overrides are parts of a recipe. Each
+run is a process of its own, so one that fails does not end the others. If the sweep is started again, finished runs are
+left alone and the others resume. Sweeps with the same output_dir share the runs that have the same name.
 """
 
 import json
@@ -27,6 +27,7 @@ from typing import Any
 import yaml
 
 from nami_lightning.comparison.compare import AXES
+from nami_lightning.errors import one_line
 from nami_lightning.runs.preemption import INTERRUPTED, REQUEUE, SIGNALS
 from nami_lightning.runs.recipe import RECIPES, Recipe
 from nami_lightning.runs.run_dir import Run, step_of
@@ -37,9 +38,9 @@ class SweepRun:
     """One run of a sweep.
 
     Args:
-        recipe: path beside the sweep's file, or the name of a packaged recipe.
-        name: the run's folder below ``output_dir``.
-        overrides: a piece of a recipe, laid over it.
+        recipe: path relative to the sweep's file, or the name of a packaged recipe.
+        name: name of the run, and of its folder below ``output_dir``.
+        overrides: part of a recipe, whose keys replace those of the recipe.
     """
 
     recipe: str
@@ -49,13 +50,13 @@ class SweepRun:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A list of runs.
+    """A list of runs to train and compare.
 
     Args:
-        output_dir: where the runs live.
-        runs: at least one, all names different.
-        by: what they are compared by.
-        overrides: laid over every recipe, below a run's own.
+        output_dir: folder of the runs.
+        runs: at least one run, all with different names.
+        by: budget that the runs are compared by.
+        overrides: part of a recipe, whose keys replace those of every recipe; a run's own overrides come later.
     """
 
     output_dir: str
@@ -65,10 +66,10 @@ class Sweep:
 
 
 def find_sweep(name: str) -> Path:
-    """The sweep at the path ``name``, or the packaged one of that name.
+    """Return the path of a sweep: ``name`` itself, or the packaged sweep of that name.
 
     Raises:
-        FileNotFoundError: naming the packaged ones.
+        FileNotFoundError: there is none; the message lists the packaged sweeps.
     """
     experiments = RECIPES / "experiments"
     for candidate in (Path(name), experiments / name, experiments / f"{name}.yaml"):
@@ -79,35 +80,35 @@ def find_sweep(name: str) -> Path:
 
 
 def load_sweep(path: Path) -> Sweep:
-    """Read a sweep's file.
+    """Return the sweep of a file.
 
     Raises:
-        ValueError: it isn't YAML, has an unknown key or lacks one, or two runs share a name.
+        ValueError: the file isn't YAML, has an unknown key or lacks one, or two runs have the same name.
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    values = _checked(Sweep, content, str(path))
+        raise ValueError(f"{path} is not YAML: {one_line(error)}") from error
+    values = _check_keys(Sweep, content, str(path))
     if not isinstance(values["runs"], list) or not values["runs"]:
         raise ValueError(f"{path}: runs must be a list of at least one run")
     values["runs"] = [
-        SweepRun(**_checked(SweepRun, run, f"{path}: runs[{index}]")) for index, run in enumerate(values["runs"])
+        SweepRun(**_check_keys(SweepRun, run, f"{path}: runs[{index}]")) for index, run in enumerate(values["runs"])
     ]
     sweep = Sweep(**values)
     if sweep.by not in AXES:
         raise ValueError(f"{path}: by must be one of {', '.join(AXES)}; got {sweep.by}")
     names = [run.name for run in sweep.runs]
-    if doubled := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"{path}: several runs are called {doubled[0]}; a run's name is its folder")
+    if duplicates := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"{path}: several runs have the name {duplicates[0]}; the name is also the run's folder")
     return sweep
 
 
-def _checked(kind: type, content: Any, where: str) -> dict[str, Any]:
-    """A mapping with the keys of a dataclass."""
+def _check_keys(dataclass_type: type, content: Any, where: str) -> dict[str, Any]:
+    """Return a mapping after checking that its keys are the fields of a dataclass."""
     if not isinstance(content, dict):
         raise ValueError(f"{where} must be a mapping of keys to values")
-    known = {one.name: one for one in fields(kind)}
+    known = {one.name: one for one in fields(dataclass_type)}
     if unknown := [key for key in content if key not in known]:
         raise ValueError(f"{where}: unknown key {unknown[0]}; the keys are {', '.join(known)}")
     required = [name for name in ("output_dir", "runs", "recipe", "name") if name in known]
@@ -115,68 +116,71 @@ def _checked(kind: type, content: Any, where: str) -> dict[str, Any]:
         raise ValueError(f"{where} lacks the key {missing[0]}")
     overrides = content.get("overrides", {})
     if not isinstance(overrides, dict):
-        raise ValueError(f"{where}: overrides must be a piece of a recipe")
-    if own := [key for key in ("name", "output_dir") if key in overrides]:
-        raise ValueError(f"{where}: {own[0]} is a key of the sweep's own, beside overrides")
+        raise ValueError(f"{where}: overrides must be a part of a recipe, a mapping of keys to values")
+    if reserved := [key for key in ("name", "output_dir") if key in overrides]:
+        raise ValueError(f"{where}: {reserved[0]} can't be overridden; it is a key of the sweep itself")
     for key in ("output_dir", "recipe", "name", "by"):
         if not isinstance(content.get(key, ""), str):
             raise ValueError(
-                f"{where}: {key} must be a text, in quotes if it looks like a number, not {content[key]!r}"
+                f"{where}: {key} must be a string, in quotes if it looks like a number; got {content[key]!r}"
             )
     return dict(content)
 
 
-def arguments(overrides: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """A piece of a recipe as options of ``lightning run``: ``--key.path value``."""
+def override_arguments(overrides: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Yield a part of a recipe as options of ``lightning run``: ``--key.path value``."""
     for key, value in overrides.items():
         if isinstance(value, Mapping) and value:
-            yield from arguments(value, f"{prefix}{key}.")
+            yield from override_arguments(value, f"{prefix}{key}.")
         else:
             yield f"--{prefix}{key}"
             yield value if isinstance(value, str) else json.dumps(value)
 
 
 def run_arguments(sweep: Sweep, run: SweepRun, home: Path) -> list[str]:
-    """What ``lightning run`` is called with for a run of the sweep, whose file lies in ``home``."""
-    beside = home / run.recipe
-    recipe = str(beside) if beside.is_file() else run.recipe
-    own = ["--output_dir", sweep.output_dir, "--name", run.name]
-    return [recipe, *arguments(sweep.overrides), *arguments(run.overrides), *own]
+    """Return the arguments of ``lightning run`` for a run of the sweep whose file is in the folder ``home``."""
+    relative = home / run.recipe
+    recipe = str(relative) if relative.is_file() else run.recipe
+    name_options = ["--output_dir", sweep.output_dir, "--name", run.name]
+    return [recipe, *override_arguments(sweep.overrides), *override_arguments(run.overrides), *name_options]
 
 
 def train_all(path: Path) -> tuple[Sweep, list[str]]:
-    """Train what isn't finished; the sweep, and the names of the runs that failed.
+    """Train the runs that aren't finished, and return the sweep and the names of the runs that failed.
 
-    All recipes are read before the first run begins, so that a misspelt key is found at once.
+    All recipes are read before the first run starts, so that a misspelt key is found at once.
     """
     sweep = load_sweep(path)
     commands = {run.name: run_arguments(sweep, run, path.parent) for run in sweep.runs}
-    states = {name: finished(read_recipe(command, f"{path}, run {name}")) for name, command in commands.items()}
+    states = {
+        name: describe_if_finished(read_recipe(command, f"{path}, run {name}")) for name, command in commands.items()
+    }
     failed = []
     for number, (name, command) in enumerate(commands.items(), 1):
         print(f"[{number}/{len(commands)}] {name}{states[name]}", flush=True)
         if states[name]:
             continue
-        code = run_to_its_end([sys.executable, "-m", "nami_lightning.cli", "run", *command])
-        if code in (INTERRUPTED, REQUEUE):  # told to stop: so is the sweep
+        code = run_command([sys.executable, "-m", "nami_lightning.cli", "run", *command])
+        if code in (INTERRUPTED, REQUEUE):  # the run was asked to stop, so the sweep stops too
             raise SystemExit(code)
         if code:
             failed.append(name)
     return sweep, failed
 
 
-def run_to_its_end(command: list[str]) -> int:
-    """A command's exit status. What tells this process to stop is left to the command, which saves first.
+def run_command(command: list[str]) -> int:
+    """Run a command and return its exit status.
 
-    Ctrl-C in a terminal reaches both; the other signals are handed on.
+    Signals that ask this process to stop are forwarded to the command, which saves first. Ctrl-C in a terminal reaches
+    both processes anyway.
     """
     process = subprocess.Popen(command)
 
-    def hand_on(number: int, frame: FrameType | None) -> None:
+    def forward_signal(number: int, frame: FrameType | None) -> None:
         if number != signal.SIGINT:
             process.send_signal(number)
 
-    before = {number: signal.signal(number, hand_on) for number in SIGNALS}
+    before = {number: signal.signal(number, forward_signal) for number in SIGNALS}
     try:
         return process.wait()
     finally:
@@ -185,10 +189,10 @@ def run_to_its_end(command: list[str]) -> int:
 
 
 def read_recipe(command: list[str], where: str) -> Recipe:
-    """The recipe that ``lightning run`` would read.
+    """Return the recipe that ``lightning run`` would read.
 
     Raises:
-        ValueError: it is wrong, and which run's it is.
+        ValueError: the recipe is wrong; the message names the run.
     """
     try:
         return Recipe(command[0], command[1:])
@@ -196,12 +200,12 @@ def read_recipe(command: list[str], where: str) -> Recipe:
         raise ValueError(f"{where}: {error}") from error
 
 
-def finished(recipe: Recipe) -> str:
-    """What there is to say of a recipe's run that has a checkpoint of its last step; nothing of any other."""
+def describe_if_finished(recipe: Recipe) -> str:
+    """Return what to print about a recipe's run that has a checkpoint of its last step; "" for other runs."""
     run = Run(recipe.folder)
     total = sum(phase.steps for phase in recipe.config.curriculum.phases)
     if not any(step_of(path) >= total for path in run.checkpoints[-1:]):
         return ""
     if run.recipe.read_text(encoding="utf-8") != recipe.dump():
-        return ": finished, with another recipe than it has now; remove or rename it to train it again"
+        return ": finished, but with another recipe than now; remove or rename the run to train it again"
     return ": finished"

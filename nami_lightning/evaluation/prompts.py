@@ -1,4 +1,4 @@
-"""What a benchmark asks a model to draw."""
+"""The prompts of a benchmark, and what their files have in common."""
 
 import hashlib
 import re
@@ -13,10 +13,10 @@ class Item:
     """One prompt of a benchmark.
 
     Args:
-        id: its name, also its folder's.
-        prompt: what is to be drawn.
-        kind: the benchmark's part that it belongs to: a task, a category.
-        metadata: what the judge needs to know of it, as JSON can hold it.
+        id: name of the item, and of its folder of images.
+        prompt: text that the image is generated from.
+        kind: part of the benchmark that the item belongs to: a task or a category.
+        metadata: what the judge needs to know about the item, as JSON values.
     """
 
     id: str
@@ -25,23 +25,23 @@ class Item:
     metadata: dict[str, Any] = field(default_factory=dict)
 
 
-def checked_id(name: str, where: str) -> str:
-    """An item's id, which names its folder.
+def check_id(name: str, where: str) -> str:
+    """Return an item's id if it can name a folder.
 
     Raises:
         ValueError: it can't.
     """
     if not re.fullmatch(r"[\w.-]*\w[\w.-]*", name):
-        raise ValueError(f"{where}: id {name!r} names a folder: letters, digits, dots, _ and - only")
+        raise ValueError(f"{where}: id {name!r} can't name a folder: use only letters, digits, dots, _ and -")
     return name
 
 
 def read_text(path: Path) -> str:
-    """A file's text, without a byte order mark.
+    """Return the text of a UTF-8 file, without a byte order mark.
 
     Raises:
-        ValueError: it is not UTF-8.
-        OSError: it can't be read.
+        ValueError: the file is not UTF-8.
+        OSError: the file can't be read.
     """
     try:
         return path.read_text(encoding="utf-8-sig")
@@ -50,15 +50,15 @@ def read_text(path: Path) -> str:
 
 
 def prompts_hash(items: Sequence[Item]) -> str:
-    """SHA-256 of the prompts, one a line."""
+    """Return the SHA-256 of the prompts, joined with one prompt per line."""
     return hashlib.sha256("".join(f"{item.prompt}\n" for item in items).encode()).hexdigest()
 
 
 def first_of_each_kind(items: Sequence[Item], limit: int | None) -> list[Item]:
-    """The first ``limit`` items of every kind, in their order; None: all.
+    """Return the first ``limit`` items of every kind in their order; all items if ``limit`` is None.
 
     Raises:
-        ValueError: a limit below 1.
+        ValueError: the limit is below 1.
     """
     if limit is None:
         return list(items)

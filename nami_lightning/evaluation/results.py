@@ -1,4 +1,4 @@
-"""What an evaluation leaves for programs and people: JSON files, a ledger of verdicts, tables, intervals."""
+"""What the benchmarks share: a log of verdicts, confidence intervals, and how scores are printed."""
 
 import hashlib
 import json
@@ -12,34 +12,26 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
-from nami_lightning.utils.atomic_write import replacing
-
 Interval: TypeAlias = tuple[float, float] | None
-"""Its ends; None if there is too little to tell."""
+"""The two ends of an interval; None if there are too few values to compute it."""
 
 LEVEL = 0.95
-ROUNDS = 2000
-FEWEST = 5
-"""Values below which a bootstrap says nothing: of one value it would make an interval without width."""
+RESAMPLES = 2000
+MIN_VALUES = 5
+"""Smallest number of values for a bootstrap. With a single value, for example, the interval would have no width."""
 
 
-def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
-    """Write a JSON file, whole or not at all."""
-    with replacing(path) as partial:
-        partial.write_text(json.dumps(value, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
+class VerdictLog:
+    """A file of a judge's verdicts on images, one JSON line each, so that no image is judged twice.
 
-
-class Ledger:
-    """A judge's verdicts on images, one JSON line each, so that none is judged twice, whatever interrupts.
-
-    A verdict holds for an image's bytes: an image that was drawn anew is judged anew.
+    A verdict belongs to the bytes of an image: an image that is generated again is judged again.
 
     Args:
-        path: the file; made when the first verdict comes.
-        judge: names of the judge's models and settings; another judge's verdicts don't count.
+        path: the file; it is created with the first verdict.
+        judge: names of the judge's models and settings; verdicts of other judges are ignored.
 
     Attributes:
-        judged_on: the machines that gave the verdicts which were asked for.
+        judged_on: the machines that gave the verdicts that were asked for.
     """
 
     def __init__(self, path: Path, judge: Mapping[str, Any]) -> None:
@@ -51,22 +43,22 @@ class Ledger:
             for line in path.read_text(encoding="utf-8").splitlines():
                 try:
                     entry = json.loads(line)
-                except json.JSONDecodeError:  # a line that a kill cut short
+                except json.JSONDecodeError:  # an interrupted process wrote only a part of this line
                     continue
                 if entry["judge"] == self.judge:
                     self.verdicts[entry["image"]] = entry["verdict"], entry.get("hardware", "a machine not noted")
 
     def get(self, image: Path, task: Any) -> Any:
-        """The verdict on an image for a task (any JSON value), or None."""
+        """Return the verdict on an image for a task (any JSON value), or None."""
         verdict, machine = self.verdicts.get(self._key(image, task), (None, None))
         if machine is not None:
             self.judged_on.add(machine)
         return verdict
 
     def add(self, image: Path, task: Any, verdict: Any) -> None:
-        """Write a verdict down."""
+        """Append a verdict to the file."""
         key = self._key(image, task)
-        machine = hardware()
+        machine = describe_hardware()
         self.verdicts[key] = verdict, machine
         self.judged_on.add(machine)
         entry = {"judge": self.judge, "image": key, "file": str(image), "verdict": verdict, "hardware": machine}
@@ -82,37 +74,37 @@ class Ledger:
         return hashlib.sha256(image.read_bytes() + json.dumps(task, sort_keys=True).encode()).hexdigest()
 
 
-def interval(strata: Sequence[np.ndarray], rounds: int = ROUNDS, level: float = LEVEL) -> Interval:
-    """Percentile bootstrap interval of the unweighted mean of the strata's means, prompts drawn anew in each; None if
-    any holds fewer than 5.
+def bootstrap_interval(strata: Sequence[np.ndarray], resamples: int = RESAMPLES, level: float = LEVEL) -> Interval:
+    """Return a percentile bootstrap interval of the mean of the strata's means; None if one has under 5 values.
 
-    It tells how far the score would move with other prompts of the kind, not with another training run.
+    The prompts of each stratum are resampled, and all strata have the same weight. The interval shows how far the score
+    would move with other prompts of the same kind, not with another training run.
 
     Args:
-        strata: one value a prompt in each, in 1 dimension.
-        rounds: of the bootstrap; always the same draws.
-        level: probability.
+        strata: for each stratum, one value per prompt, in 1 dimension.
+        resamples: number of bootstrap resamples; they are the same on every call.
+        level: confidence level, in (0, 1).
     """
-    if min(map(len, strata)) < FEWEST:
+    if min(map(len, strata)) < MIN_VALUES:
         return None
     rng = np.random.default_rng(0)
-    means = [values[rng.integers(len(values), size=(rounds, len(values)))].mean(axis=1) for values in strata]
+    means = [values[rng.integers(len(values), size=(resamples, len(values)))].mean(axis=1) for values in strata]
     low, high = np.quantile(np.mean(means, axis=0), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 
-def percent(value: float) -> str:
-    """A share as Table 4 prints it: 83.8."""
+def format_percent(value: float) -> str:
+    """Return a share in percent with one decimal, as in the paper's Table 4: 83.8."""
     return f"{100 * value:.1f}"
 
 
-def span(ends: Interval, form: str = ".2f", times: float = 1) -> str:
-    """An interval as text: ``0.61 to 0.66``."""
-    return "-" if ends is None else " to ".join(f"{times * end:{form}}" for end in ends)
+def format_interval(ends: Interval, form: str = ".2f", factor: float = 1) -> str:
+    """Return an interval as text, ``0.61 to 0.66`` for example; ``-`` if it is None."""
+    return "-" if ends is None else " to ".join(f"{factor * end:{form}}" for end in ends)
 
 
-def need(package: str) -> None:
-    """Refuse to go on without a package of the extra ``evaluate``.
+def require_package(package: str) -> None:
+    """Check that a package of the extra ``evaluate`` is installed.
 
     Raises:
         ModuleNotFoundError: it is not installed.
@@ -121,8 +113,8 @@ def need(package: str) -> None:
         raise ModuleNotFoundError(f"{package} is needed: pip install 'nami_lightning[evaluate]'")
 
 
-def hardware() -> str:
-    """The machine that judges, in words."""
+def describe_hardware() -> str:
+    """Return the machine that judges, in words."""
     if torch.cuda.is_available():
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
     return f"{os.cpu_count()} CPU cores ({platform.machine()}), torch {torch.__version__}"

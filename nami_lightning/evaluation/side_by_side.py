@@ -1,11 +1,11 @@
-"""Side by side, as in the paper's Appendix D: a row a prompt, a column a model, the whole prompt below the row."""
+"""A picture of several models' images, as in the paper's Appendix D: a row per prompt and a column per model."""
 
 import textwrap
 from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
-from nami_lightning.evaluation.generate import ImageFolder
+from nami_lightning.evaluation.generate import GeneratedImages
 from nami_lightning.evaluation.prompts import Item
 from nami_lightning.utils.image_grid import caption_grid
 
@@ -13,11 +13,11 @@ FONT_SIZE = 14
 MARGIN = 6
 
 
-def spread(items: Sequence[Item], rows: int) -> list[Item]:
-    """So many items at even distances.
+def evenly_spaced(items: Sequence[Item], rows: int) -> list[Item]:
+    """Return ``rows`` items at even distances; all items if there are fewer.
 
     Raises:
-        ValueError: fewer than 1.
+        ValueError: ``rows`` is below 1.
     """
     if rows < 1:
         raise ValueError(f"--grid {rows} must be 1 or more")
@@ -25,18 +25,18 @@ def spread(items: Sequence[Item], rows: int) -> list[Item]:
     return [items[i * len(items) // rows] for i in range(rows)]
 
 
-def side_by_side(folders: Sequence[ImageFolder], items: Sequence[Item], side: int) -> Image.Image:
-    """Every model's first image of each item.
+def side_by_side(folders: Sequence[GeneratedImages], items: Sequence[Item], side: int) -> Image.Image:
+    """Return a picture with every model's first image of each item, and the whole prompt below each row.
 
     Args:
-        folders: one a model; all were drawn from noise of the same seeds.
-        items: one a row.
-        side: px, the longest side of an image.
+        folders: one folder per model; all images come from noise of the same seeds.
+        items: one item per row.
+        side: longest side of an image in px.
     """
     return _stack([_row(folders, item, side) for item in items])
 
 
-def _row(folders: Sequence[ImageFolder], item: Item, side: int) -> Image.Image:
+def _row(folders: Sequence[GeneratedImages], item: Item, side: int) -> Image.Image:
     images = []
     for folder in folders:
         image = folder.open(item, 0)
@@ -50,11 +50,13 @@ def _row(folders: Sequence[ImageFolder], item: Item, side: int) -> Image.Image:
     return _stack([row, below])
 
 
-def _stack(parts: Sequence[Image.Image]) -> Image.Image:
-    """Pictures below each other."""
-    whole = Image.new("RGB", (max(part.width for part in parts), sum(part.height for part in parts)), "white")
+def _stack(pictures: Sequence[Image.Image]) -> Image.Image:
+    """Return the pictures stacked below each other."""
+    stacked = Image.new(
+        "RGB", (max(picture.width for picture in pictures), sum(picture.height for picture in pictures)), "white"
+    )
     top = 0
-    for part in parts:
-        whole.paste(part, (0, top))
-        top += part.height
-    return whole
+    for picture in pictures:
+        stacked.paste(picture, (0, top))
+        top += picture.height
+    return stacked

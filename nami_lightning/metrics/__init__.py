@@ -1,10 +1,10 @@
-"""Numbers about generated images: distances from real ones, agreement with captions, and their record in a run.
+"""Metrics of generated images: distances from real images, agreement with captions, and the record of a run's metrics.
 
-- ``features``: networks whose features images are compared by.
+- ``features``: networks whose features the distances compare.
 - ``distances``: Frechet distance, KID, CMMD, precision and recall, from any features.
-- ``caption_agreement``: how well an image agrees with its caption, by a probe that is trained on real images.
-- ``record``: the numbers of a run's evaluations, as they are written into its folder and read back.
-- ``budget``: the samples and operations that a run has used at a step.
+- ``caption_agreement``: how well an image agrees with its caption, by CLIP or by a probe that is fitted to real images.
+- ``record``: the evaluations of a run, as they are written into its folder and read back.
+- ``budget``: the operations of training on one sample.
 """
 
 from nami_lightning.utils.lazy_import import lazy

@@ -1,7 +1,7 @@
-"""Frozen networks that turn images into the features that distances are measured on.
+"""Frozen networks that turn images into features, which the distances compare.
 
-Each takes uint8 images ``(B, 3, H, W)`` and gives ``(B, num_features)``; its ``name`` stands in the names of the
-metrics. Any module with the same two can take their place.
+Each takes uint8 images ``(B, 3, H, W)`` and returns ``(B, num_features)``; its ``name`` is a part of the names of the
+metrics. Any module with the same two attributes can be used instead.
 """
 
 import re
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 class EfficientNetLite0(nn.Module):
-    """ImageNet features of EfficientNet-Lite0 from pip packages: where Inception's weights can't be had.
+    """EfficientNet-Lite0's ImageNet features, from pip packages: a substitute if Inception's weights aren't available.
 
     A Frechet distance on them is not FID.
 
@@ -43,8 +43,8 @@ class EfficientNetLite0(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """Pooled features."""
-        # a CPU is twice as fast on a few at once: larger activations are returned to the system after every layer
+        """Return the pooled features ``(B, 1280)`` of uint8 images ``(B, 3, H, W)``."""
+        # A CPU is twice as fast with few images: it returns larger activations to the system after every layer.
         return torch.cat([self._features(few) for few in images.split(4 if images.device.type == "cpu" else 64)])
 
     def _features(self, images: Tensor) -> Tensor:
@@ -54,14 +54,14 @@ class EfficientNetLite0(nn.Module):
 
 
 class Inception(nn.Module):
-    """The Inception of FID, as torchmetrics builds it: a Frechet distance on its 2,048 features is FID.
+    """FID's Inception as torchmetrics builds it: a Frechet distance on its 2,048 features is FID.
 
     Args:
-        weights: torch-fidelity's ``pt_inception-2015-12-05-6726825d.pth``; fetched if null.
+        weights: path of torch-fidelity's ``pt_inception-2015-12-05-6726825d.pth``; it is downloaded if null.
 
     Raises:
         ModuleNotFoundError: the extra ``fid`` is not installed.
-        FileNotFoundError: no such weights.
+        FileNotFoundError: the weights don't exist.
     """
 
     name = "inception_v3"
@@ -72,7 +72,7 @@ class Inception(nn.Module):
         from torchmetrics.image.fid import NoTrainInceptionV3
 
         if weights is not None and not Path(weights).is_file():
-            raise FileNotFoundError(f"Inception's weights {weights} aren't there")
+            raise FileNotFoundError(f"Inception's weights {weights} don't exist")
         try:
             self.network = NoTrainInceptionV3("inception-v3-compat", ["2048"], weights)
         except ModuleNotFoundError as error:
@@ -81,11 +81,14 @@ class Inception(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """Pooled features."""
+        """Return the pooled features ``(B, 2048)`` of uint8 images ``(B, 3, H, W)``."""
         return self.network(images)
 
 
-def name_of(model: nn.Module | str) -> str:
-    """How a network, or a model by name or folder, is called in a metric's name: lower case, no other signs."""
+def metric_name(model: nn.Module | str) -> str:
+    """Return the name of a network, or of a model's name or folder, as used in the names of metrics.
+
+    It has lower-case letters and digits; anything else becomes an underscore.
+    """
     name = Path(model).name if isinstance(model, str) else getattr(model, "name", type(model).__name__)
     return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")

@@ -1,7 +1,7 @@
-"""What the evaluations of a run leave on disk, for plots and comparisons.
+"""The evaluations of a run, as they are written into its folder for plots and comparisons.
 
-runs/NAME/metrics.jsonl     a line an evaluation: the metrics, and what the training had used by then
-runs/NAME/evaluation.npz    the newest evaluation's numbers a sample: what a bootstrap and a grid need
+runs/NAME/metrics.jsonl     one line per evaluation: the metrics, and the budget that training had used by then
+runs/NAME/evaluation.npz    the newest evaluation's features and values per sample, for a bootstrap and a grid of images
 """
 
 import json
@@ -12,7 +12,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from nami_lightning.utils.atomic_write import replacing
+from nami_lightning.utils.atomic_write import replacing, write_text
 
 METRICS = "metrics.jsonl"
 EVALUATION = "evaluation.npz"
@@ -20,15 +20,16 @@ EVALUATION = "evaluation.npz"
 
 @dataclass(frozen=True)
 class Entry:
-    """One evaluation.
+    """One evaluation of a run, a line of ``metrics.jsonl``; the attributes are its keys.
 
     Attributes:
-        step: optimizer steps done.
-        samples: of all stages, until then.
-        flops: of the network's forward and backward passes, until then.
-        seconds: of training alone, over all resumes: steps, waiting for data, fitting the bridges; None if unknown.
-        drawn: images drawn.
-        metrics: name to value.
+        step: number of optimizer steps done.
+        samples: number of samples used until then, over all stages.
+        flops: operations of the network's forward and backward passes until then.
+        seconds: seconds of training alone, over all resumed parts: steps, waiting for data, fitting the bridges; None
+            if unknown.
+        drawn: number of images that were generated.
+        metrics: value of each metric, by its name.
     """
 
     step: int
@@ -40,10 +41,10 @@ class Entry:
 
 
 def read_entries(folder: Path) -> list[Entry]:
-    """All evaluations of the run in ``folder``, by step; a last line that was cut off is left out.
+    """Return all evaluations of the run in ``folder``, by step; an incomplete last line is left out.
 
     Raises:
-        ValueError: a line that isn't an evaluation.
+        ValueError: a line isn't an evaluation.
     """
     path = folder / METRICS
     if not path.exists():
@@ -57,34 +58,33 @@ def read_entries(folder: Path) -> list[Entry]:
             sum((entry.step, entry.samples, entry.flops, entry.drawn, entry.seconds or 0.0))
         except (ValueError, TypeError, AttributeError) as error:
             if number == len(lines) > 1:
-                break  # the process ended while it wrote
+                break  # the process ended while it wrote this line
             raise ValueError(f"{path}, line {number} is not an evaluation: {error}") from error
         entries[entry.step] = entry
     return sorted(entries.values(), key=lambda entry: entry.step)
 
 
 def write_entries(folder: Path, entries: list[Entry]) -> None:
-    """Replace all evaluations, whole or not at all."""
+    """Replace all evaluations of a run; the file is written completely or not at all."""
     text = "".join(f"{json.dumps(asdict(entry))}\n" for entry in entries)
-    with replacing(folder / METRICS) as partial:
-        partial.write_text(text, encoding="utf-8")
+    write_text(folder / METRICS, text)
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The numbers behind an evaluation.
+    """The features and values per sample that an evaluation was computed from.
 
     Attributes:
-        step: when.
-        features: the network's name.
-        drawn: features ``(n, d)`` of the drawn images.
-        real: features ``(m, d)`` of the held-out ones.
+        step: number of optimizer steps done.
+        features: name of the network of the features.
+        drawn: features ``(n, d)`` of the generated images.
+        real: features ``(m, d)`` of the held-out images.
         captions: n prompts.
         seeds: n seeds of the noise.
-        real_ids: m names.
-        of_drawn: metrics that are means over the drawn images, ``(n,)`` each.
-        of_real: metrics that are means over the held-out images, ``(m,)`` each.
-        images: the first few drawn, uint8 ``(H, W, 3)``.
+        real_ids: m names of the held-out images.
+        of_drawn: metrics that are means over the generated images, with values ``(n,)`` each.
+        of_real: metrics that are means over the held-out images, with values ``(m,)`` each.
+        images: the first few generated images, uint8 ``(H, W, 3)``.
     """
 
     step: int
@@ -99,7 +99,7 @@ class Evaluation:
     images: list[np.ndarray] = field(default_factory=list)
 
     def save(self, folder: Path) -> None:
-        """Write it into a run's folder, over an older one, whole or not at all."""
+        """Write the evaluation into a run's folder, completely or not at all; it replaces an older one."""
         arrays: dict[str, Any] = {
             name: getattr(self, name) for name in ("step", "features", "captions", "seeds", "real_ids")
         }
@@ -113,7 +113,7 @@ class Evaluation:
 
     @classmethod
     def load(cls, folder: Path) -> "Evaluation | None":
-        """The newest evaluation of the run in ``folder``; None if there is none.
+        """Return the newest evaluation of the run in ``folder``; None if there is none.
 
         Raises:
             ValueError: its file is damaged.

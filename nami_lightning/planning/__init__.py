@@ -1,10 +1,10 @@
-"""What a recipe needs before it runs: memory, operations, hours, on given devices.
+"""What a recipe needs on given devices, computed before it runs: memory, operations and hours.
 
-- ``plan``: everything that a recipe needs, computed.
-- ``inputs``: what a plan depends on: the network, the devices, the settings.
-- ``memory``: bytes on a device, part by part.
-- ``flops``: operations of a network, and what known devices can do.
-- ``encoder_memory``: bytes and operations of the frozen encoders.
-- ``suggestions``: which settings make a recipe fit.
-- ``report``: the plan as tables.
+- ``plan``: computes everything that a recipe needs.
+- ``inputs``: what a plan depends on: the network, the devices and the settings.
+- ``memory``: measures how much memory the activations of a micro-batch take.
+- ``flops``: counts the operations of a network, and lists how fast known devices are.
+- ``encoder_memory``: bytes and operations of the frozen text encoders and autoencoder.
+- ``suggestions``: finds a change of settings that makes a recipe fit.
+- ``report``: prints the plan as tables or as JSON.
 """

@@ -1,4 +1,4 @@
-"""What the frozen models take, known from their configurations alone: their weights are neither read nor fetched."""
+"""Memory and operations of the frozen models, from their configurations alone: weights are neither read nor fetched."""
 
 import socket
 from collections.abc import Callable
@@ -19,28 +19,28 @@ from nami_lightning.planning.memory import LiveBytes
 
 @dataclass(frozen=True)
 class FrozenModel:
-    """A text encoder or an autoencoder.
+    """A frozen text encoder or autoencoder, and what it takes.
 
     Attributes:
-        name: as in the recipe.
-        memory: bytes of its weights; None where its configuration could not be found.
+        name: the model's name, as in the recipe.
+        memory: bytes of its weights; None if its configuration was not found.
         flops: operations to encode one sample of each stage.
-        peak: bytes that encoding the largest micro-batch needs besides.
-        number_type: what it computes in.
+        peak: bytes that encoding the largest micro-batch needs in addition to the weights.
+        dtype: name of the dtype that it computes in.
     """
 
     name: str
     memory: int | None
     flops: tuple[int, ...]
     peak: int
-    number_type: str
+    dtype: str
 
 
 def text_encoders(config: TextEncoderConfig, stages: int) -> list[FrozenModel]:
-    """The models of ``text_encoder``; with a cache each prompt is encoded once, which is not counted."""
+    """Return the models of ``text_encoder``. With a cache each prompt is encoded once, and this is not counted."""
     found = []
     for name in filter(None, (config.sequence, config.pooled)):
-        model = _known(partial(_text_model, name))
+        model = _load_without_weights(partial(_text_model, name))
         if model is None:
             found.append(FrozenModel(name, None, (0,) * stages, 0, config.dtype))
             continue
@@ -52,16 +52,16 @@ def text_encoders(config: TextEncoderConfig, stages: int) -> list[FrozenModel]:
 
 
 def autoencoder(config: AutoencoderConfig, encodes: list[list[int]], micro_batches: list[int]) -> list[FrozenModel]:
-    """The autoencoder, unless the flow is in pixels.
+    """Return the autoencoder in a list, or an empty list if the model works on pixels.
 
     Args:
-        config: of the recipe.
-        encodes: sides in px of the images that a sample of each stage is encoded at.
-        micro_batches: samples of each stage that are encoded at once.
+        config: the recipe's settings of the autoencoder.
+        encodes: sides in px of the images that are encoded for one sample of each stage.
+        micro_batches: number of samples of each stage that are encoded at once.
     """
     if config.name == PIXELS:
         return []
-    vae = _known(partial(_vae, config))
+    vae = _load_without_weights(partial(_vae, config))
     if vae is None:
         return [FrozenModel(config.name, None, (0,) * len(encodes), 0, config.dtype)]
     cost = {side: _count(partial(vae.encode, _images(1, side))) for side in {s for e in encodes for s in e}}
@@ -72,8 +72,11 @@ def autoencoder(config: AutoencoderConfig, encodes: list[list[int]], micro_batch
     return [FrozenModel(config.name, _bytes(vae, config.dtype), flops, peak, config.dtype)]
 
 
-def _known(load: Callable[[bool], Any]) -> Any:
-    """A model without its numbers, by its configuration on this machine or, if that can be reached, on the hub."""
+def _load_without_weights(load: Callable[[bool], Any]) -> Any:
+    """Return a model on the meta device; None if its configuration is not found.
+
+    The configuration is read from this machine or else, if the hub can be reached, from the hub.
+    """
     for local in (True, False):
         if local or _hub_answers():
             try:
@@ -98,7 +101,7 @@ def _vae(config: AutoencoderConfig, local: bool) -> Any:
 
 
 def _hub_answers() -> bool:
-    """Whether the hub can be reached: its client would try for half a minute."""
+    """Tell whether the hub can be reached; its own client would try for half a minute."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
@@ -127,7 +130,7 @@ def _count(encode: Callable[[], Any]) -> int:
 
 @torch.no_grad()
 def _peak(config: AutoencoderConfig, samples: int, side: int) -> int:
-    """The most bytes alive while so many images are encoded."""
+    """Return the most bytes that are alive at once while so many images are encoded."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(getattr(torch, config.dtype))
     try:

@@ -1,8 +1,11 @@
-"""Operations of training in closed form, and what devices can do: for the plan before a run, and for utilisation in it.
+"""Operations of training in closed form, and the speed of known devices.
 
-Operations are counted as ``torch.utils.flop_counter`` counts them, which the tests hold this file to: matrix products
-alone, two for a multiplication and its addition, and five products in flash attention's backward pass, which computes
-the scores again. What activation checkpointing recomputes is kept apart: it is work, but it trains nothing.
+A plan uses them before a run, and the callback ``Throughput`` uses them during a run, for the utilisation of a device.
+
+Operations are counted as ``torch.utils.flop_counter`` counts them, and the tests compare the two. Only matrix products
+count: a multiplication and its addition are two operations. Flash attention's backward pass has five products, because
+it computes the scores again. What activation checkpointing computes again is counted separately: it is work, but it
+trains nothing.
 """
 
 from collections.abc import Mapping
@@ -10,20 +13,21 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
-NumberType = str
-"""``bfloat16``, ``float16``, ``float32`` or ``tfloat32`` (float32 numbers multiplied with fewer bits)."""
+DtypeName = str
+"""Name of a dtype: ``bfloat16``, ``float16``, ``float32``, or ``tfloat32`` (float32 values multiplied with fewer bits).
+"""
 
 
 @dataclass(frozen=True)
 class Device:
-    """A kind of GPU.
+    """A kind of GPU: its memory and its speed.
 
     Attributes:
-        memory: GiB that CUDA reports as its total.
+        memory: total memory in GiB, as CUDA reports it.
         half: dense TFLOP/s in bfloat16 and float16.
         tfloat32: dense TFLOP/s of float32 matrices at ``torch.set_float32_matmul_precision("high")``.
-        single: TFLOP/s in float32.
-        name: words that CUDA's name of the device holds.
+        single: dense TFLOP/s in float32.
+        name: words that CUDA's name of the device contains, in lower case.
     """
 
     memory: float
@@ -32,10 +36,10 @@ class Device:
     single: float
     name: tuple[str, ...]
 
-    def flops(self, number_type: NumberType) -> float:
-        """Peak FLOP/s in a number type."""
+    def peak_flops(self, dtype: DtypeName) -> float:
+        """Return the peak speed in FLOP/s for a dtype."""
         rates = {"bfloat16": self.half, "float16": self.half, "tfloat32": self.tfloat32, "float32": self.single}
-        return rates[number_type] * 1e12
+        return rates[dtype] * 1e12
 
 
 DEVICES = {
@@ -48,20 +52,20 @@ DEVICES = {
     "l40s": Device(44.4, 362, 183, 91.6, ("l40s",)),
     "rtx-4090": Device(23.6, 165.2, 82.6, 82.6, ("4090",)),
 }
-"""NVIDIA's data sheets, without sparsity."""
+"""Known devices, with the values of NVIDIA's data sheets without sparsity."""
 
 
-def device_called(name: str) -> Device | None:
-    """The device that ``torch.cuda.get_device_name`` calls ``name``, if it is known."""
+def find_device(name: str) -> Device | None:
+    """Return the device that ``torch.cuda.get_device_name`` calls ``name``; None if it is not known."""
     return next((one for one in DEVICES.values() if all(word in name.lower() for word in one.name)), None)
 
 
-def number_type(precision: str | int | None, param_dtype: str = "float32") -> NumberType:
-    """In what matrices are multiplied.
+def matmul_dtype(precision: str | int | None, param_dtype: str = "float32") -> DtypeName:
+    """Return the dtype that matrices are multiplied in.
 
     Args:
-        precision: ``trainer.precision``.
-        param_dtype: that of the sharding strategy, if there is one.
+        precision: the recipe's ``trainer.precision``.
+        param_dtype: the sharding strategy's ``param_dtype``, if there is such a strategy.
     """
     text = str(precision or "32-true")
     if text.startswith("bf16"):
@@ -80,9 +84,9 @@ class Flops:
     """Operations of training on one sample.
 
     Attributes:
-        forward: of the forward pass.
-        backward: of the backward pass.
-        recomputed: of the forward pass, again, for activation checkpointing.
+        forward: operations of the forward pass.
+        backward: operations of the backward pass.
+        recomputed: operations of the forward pass that activation checkpointing does a second time.
     """
 
     forward: int
@@ -91,29 +95,33 @@ class Flops:
 
     @property
     def model(self) -> int:
-        """What the model needs: what model FLOPs utilisation counts."""
+        """Return the operations that the model needs; model FLOPs utilisation counts these."""
         return self.forward + self.backward
 
     @property
     def hardware(self) -> int:
-        """What is computed: with what is recomputed."""
+        """Return the operations that the device does, with those that are recomputed."""
         return self.model + self.recomputed
 
 
 class _Counter:
-    """Adds up products of matrices."""
+    """A counter that adds up the operations of matrix products."""
 
     def __init__(self) -> None:
         self.forward = self.backward = 0
 
     def linear(self, rows: int, inputs: int, outputs: int, of_data: bool = False, trained: bool = True) -> None:
-        """A linear layer: backward, a product for the weight's gradient, and one for the input's if it isn't data."""
+        """Add a linear layer.
+
+        The backward pass has one product for the weight's gradient, and one for the input's gradient unless the input
+        is data.
+        """
         product = 2 * rows * inputs * outputs
         self.forward += product
         self.backward += product * trained * (1 if of_data else 2)
 
     def attention(self, tokens: int, width: int) -> None:
-        """All heads of self-attention: queries and keys, scores and values."""
+        """Add all heads of self-attention: queries times keys, and scores times values."""
         product = 2 * tokens**2 * width
         self.forward += 2 * product
         self.backward += 5 * product
@@ -122,14 +130,14 @@ class _Counter:
 def transformer_flops(
     config: Mapping[str, Any], stage: int, image_tokens: int, text_tokens: int, activation_checkpointing: int = 0
 ) -> Flops:
-    """Operations of one sample's forward and backward pass through the network of a stage.
+    """Return the operations of one sample's forward and backward pass through the network of a stage.
 
     Args:
-        config: of a :class:`~nami_lightning.NamiTransformer2DModel`.
-        stage: 0 (coarsest) to K-1.
-        image_tokens: of the sample.
-        text_tokens: of its prompt, padding included.
-        activation_checkpointing: every so many-th block is recomputed in the backward pass; 0 none.
+        config: configuration of a :class:`~nami_lightning.NamiTransformer2DModel`.
+        stage: index of the stage, from 0 (coarsest) to K-1.
+        image_tokens: number of image tokens of the sample.
+        text_tokens: number of text tokens of its prompt, padding included.
+        activation_checkpointing: N: every N-th block is recomputed in the backward pass; 0: none is.
     """
     width = config["num_attention_heads"] * config["attention_head_dim"]
     patch = config["in_channels"] * config["patch_size"] ** 2
@@ -138,14 +146,14 @@ def transformer_flops(
     total = _Counter()
     total.linear(image_tokens, patch, width, of_data=True)
     total.linear(text_tokens, config["joint_attention_dim"], width, of_data=True)
-    for inputs in (256, config["pooled_projection_dim"]):  # the sinusoids of time, the pooled text
+    for inputs in (256, config["pooled_projection_dim"]):  # the sinusoidal embedding of time, and the pooled text
         total.linear(1, inputs, width, of_data=True)
         total.linear(1, width, width)
 
     recomputed = 0
     for double, count in ((True, doubles), (False, singles)):
         for index in range(count):
-            # What the last block makes of the text is used by nobody if it is a double one.
+            # Nothing uses the text output of the last block if that block is a double one, so it gets no gradient.
             text_trained = not double or bool(singles) or index + 1 < count
             block = _block(double, width, image_tokens, text_tokens, text_trained)
             total.forward += block.forward

@@ -10,13 +10,16 @@ from torch import nn
 
 from nami_lightning.models.transformer import NamiTransformer2DModel
 from nami_lightning.planning.encoder_memory import FrozenModel
-from nami_lightning.planning.flops import number_type
+from nami_lightning.planning.flops import matmul_dtype
 from nami_lightning.training.curriculum import Curriculum, Phase, split_evenly
 
 
 @dataclass(frozen=True)
-class Spread:
-    """How the weights are spread over devices; the names are :class:`~nami_lightning.FSDP2Strategy`'s."""
+class Sharding:
+    """How the weights are stored on the devices.
+
+    :class:`~nami_lightning.FSDP2Strategy` has arguments of the same names.
+    """
 
     kind: Literal["ddp", "fsdp2"] = "ddp"
     replicate: int = 1
@@ -28,44 +31,44 @@ class Spread:
     shard_text_encoder: bool = False
 
     def shards(self, devices: int) -> int:
-        """Devices that share one copy of the weights."""
+        """Return the number of devices that share one copy of the weights."""
         return devices // self.replicate if self.kind == "fsdp2" else 1
 
 
 @dataclass(frozen=True)
 class Network:
-    """A network without its numbers.
+    """A network without the values of its parameters.
 
     Attributes:
-        make: makes it.
-        config: what it is made of.
+        make: function that creates the network.
+        config: the network's configuration.
     """
 
     make: Callable[[], NamiTransformer2DModel]
     config: Mapping[str, Any]
 
     @classmethod
-    def of(cls, kind: Callable[..., NamiTransformer2DModel], config: Mapping[str, Any]) -> "Network":
-        """The network of a class and its configuration."""
+    def from_config(cls, kind: Callable[..., NamiTransformer2DModel], config: Mapping[str, Any]) -> "Network":
+        """Return the network of a class and a configuration."""
         settings = {key: value for key, value in config.items() if not key.startswith("_")}
         return cls(partial(kind, **settings), settings)
 
     @cached_property
     def model(self) -> NamiTransformer2DModel:
-        """On the meta device."""
+        """The network on the meta device."""
         with torch.device("meta"):
             return self.make()
 
     def groups(self) -> list[tuple[nn.Module | None, list[nn.Parameter]]]:
-        """What FSDP2 gathers together: each block, each head, and the rest, which belongs to None."""
+        """Return the parameters that FSDP2 gathers together: of each block, of each head, and the rest under None."""
         model = self.model
         parts: list[nn.Module] = [*model.transformer_blocks, *model.single_transformer_blocks, *model.heads]
         owned = {id(parameter) for part in parts for parameter in part.parameters()}
         rest = [parameter for parameter in model.parameters() if id(parameter) not in owned]
         return [(None, rest), *((part, list(part.parameters())) for part in parts)]
 
-    def used(self, stage: int) -> set[nn.Module | None]:
-        """The groups that run at a stage."""
+    def groups_used(self, stage: int) -> set[nn.Module | None]:
+        """Return the groups that run at a stage; see :meth:`groups`."""
         return {None, *self.model.blocks(stage), self.model.heads[stage]}
 
 
@@ -74,22 +77,22 @@ class Setup:
     """All that a plan depends on.
 
     Attributes:
-        name: of the recipe.
-        network: what is trained.
-        resolutions: px of each stage.
-        factor: px a latent's side.
-        text_tokens: of a prompt.
-        curriculum: phases and samples.
-        max_micro_batch: of each stage.
-        devices: how many.
-        device: which; a key of :data:`DEVICES`.
-        utilization: share of the device's peak that is reached, all work counted.
-        activation_checkpointing: every so many-th block; 0 none.
-        precision: Lightning's.
-        spread: over the devices.
-        ema: whether there is one.
-        optimizer: bytes of its state for each byte of weights.
-        frozen: encoders.
+        name: name of the recipe.
+        network: the network that is trained.
+        resolutions: resolution of each stage in px.
+        factor: side in px of the square that one latent position covers.
+        text_tokens: number of tokens of a prompt.
+        curriculum: the phases, and the samples of a step.
+        max_micro_batch: largest number of samples in a micro-batch of each stage.
+        devices: number of devices.
+        device: kind of the devices, a key of :data:`DEVICES`.
+        utilization: share of the device's peak speed that is reached, all work counted.
+        activation_checkpointing: N: every N-th block is recomputed; 0: none is.
+        precision: Lightning's name of the precision, ``bf16-mixed`` for example.
+        sharding: how the weights are stored on the devices.
+        ema: whether the run keeps an EMA of the weights.
+        optimizer: bytes of the optimizer's state for each byte of weights.
+        frozen: the frozen encoders.
     """
 
     name: str
@@ -104,19 +107,19 @@ class Setup:
     utilization: float
     activation_checkpointing: int
     precision: str
-    spread: Spread
+    sharding: Sharding
     ema: bool
     optimizer: float
     frozen: tuple[FrozenModel, ...] = ()
 
     @property
-    def number_type(self) -> str:
-        """In what matrices are multiplied."""
-        return number_type(self.precision, self.spread.param_dtype)
+    def matmul_dtype(self) -> str:
+        """Name of the dtype that matrices are multiplied in."""
+        return matmul_dtype(self.precision, self.sharding.param_dtype)
 
     @property
-    def stored(self) -> torch.dtype:
-        """Number type of the weights that the optimizer steps."""
+    def weight_dtype(self) -> torch.dtype:
+        """Dtype of the weights that the optimizer updates."""
         if not self.precision.endswith("true"):
             return torch.float32
         return {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}.get(
@@ -124,24 +127,24 @@ class Setup:
         )
 
     def image_tokens(self, stage: int) -> int:
-        """Of one square sample."""
+        """Return the number of image tokens of one square sample of a stage."""
         return (self.resolutions[stage] // self.factor // self.network.config["patch_size"]) ** 2
 
     def micro_batches(self, phase: Phase, stage: int) -> tuple[int, int]:
-        """Micro-batches of a stage in a step of a device, and samples in each.
+        """Return how many micro-batches of a stage a device has in a step, and the number of samples in each.
 
         Raises:
-            ValueError: the samples don't come out even.
+            ValueError: the samples can't be split evenly.
         """
         samples = phase.ratio[stage] * self.curriculum.unit
         return split_evenly(samples, self.devices, self.max_micro_batch[stage], stage)
 
     def micro_batch(self, stage: int) -> int:
-        """Samples of the largest micro-batch of a stage."""
+        """Return the number of samples in the largest micro-batch of a stage."""
         return max(self.micro_batches(phase, stage)[1] for phase in self.curriculum.phases)
 
     def flux_base(self) -> "Setup":
-        """The same network with one stage: all blocks at the finest resolution, as many samples and steps."""
+        """Return the setup of FLUX-base: one stage, all blocks at the finest resolution, as many samples and steps."""
         config = dict(self.network.config)
         for key in ("num_layers", "num_single_layers"):
             config[key] = [sum(config[key])]
@@ -149,20 +152,20 @@ class Setup:
         one = replace(
             self,
             name="FLUX-base",
-            network=Network.of(type(self.network.model), config),
+            network=Network.from_config(type(self.network.model), config),
             resolutions=self.resolutions[-1:],
             curriculum=Curriculum(phases, self.curriculum.unit),
             max_micro_batch=self.max_micro_batch[-1:],
             frozen=tuple(replace(model, flops=model.flops[-1:]) for model in self.frozen),
         )
-        return replace(one, max_micro_batch=(largest_even(one, 0, one.max_micro_batch[0]),))
+        return replace(one, max_micro_batch=(largest_even_micro_batch(one, 0, one.max_micro_batch[0]),))
 
 
-def largest_even(setup: Setup, stage: int, limit: int) -> int:
-    """The largest ``max_micro_batch`` of a stage up to ``limit`` with which every phase splits evenly.
+def largest_even_micro_batch(setup: Setup, stage: int, limit: int) -> int:
+    """Return the largest ``max_micro_batch`` of a stage, up to ``limit``, with which every phase splits evenly.
 
     Raises:
-        ValueError: the devices don't divide a step's samples.
+        ValueError: the samples of a step can't be divided by the number of devices.
     """
     for size in range(limit, 0, -1):
         limits = [*setup.max_micro_batch]

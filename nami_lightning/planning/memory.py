@@ -1,8 +1,9 @@
-"""How much memory a micro-batch takes beside weights and gradients, found by running it with tensors that hold nothing.
+"""The memory that the activations of a micro-batch take, measured without allocating anything.
 
-The network runs forward and backward under torch's ``FakeTensorMode``: every operation yields a tensor of the right
-shape and number type without its numbers, so nothing is computed or allocated, and what is alive when is the same as in
-a real run. What CUDA's kernels keep that the CPU's don't, or the other way round, is put right by :func:`as_on_cuda`.
+The network runs forward and backward under torch's ``FakeTensorMode``: every operation gives a tensor of the right
+shape and dtype, but without values. So nothing is computed or allocated, and at every moment the same tensors are alive
+as in a real run. CUDA's kernels keep other tensors for the backward pass than the CPU's:
+:func:`mimic_cuda_kernels` makes up for the difference.
 """
 
 import logging
@@ -27,36 +28,36 @@ from nami_lightning.training.strategies import parallelize
 
 @dataclass(frozen=True)
 class MicroBatchShape:
-    """What decides a micro-batch's memory.
+    """The properties of a micro-batch that decide how much memory it takes.
 
     Attributes:
-        stage: 0 (coarsest) to K-1.
-        samples: of the micro-batch.
-        side: of the latents.
-        text_tokens: of a prompt, padding included.
-        weights: number type of the weights that the network computes with.
-        autocast: number type that autocast computes in, or None.
-        activation_checkpointing: every so many-th block is recomputed; 0 none.
-        cuda: keep what CUDA's kernels keep; False: the CPU's.
+        stage: index of the stage, from 0 (coarsest) to K-1.
+        samples: number of samples in the micro-batch.
+        side: height and width of the latents.
+        text_tokens: number of tokens of a prompt, padding included.
+        weight_dtype: dtype of the weights that the network computes with.
+        autocast_dtype: dtype that autocast computes in; None without autocast.
+        activation_checkpointing: N: every N-th block is recomputed; 0: none is.
+        cuda: True: keep for the backward pass what CUDA's kernels keep; False: what the CPU's keep.
     """
 
     stage: int
     samples: int
     side: int
     text_tokens: int
-    weights: torch.dtype = torch.float32
-    autocast: torch.dtype | None = None
+    weight_dtype: torch.dtype = torch.float32
+    autocast_dtype: torch.dtype | None = None
     activation_checkpointing: int = 0
     cuda: bool = True
 
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes of a micro-batch.
+    """Bytes that the activations of a micro-batch take.
 
     Attributes:
-        saved: kept for the backward pass, with what the largest recomputed block keeps while it is gone through.
-        peak: the most that is alive at once in the forward and backward pass, weights and their gradients left out.
+        saved: bytes kept for the backward pass, with those of the largest recomputed block while it is recomputed.
+        peak: the most bytes alive at once in the forward and backward pass, without weights and their gradients.
     """
 
     saved: int
@@ -64,42 +65,37 @@ class Activations:
 
 
 @cache
-def activations(make: Callable[[], NamiTransformer2DModel], shape: MicroBatchShape) -> Activations:
-    """The activations of one micro-batch; takes seconds, whatever the size.
+def measure_activations(make: Callable[[], NamiTransformer2DModel], shape: MicroBatchShape) -> Activations:
+    """Return the memory of the activations of one micro-batch; this takes seconds, whatever the size.
 
     Args:
-        make: makes the network.
-        shape: of the micro-batch, and how it is computed.
+        make: function that creates the network.
+        shape: the micro-batch, and how it is computed.
     """
     with _quiet(), FakeTensorMode():
-        model = _of_type(shape.weights, make)
+        model = _make_with_dtype(shape.weight_dtype, make)
         if shape.cuda:
-            as_on_cuda(model, shape.autocast is not None)
+            mimic_cuda_kernels(model, shape.autocast_dtype is not None)
         blocks = model.blocks(shape.stage)
         by_block: dict[nn.Module | None, int] = {}
         recomputed = 0
         if shape.activation_checkpointing:
-            with count_saved(model, blocks, by_block):
+            with count_saved_bytes(model, blocks, by_block):
                 _loss(model, shape)
-            every = {id(b) for part in model_parts(model) for b in part[:: shape.activation_checkpointing]}
+            every = {id(block) for block in model.recomputed_blocks(shape.activation_checkpointing)}
             recomputed = max((size for b, size in by_block.items() if id(b) in every), default=0)
             by_block.clear()
             parallelize(model, None, shape.activation_checkpointing)
         for parameter in model.parameters():
             parameter.register_post_accumulate_grad_hook(_drop_gradient)
         with LiveBytes(model) as live:
-            with count_saved(model, [], by_block):
+            with count_saved_bytes(model, [], by_block):
                 loss = _loss(model, shape)
             loss.backward()
     return Activations(sum(by_block.values()) + recomputed, live.peak)
 
 
-def model_parts(model: NamiTransformer2DModel) -> list[list[nn.Module]]:
-    """The two lists in which checkpointing counts blocks."""
-    return [list(model.transformer_blocks), list(model.single_transformer_blocks)]
-
-
-def _of_type(dtype: torch.dtype, make: Callable[[], NamiTransformer2DModel]) -> NamiTransformer2DModel:
+def _make_with_dtype(dtype: torch.dtype, make: Callable[[], NamiTransformer2DModel]) -> NamiTransformer2DModel:
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -113,24 +109,29 @@ def _loss(model: NamiTransformer2DModel, shape: MicroBatchShape) -> Tensor:
     config, n = model.config, shape.samples
     x = torch.empty(n, config.in_channels, shape.side, shape.side)
     text = torch.empty(n, shape.text_tokens, config.joint_attention_dim)
-    with torch.autocast("cpu", shape.autocast, enabled=shape.autocast is not None, cache_enabled=False):
+    dtype = shape.autocast_dtype
+    with torch.autocast("cpu", dtype, enabled=dtype is not None, cache_enabled=False):
         velocity = model(x, text, torch.empty(n, config.pooled_projection_dim), torch.empty(n), shape.stage)
         return F.mse_loss(velocity.float(), torch.empty_like(x))
 
 
 def _drop_gradient(parameter: Tensor) -> None:
-    """Gradients are counted apart."""
+    """Free a gradient as soon as it is complete: the plan counts gradients elsewhere."""
     parameter.grad = None
 
 
 @contextmanager
-def count_saved(model: nn.Module, blocks: list[nn.Module], by_block: dict[nn.Module | None, int]) -> Iterator[None]:
-    """Add the bytes that autograd saves in a forward pass, each storage once and weights left out, to ``by_block``.
+def count_saved_bytes(
+    model: nn.Module, blocks: list[nn.Module], by_block: dict[nn.Module | None, int]
+) -> Iterator[None]:
+    """Add the bytes that autograd saves in a forward pass to ``by_block``.
+
+    Each storage counts once, and weights don't count.
 
     Args:
-        model: whose weights don't count.
-        blocks: whose shares are to be told apart; all else goes to None.
-        by_block: where to add.
+        model: the network, whose weights don't count.
+        blocks: blocks whose bytes are counted separately; all others count under the key None.
+        by_block: bytes of each block, which this function adds to.
     """
     seen = {parameter.untyped_storage()._cdata: parameter.untyped_storage() for parameter in model.parameters()}
     current: list[nn.Module | None] = [None]
@@ -138,7 +139,7 @@ def count_saved(model: nn.Module, blocks: list[nn.Module], by_block: dict[nn.Mod
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in seen:
-            seen[storage._cdata] = storage  # held, so that its address isn't used again
+            seen[storage._cdata] = storage  # keep a reference, so that its address isn't used again
             by_block[current[0]] = by_block.get(current[0], 0) + storage.nbytes()
         return tensor
 
@@ -158,14 +159,14 @@ def count_saved(model: nn.Module, blocks: list[nn.Module], by_block: dict[nn.Mod
 
 
 class LiveBytes(TorchDispatchMode):
-    """Follows the storages that operations make until they are freed.
+    """A mode that follows the storages that operations allocate until they are freed.
 
     Args:
-        model: whose weights don't count.
+        models: modules whose weights and buffers don't count.
 
     Attributes:
-        now: bytes alive.
-        peak: the most there were.
+        now: number of bytes that are alive now.
+        peak: largest number of bytes that were alive at once.
     """
 
     def __init__(self, *models: nn.Module) -> None:
@@ -194,8 +195,11 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
-def as_on_cuda(model: nn.Module, autocast: bool) -> None:
-    """Make normalisations what they are on CUDA: RMSNorm one kernel, and under autocast all of them in float32."""
+def mimic_cuda_kernels(model: nn.Module, autocast: bool) -> None:
+    """Make the normalisations of a model keep what they keep on CUDA.
+
+    There RMSNorm is one fused kernel, and under autocast all normalisations compute in float32.
+    """
     for module in model.modules():
         if isinstance(module, nn.RMSNorm):
             module.forward = partial(_fused_rms_norm, module.weight)  # type: ignore[method-assign]
@@ -210,7 +214,7 @@ def _fused_rms_norm(weight: Tensor, x: Tensor) -> Tensor:
 
 
 class _FusedRMSNorm(torch.autograd.Function):
-    """What the fused kernel keeps, without its numbers."""
+    """An RMSNorm that keeps the tensors that CUDA's fused kernel keeps, without computing anything."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:

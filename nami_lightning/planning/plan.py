@@ -1,16 +1,16 @@
-"""What a recipe needs on given devices, before anything is bought: operations, memory and time, beside FLUX-base's.
+"""What a recipe needs on given devices: operations, memory and time, to be compared with FLUX-base's.
 
-Parameters are counted on the network without its numbers, operations by the closed formula of ``flops.py``, activations
-by running each stage's micro-batch without numbers (``memory.py``). The rest of the memory follows from the strategy:
+Parameters are counted on the meta device, operations by the closed formula of ``flops``, and activations by running
+each stage's micro-batch with fake tensors (``memory``). The rest of the memory follows from the strategy:
 
 ===============  ====================================================================================================
-weights          every number on every device, or its shard (FSDP2 cuts each parameter along its first dimension)
-gradients        as many; FSDP2 with ``reduce_gradients: step`` keeps whole ones of ``param_dtype`` besides
-optimizer        the state that the recipe's optimizer makes for a weight
-EMA              as the weights, if the recipe has one
-communication    DDP: its buckets, unless gradients are views of them. FSDP2: the root and three blocks gathered (the
-                 one that computes, the next one on its way, and a copy), or all that were, without
-                 ``reshard_after_forward``; and one block's gradients on their way
+weights          all of them on every device, or one shard (FSDP2 cuts each parameter along its first dimension)
+gradients        as many as weights; FSDP2 with ``reduce_gradients: step`` also keeps unsharded ones in ``param_dtype``
+optimizer        the state that the recipe's optimizer keeps for the weights
+EMA              as many as weights, if the recipe has an EMA
+communication    DDP: its buckets, unless gradients are views of them. FSDP2: the root and three gathered blocks (the
+                 one that computes, the next one, which is being gathered, and a copy), or all that have been gathered
+                 if ``reshard_after_forward`` is off; and the gradients of one block, which are being reduced
 ===============  ====================================================================================================
 """
 
@@ -23,33 +23,33 @@ from tqdm import tqdm
 
 from nami_lightning.planning.flops import DEVICES, Flops, transformer_flops
 from nami_lightning.planning.inputs import Setup
-from nami_lightning.planning.memory import MicroBatchShape, activations
+from nami_lightning.planning.memory import MicroBatchShape, measure_activations
 from nami_lightning.training.curriculum import Phase
 
-USABLE = 0.92
+USABLE_MEMORY = 0.92
 """Share of a device's memory that a plan may fill; CUDA, NCCL and gaps between allocations take the rest."""
 
 GATHERED_BLOCKS = 3
-"""That FSDP2 holds at once in torch's implementation: in use, on its way, and the flat copy that either came in."""
+"""Number of gathered blocks that torch's FSDP2 holds at once: the one in use, the next one, and a flat copy of one."""
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """A stage.
+    """What one stage needs.
 
     Attributes:
-        resolution: px.
-        image_tokens: of a sample.
-        text_tokens: of a sample.
-        blocks: double and single ones that run.
-        parameters: that this stage adds: its blocks and its head.
-        parameters_used: by it, with all stages before and what is shared.
-        micro_batch: samples that go through a device at once.
-        flops: of training on a sample.
-        encoding_flops: of the frozen encoders, for a sample.
-        saved: bytes that a micro-batch keeps for its backward pass, with the largest recomputed block's.
-        temporary: bytes that are alive besides at the worst moment.
-        communication: bytes of buffers.
+        resolution: resolution in px.
+        image_tokens: number of image tokens of a sample.
+        text_tokens: number of text tokens of a sample.
+        blocks: number of double and of single blocks that run.
+        parameters: number of parameters that this stage adds: its blocks and its head.
+        parameters_used: number of parameters that the stage uses, with those of earlier stages and the shared ones.
+        micro_batch: number of samples that go through a device at once.
+        flops: operations of training on one sample.
+        encoding_flops: operations of the frozen encoders for one sample.
+        saved: bytes that a micro-batch keeps for its backward pass, with those of the largest recomputed block.
+        temporary: bytes that are alive in addition at the worst moment.
+        communication: bytes of the communication buffers.
     """
 
     resolution: int
@@ -68,7 +68,7 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on each device at the worst moment of a step; ``stage`` is whose micro-batch that is in."""
+    """Bytes on each device at the worst moment of a step, which a micro-batch of ``stage`` causes."""
 
     weights: int
     gradients: int
@@ -82,23 +82,23 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Sum of all parts, in bytes."""
         held = self.weights + self.gradients + self.optimizer + self.ema + self.frozen
         return held + self.communication + self.activations + self.temporary
 
 
 @dataclass(frozen=True)
 class PhasePlan:
-    """A phase.
+    """What one phase of the curriculum needs.
 
     Attributes:
-        steps: how many.
-        ratio: of samples.
-        samples: of each stage in a step.
-        micro_batches: of each stage in a step of a device.
-        flops: of each stage in a step of all devices, what is recomputed and the encoders' included.
-        seconds_per_step: at the stated utilisation.
-        gpu_hours: of the phase.
+        steps: number of steps.
+        ratio: ratio of the stages' samples.
+        samples: number of samples of each stage in a step.
+        micro_batches: number of micro-batches of each stage on one device in a step.
+        flops: operations of each stage in a step on all devices, with recomputed blocks and the encoders.
+        seconds_per_step: seconds of a step at the assumed utilisation.
+        gpu_hours: GPU-hours of the whole phase.
     """
 
     steps: int
@@ -115,13 +115,13 @@ class Plan:
     """What a setup needs.
 
     Attributes:
-        setup: of what.
-        parameters: of the network.
-        shared_parameters: of what all stages use.
-        stages: each of them.
-        memory: of a device.
-        limit: bytes of it that may be filled.
-        phases: each of them.
+        setup: the setup that the plan is about.
+        parameters: number of parameters of the network.
+        shared_parameters: number of parameters that all stages use.
+        stages: the plan of each stage.
+        memory: the memory that one device needs.
+        limit: bytes of a device's memory that may be filled.
+        phases: the plan of each phase.
     """
 
     setup: Setup
@@ -134,17 +134,17 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether it does."""
+        """Whether the memory of a device is large enough."""
         return self.memory.total <= self.limit
 
     @property
     def gpu_hours(self) -> float:
-        """Of all phases."""
+        """GPU-hours of all phases together."""
         return sum(phase.gpu_hours for phase in self.phases)
 
 
 def make_plan(setup: Setup) -> Plan:
-    """Plan a setup.
+    """Return the plan of a setup.
 
     Raises:
         ValueError: a step's samples can't be split evenly over the devices.
@@ -164,23 +164,23 @@ def make_plan(setup: Setup) -> Plan:
 
 
 def memory_limit(setup: Setup) -> int:
-    """Bytes of a device that may be filled."""
-    return int(DEVICES[setup.device].memory * USABLE * 2**30)
+    """Return the number of bytes of a device that may be filled."""
+    return int(DEVICES[setup.device].memory * USABLE_MEMORY * 2**30)
 
 
-def least_memory(setup: Setup) -> int:
-    """Bytes on a device with no activations at all."""
+def memory_without_activations(setup: Setup) -> int:
+    """Return the bytes that a device needs if activations took no memory."""
     communication = max(_communication(setup, stage) for stage in range(len(setup.resolutions)))
-    return sum(_lasting(setup).values()) + communication
+    return sum(_constant_memory(setup).values()) + communication
 
 
 def _stage(setup: Setup, stage: int) -> StagePlan:
     network, config = setup.network, setup.network.config
-    used = network.used(stage)
-    before = network.used(stage - 1) if stage else {None}
+    used = network.groups_used(stage)
+    before = network.groups_used(stage - 1) if stage else {None}
     sizes = {group: sum(p.numel() for p in parameters) for group, parameters in network.groups()}
     samples = setup.micro_batch(stage)
-    activations_of = activations(network.make, _shape(setup, stage, samples)) if samples else None
+    activations_of = measure_activations(network.make, _shape(setup, stage, samples)) if samples else None
     doubles, singles = (list(accumulate(config[key]))[stage] for key in ("num_layers", "num_single_layers"))
     tokens = setup.image_tokens(stage)
     return StagePlan(
@@ -201,48 +201,51 @@ def _stage(setup: Setup, stage: int) -> StagePlan:
 
 def _shape(setup: Setup, stage: int, samples: int) -> MicroBatchShape:
     halves = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
-    sharded = setup.spread.kind == "fsdp2" and setup.spread.param_dtype != "float32"
+    sharded = setup.sharding.kind == "fsdp2" and setup.sharding.param_dtype != "float32"
     return MicroBatchShape(
         stage=stage,
         samples=samples,
         side=setup.resolutions[stage] // setup.factor,
         text_tokens=setup.text_tokens,
-        weights=getattr(torch, setup.spread.param_dtype) if sharded else setup.stored,
-        autocast=halves.get(setup.precision),
+        weight_dtype=getattr(torch, setup.sharding.param_dtype) if sharded else setup.weight_dtype,
+        autocast_dtype=halves.get(setup.precision),
         activation_checkpointing=setup.activation_checkpointing,
     )
 
 
 def shard_numel(parameter: nn.Parameter, shards: int) -> int:
-    """Numbers of a parameter on one of ``shards`` devices, with FSDP2's padding along the first dimension."""
+    """Return how many values of a parameter one of ``shards`` devices holds.
+
+    FSDP2 pads the first dimension, so that every device holds as many.
+    """
     return -(-parameter.shape[0] // shards) * (parameter.numel() // parameter.shape[0])
 
 
 def _communication(setup: Setup, stage: int) -> int:
-    """Bytes of buffers while a micro-batch of ``stage`` computes."""
-    spread, groups = setup.spread, setup.network.groups()
-    if spread.kind == "ddp":
-        unneeded = setup.devices == 1 or spread.gradient_as_bucket_view
-        return 0 if unneeded else sum(p.numel() for _, part in groups for p in part) * setup.stored.itemsize
-    used = setup.network.used(stage)
+    """Return the bytes of communication buffers while a micro-batch of ``stage`` computes."""
+    sharding, groups = setup.sharding, setup.network.groups()
+    if sharding.kind == "ddp":
+        unneeded = setup.devices == 1 or sharding.gradient_as_bucket_view
+        return 0 if unneeded else sum(p.numel() for _, part in groups for p in part) * setup.weight_dtype.itemsize
+    used = setup.network.groups_used(stage)
     sizes = {group: sum(p.numel() for p in part) for group, part in groups if group in used}
     largest = max(size for group, size in sizes.items() if group is not None)
     gathered = sizes[None] + GATHERED_BLOCKS * largest
-    if not spread.reshard_after_forward:
+    if not sharding.reshard_after_forward:
         gathered = sum(sizes.values()) + (GATHERED_BLOCKS - 1) * largest
-    param, reduced = (getattr(torch, name).itemsize for name in (spread.param_dtype, spread.reduce_dtype))
+    param, reduced = (getattr(torch, name).itemsize for name in (sharding.param_dtype, sharding.reduce_dtype))
     return gathered * param + largest * reduced
 
 
-def _lasting(setup: Setup) -> dict[str, int]:
-    """Bytes on a device for the whole of a step, by what they hold."""
-    spread = setup.spread
+def _constant_memory(setup: Setup) -> dict[str, int]:
+    """Return the bytes that a device holds during the whole of a step, by what they hold."""
+    sharding = setup.sharding
     parameters = list(setup.network.model.parameters())
-    shards = spread.shards(setup.devices)
-    weights = sum(shard_numel(p, shards) for p in parameters) * setup.stored.itemsize
+    shards = sharding.shards(setup.devices)
+    weights = sum(shard_numel(p, shards) for p in parameters) * setup.weight_dtype.itemsize
     gradients = weights
-    if spread.kind == "fsdp2" and not spread.reduce_each_micro_batch:
-        gradients += sum(p.numel() for p in parameters) * getattr(torch, spread.param_dtype).itemsize
+    if sharding.kind == "fsdp2" and not sharding.reduce_each_micro_batch:
+        gradients += sum(p.numel() for p in parameters) * getattr(torch, sharding.param_dtype).itemsize
     return {
         "weights": weights,
         "gradients": gradients,
@@ -258,7 +261,7 @@ def _memory(setup: Setup, stages: list[StagePlan]) -> Memory:
     # Images are encoded before their micro-batch has any activations.
     encoding = max((model.peak for model in setup.frozen), default=0)
     return Memory(
-        **_lasting(setup),
+        **_constant_memory(setup),
         communication=worst.communication,
         activations=worst.saved,
         temporary=max(worst.temporary, encoding - worst.saved),
@@ -271,9 +274,9 @@ def _phase(setup: Setup, stages: list[StagePlan], phase: Phase) -> PhasePlan:
     samples = [parts * setup.curriculum.unit for parts in phase.ratio]
     trained = [count * stage.flops.hardware for count, stage in zip(samples, stages, strict=True)]
     encoded = [count * stage.encoding_flops for count, stage in zip(samples, stages, strict=True)]
-    seconds = sum(trained) / device.flops(setup.number_type)
+    seconds = sum(trained) / device.peak_flops(setup.matmul_dtype)
     for model in setup.frozen:
-        seconds += sum(n * f for n, f in zip(samples, model.flops, strict=True)) / device.flops(model.number_type)
+        seconds += sum(n * f for n, f in zip(samples, model.flops, strict=True)) / device.peak_flops(model.dtype)
     seconds /= setup.devices * setup.utilization
     return PhasePlan(
         steps=phase.steps,

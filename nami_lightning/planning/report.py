@@ -1,13 +1,14 @@
-"""A plan for people, as tables, and for programs, as JSON."""
+"""A plan as tables for people, or as JSON for programs."""
 
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from nami_lightning.planning.encoder_memory import FrozenModel
 from nami_lightning.planning.flops import DEVICES
-from nami_lightning.planning.plan import USABLE, Memory, Plan
-from nami_lightning.planning.suggestions import Remedy
+from nami_lightning.planning.plan import USABLE_MEMORY, Memory, Plan
+from nami_lightning.planning.suggestions import Suggestion
 from nami_lightning.utils.text_table import table
 
 MEMORY_ROWS = ("weights", "gradients", "optimizer", "ema", "frozen", "communication", "activations", "temporary")
@@ -15,20 +16,23 @@ MEMORY_NAMES = {"ema": "EMA", "frozen": "frozen encoders"}
 
 
 @dataclass(frozen=True)
-class Data:
-    """Images for training.
+class TrainingImages:
+    """How many images there are for training.
 
     Attributes:
-        origin: who says so.
-        images: by the resolution that they are stored at.
+        origin: where the numbers come from: a data set's folder, or an option.
+        images: number of images, by the resolution that they are stored at.
     """
 
     origin: str
     images: dict[int, int]
 
 
-def draws(plan: Plan, data: Data) -> dict[int, list[float]]:
-    """Samples of each stage that come from each resolution's images: in proportion, from its own or higher."""
+def samples_by_resolution(plan: Plan, data: TrainingImages) -> dict[int, list[float]]:
+    """Return how many samples of each stage use images of each resolution.
+
+    A stage uses the images of its own resolution and of higher ones, in proportion to their numbers.
+    """
     drawn: dict[int, list[float]] = {}
     for side in data.images:
         drawn[side] = []
@@ -40,19 +44,21 @@ def draws(plan: Plan, data: Data) -> dict[int, list[float]]:
 
 
 def total_samples(plan: Plan) -> list[int]:
-    """Of each stage in all phases."""
+    """Return the number of samples of each stage in all phases together."""
     return [sum(phase.steps * phase.samples[k] for phase in plan.phases) for k in range(len(plan.stages))]
 
 
-def as_json(plan: Plan, base: Plan | None, remedy: Remedy | None, data: Data | None) -> dict[str, Any]:
-    """All figures: bytes, operations, seconds, hours."""
+def as_json(
+    plan: Plan, base: Plan | None, suggestion: Suggestion | None, data: TrainingImages | None
+) -> dict[str, Any]:
+    """Return all figures of a plan as JSON values: bytes, operations, seconds and hours."""
     return {
         **_figures(plan),
         "flux_base": None if base is None else _figures(base),
-        "remedy": None if remedy is None else {"settings": remedy.settings, **_figures(remedy.plan)},
+        "remedy": None if suggestion is None else {"settings": suggestion.settings, **_figures(suggestion.plan)},
         "data": None
         if data is None
-        else {"origin": data.origin, "images": data.images, "samples_by_stage": draws(plan, data)},
+        else {"origin": data.origin, "images": data.images, "samples_by_stage": samples_by_resolution(plan, data)},
     }
 
 
@@ -62,10 +68,10 @@ def _figures(plan: Plan) -> dict[str, Any]:
         "name": setup.name,
         "devices": setup.devices,
         "device": setup.device,
-        "number_type": setup.number_type,
-        "peak_flops": DEVICES[setup.device].flops(setup.number_type),
+        "number_type": setup.matmul_dtype,
+        "peak_flops": DEVICES[setup.device].peak_flops(setup.matmul_dtype),
         "utilization": setup.utilization,
-        "strategy": asdict(setup.spread),
+        "strategy": asdict(setup.sharding),
         "activation_checkpointing": setup.activation_checkpointing,
         "max_micro_batch": setup.max_micro_batch,
         "parameters": plan.parameters,
@@ -76,21 +82,26 @@ def _figures(plan: Plan) -> dict[str, Any]:
         "phases": [asdict(phase) for phase in plan.phases],
         "samples": total_samples(plan),
         "gpu_hours": plan.gpu_hours,
-        "frozen": [asdict(model) for model in setup.frozen],
+        "frozen": [_frozen_model(model) for model in setup.frozen],
     }
 
 
-def as_text(plan: Plan, base: Plan | None, remedy: Remedy | None, data: Data | None) -> list[str]:
-    """Lines for the terminal."""
+def _frozen_model(model: FrozenModel) -> dict[str, Any]:
+    figures = asdict(model)
+    return figures | {"number_type": figures.pop("dtype")}
+
+
+def as_text(plan: Plan, base: Plan | None, suggestion: Suggestion | None, data: TrainingImages | None) -> list[str]:
+    """Return a plan as lines for the terminal."""
     setup, device = plan.setup, DEVICES[plan.setup.device]
-    spread = setup.spread
-    how = "on each device whole" if spread.kind == "ddp" else f"sharded over {spread.shards(setup.devices)}"
-    rate = device.flops(setup.number_type) / 1e12
+    sharding = setup.sharding
+    how = "copied to each device" if sharding.kind == "ddp" else f"sharded over {sharding.shards(setup.devices)}"
+    rate = device.peak_flops(setup.matmul_dtype) / 1e12
     lines = [
-        f"{setup.name} on {setup.devices} x {setup.device}, weights {how} ({spread.kind}), computing in "
-        f"{setup.number_type}",
-        f"Times are at {setup.utilization:.0%} of {rate:g} TFLOP/s a device (--utilization), all work counted; what "
-        "waits for data or other devices is part of that share.",
+        f"{setup.name} on {setup.devices} x {setup.device}, weights {how} ({sharding.kind}), computing in "
+        f"{setup.matmul_dtype}",
+        f"Times are at {setup.utilization:.0%} of {rate:g} TFLOP/s per device (--utilization). All work counts, "
+        "and waiting for data or for other devices is included.",
         "",
         *_stages(plan, base),
         "",
@@ -100,7 +111,7 @@ def as_text(plan: Plan, base: Plan | None, remedy: Remedy | None, data: Data | N
         "",
         *_samples(plan, data),
         "",
-        *_verdict(plan, remedy),
+        *_verdict(plan, suggestion),
     ]
     return [*lines, *(f"Not counted: {note}" for note in _uncounted(plan))]
 
@@ -118,31 +129,34 @@ def _stages(plan: Plan, base: Plan | None) -> list[str]:
     row("blocks, double + single", lambda s: f"{s.blocks[0]} + {s.blocks[1]}")
     row("parameters added", lambda s: f"{s.parameters:,}")
     row("parameters used", lambda s: f"{s.parameters_used:,}")
-    row("TFLOP a sample", lambda s: f"{s.flops.model / 1e12:,.3g}")
-    row("  recomputed besides", lambda s: f"{s.flops.recomputed / 1e12:,.3g}")
-    row("  encoders besides", lambda s: f"{s.encoding_flops / 1e12:,.3g}")
+    row("TFLOP per sample", lambda s: f"{s.flops.model / 1e12:,.3g}")
+    row("  recomputed, in addition", lambda s: f"{s.flops.recomputed / 1e12:,.3g}")
+    row("  encoders, in addition", lambda s: f"{s.encoding_flops / 1e12:,.3g}")
     row("micro-batch, samples", lambda s: str(s.micro_batch))
     row("  its activations", lambda s: _gib(s.saved))
-    row("  temporary at its peak", lambda s: _gib(s.temporary))
-    total = f"parameters: {plan.parameters:,}, of which all stages share {plan.shared_parameters:,}"
+    row("  temporary, at its peak", lambda s: _gib(s.temporary))
+    total = f"parameters: {plan.parameters:,}, of which {plan.shared_parameters:,} are shared by all stages"
     return [total + (f"; FLUX-base {base.parameters:,}" if base else ""), *table(rows, "<" + ">" * len(stages))]
 
 
 def _memory(plan: Plan, base: Plan | None) -> list[str]:
     plans = [plan, *([base] if base else [])]
-    rows = [["memory of a device", plan.setup.name, *(["FLUX-base"] if base else [])]]
+    rows = [["memory per device", plan.setup.name, *(["FLUX-base"] if base else [])]]
     for name in MEMORY_ROWS:
         values = [getattr(one.memory, name) for one in plans]
         if any(values):
             rows.append([f"  {MEMORY_NAMES.get(name, name)}", *map(_gib, values)])
-    rows.append(["  together", *(_gib(one.memory.total) for one in plans)])
-    rows.append([f"  may be filled ({USABLE:.0%})", *(_gib(one.limit) for one in plans)])
-    return [*table(rows, "<" + ">" * len(plans)), f"  At its worst in a micro-batch of stage {plan.memory.stage + 1}."]
+    rows.append(["  total", *(_gib(one.memory.total) for one in plans)])
+    rows.append([f"  limit ({USABLE_MEMORY:.0%} of the device)", *(_gib(one.limit) for one in plans)])
+    return [
+        *table(rows, "<" + ">" * len(plans)),
+        f"  This is the worst moment, in a micro-batch of stage {plan.memory.stage + 1}.",
+    ]
 
 
 def _phases(plan: Plan, base: Plan | None) -> list[str]:
     stages = [f"stage {k + 1}" for k in range(len(plan.stages))]
-    rows = [["phase", "steps", "ratio", *(f"{s} PFLOP" for s in stages), "s a step", "days", "GPU-hours"]]
+    rows = [["phase", "steps", "ratio", *(f"{s} PFLOP" for s in stages), "s / step", "days", "GPU-hours"]]
     if base:
         rows[0].append("FLUX-base's")
     for number, phase in enumerate(plan.phases, 1):
@@ -163,15 +177,18 @@ def _phases(plan: Plan, base: Plan | None) -> list[str]:
     return lines
 
 
-def _samples(plan: Plan, data: Data | None) -> list[str]:
+def _samples(plan: Plan, data: TrainingImages | None) -> list[str]:
     totals = total_samples(plan)
     names = [f"stage {k + 1}" for k in range(len(totals))]
     if data is None:
         rows = [["", *names], ["samples", *(f"{n:,}" for n in totals)]]
         lines = table(rows, "<" + ">" * len(totals))
-        return [*lines, "Epochs are not known: the data set isn't prepared here. Give its size as --images N."]
+        return [
+            *lines,
+            "The number of epochs is unknown, because the data set isn't prepared here. Give its size with --images N.",
+        ]
     rows = [["images", "", *(f"samples of {name}" for name in names), "epochs"]]
-    for side, drawn in draws(plan, data).items():
+    for side, drawn in samples_by_resolution(plan, data).items():
         count = data.images[side]
         seen = f"{sum(drawn) / count:,.2f}" if count else "-"
         rows.append([f"{side} px", f"{count:,}", *(f"{n:,.0f}" for n in drawn), seen])
@@ -181,17 +198,20 @@ def _samples(plan: Plan, data: Data | None) -> list[str]:
     return [*table(rows, "<" + ">" * (len(totals) + 2)), f"Images: {data.origin}."]
 
 
-def _verdict(plan: Plan, remedy: Remedy | None) -> list[str]:
+def _verdict(plan: Plan, suggestion: Suggestion | None) -> list[str]:
     if plan.fits:
         return [f"It fits: {_gib(plan.memory.total)} of {_gib(plan.limit)}."]
     lines = [f"It does not fit: {_gib(plan.memory.total)} of {_gib(plan.limit)}. {_largest(plan.memory)}"]
-    if remedy is None:
-        return [*lines, "No change of checkpointing, micro-batches, sharding and devices makes it fit this device."]
-    found = remedy.plan
+    if suggestion is None:
+        return [
+            *lines,
+            "No change of checkpointing, micro-batches, sharding and number of devices makes it fit on this device.",
+        ]
+    found = suggestion.plan
     return [
         *lines,
         f"The first change with which it fits ({_gib(found.memory.total)}; {_hours(found.gpu_hours)} GPU-hours):",
-        f"  {shlex.join(remedy.settings)}",
+        f"  {shlex.join(suggestion.settings)}",
     ]
 
 
@@ -203,11 +223,15 @@ def _largest(memory: Memory) -> str:
 def _uncounted(plan: Plan) -> Sequence[str]:
     unknown = [model.name for model in plan.setup.frozen if model.memory is None]
     notes = [
-        f"{name}: its configuration is neither here nor within reach, so neither memory nor time" for name in unknown
+        f"the memory and time of {name}, because its configuration was found neither here nor on the hub"
+        for name in unknown
     ]
     if any(model.memory is not None for model in plan.setup.frozen):
-        notes.append("the text encoders' own activations, and convolutions' workspaces")
-    return [*notes, "validation, drawing and checkpoints; shapes other than squares, whose tokens differ a little"]
+        notes.append("the text encoders' activations, and the workspaces of convolutions")
+    return [
+        *notes,
+        "validation, sampling and checkpoints; images that aren't square, whose number of tokens differs a little",
+    ]
 
 
 def _gib(size: float) -> str:

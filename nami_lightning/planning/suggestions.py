@@ -1,33 +1,33 @@
-"""What would make a plan fit: the first change of settings with which it does, planned again with it."""
+"""Finds a change of settings that makes a plan fit on its devices, and plans again with that change."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
-from nami_lightning.planning.inputs import Setup, Spread, largest_even
-from nami_lightning.planning.plan import Plan, least_memory, make_plan, memory_limit
+from nami_lightning.planning.inputs import Setup, Sharding, largest_even_micro_batch
+from nami_lightning.planning.plan import Plan, make_plan, memory_limit, memory_without_activations
 
 MOST_DEVICES = 1024
 
 
 @dataclass(frozen=True)
-class Remedy:
+class Suggestion:
     """Settings with which a recipe fits.
 
     Attributes:
-        settings: options of the command ``plan``, and recipe keys that ``run`` takes too.
-        plan: with them.
+        settings: options of ``lightning plan``, and recipe keys that ``lightning run`` takes too.
+        plan: the plan with these settings.
     """
 
     settings: list[str]
     plan: Plan
 
 
-def find_remedy(plan: Plan) -> Remedy | None:
-    """The first change that makes a plan fit, planned again with it; None if there is none.
+def find_suggestion(plan: Plan) -> Suggestion | None:
+    """Return the first change that makes a plan fit, with its plan; None if there is none.
 
-    Tried in this order, each alone and then together: recompute every block, smaller micro-batches, FSDP2, and more
-    devices.
+    The changes are tried in this order, first alone and then combined: recompute every block, use smaller
+    micro-batches, use FSDP2, use more devices.
     """
     kinds: tuple[Change, ...] = (_checkpointing, _smaller_micro_batches, _fsdp2, _more_devices)
     combinations = [[kind] for kind in kinds]
@@ -35,25 +35,25 @@ def find_remedy(plan: Plan) -> Remedy | None:
     combinations += [[_fsdp2, _checkpointing, _more_devices], [_fsdp2, _checkpointing, _more_devices, _smallest]]
     for combination in combinations:
         for setup, settings in _attempts(plan.setup, combination):
-            if _hopeless(setup):
+            if _cannot_fit(setup):
                 continue
             if (tried := make_plan(setup)).fits:
-                return Remedy(settings, tried)
+                return Suggestion(settings, tried)
     return None
 
 
 Attempt = tuple[Setup, list[str]]
 Change = Callable[[Setup], Iterator[Attempt]]
-"""A setup to the ways of changing it, each with the settings that say so."""
+"""A function that yields the ways to change a setup, each with the settings that make this change."""
 
 
-def _hopeless(setup: Setup) -> bool:
-    """Whether it can't fit whatever the activations, which take long to find."""
-    return least_memory(setup) > memory_limit(setup)
+def _cannot_fit(setup: Setup) -> bool:
+    """Tell whether a setup can't fit even without activations, which take long to measure."""
+    return memory_without_activations(setup) > memory_limit(setup)
 
 
 def _attempts(setup: Setup, kinds: Sequence[Change]) -> Iterator[Attempt]:
-    """All ways to apply a combination, one after the other; a change that is made already is left out."""
+    """Yield all ways to apply the changes one after the other; a change that is already made is left out."""
     if not kinds:
         yield setup, []
         return
@@ -70,11 +70,11 @@ def _checkpointing(setup: Setup) -> Iterator[Attempt]:
 
 def _smaller_micro_batches(setup: Setup) -> Iterator[Attempt]:
     limits = setup.max_micro_batch
-    while max(limits) > 1 and not _hopeless(setup):
+    while max(limits) > 1 and not _cannot_fit(setup):
         largest = make_plan(setup).memory.stage
         if limits[largest] == 1:
             return
-        changed = largest_even(setup, largest, limits[largest] // 2)
+        changed = largest_even_micro_batch(setup, largest, limits[largest] // 2)
         limits = (*limits[:largest], changed, *limits[largest + 1 :])
         setup = replace(setup, max_micro_batch=limits)
         yield setup, ["--data.init_args.max_micro_batch", str(list(limits))]
@@ -86,20 +86,20 @@ def _smallest(setup: Setup) -> Iterator[Attempt]:
 
 
 def _fsdp2(setup: Setup) -> Iterator[Attempt]:
-    half = setup.number_type if setup.number_type in ("bfloat16", "float16") else "float32"
-    spread = Spread("fsdp2", param_dtype=half)
-    if setup.spread == spread or setup.devices == 1:
+    half = setup.matmul_dtype if setup.matmul_dtype in ("bfloat16", "float16") else "float32"
+    sharding = Sharding("fsdp2", param_dtype=half)
+    if setup.sharding == sharding or setup.devices == 1:
         return
     strategy = "--trainer.strategy"
     settings = [strategy, "nami_lightning.FSDP2Strategy", f"{strategy}.param_dtype", half]
-    yield replace(setup, spread=spread, precision="32-true"), [*settings, "--trainer.precision", "32-true"]
+    yield replace(setup, sharding=sharding, precision="32-true"), [*settings, "--trainer.precision", "32-true"]
 
 
 def _more_devices(setup: Setup) -> Iterator[Attempt]:
     while setup.devices * 2 <= MOST_DEVICES:
         setup = replace(setup, devices=setup.devices * 2)
         try:
-            limits = tuple(largest_even(setup, k, limit) for k, limit in enumerate(setup.max_micro_batch))
+            limits = tuple(largest_even_micro_batch(setup, k, limit) for k, limit in enumerate(setup.max_micro_batch))
         except ValueError:
             return
         settings = ["--devices", str(setup.devices)]

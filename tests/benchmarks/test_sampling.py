@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from torch import nn
 
-from nami_lightning.benchmarks.sampling import PIPELINES, draw
+from nami_lightning.benchmarks.sampling import PIPELINES, time_sampling
 from nami_lightning.cli.main import main
 from nami_lightning.runs.recipe import Recipe
 
@@ -28,7 +28,7 @@ def test_all_take_as_many_steps_and_the_blocks_that_they_should(name: str) -> No
 
     for block in (*pipeline.transformer.transformer_blocks, *pipeline.transformer.single_transformer_blocks):
         block.register_forward_hook(count)
-    seconds = draw(pipeline, steps * stages // pipeline.bridge.num_stages, images=3)
+    seconds = time_sampling(pipeline, steps * stages // pipeline.bridge.num_stages, images=3)
 
     assert len(seconds) == pipeline.bridge.num_stages
     assert all(value > 0 for value in seconds)
@@ -48,4 +48,4 @@ def test_the_command_prints_a_row_a_model(capsys: Any) -> None:
     assert [row.split()[0] for row in rows] == ["NAMI", "flow-only", "FLUX-base"]
     assert rows[2].split()[1:3] == ["-", "-"]
     assert rows[2].split()[-1] == "0.0%"
-    assert "2 image(s) at once, 1 steps a stage (3 in one stage)" in about
+    assert "2 image(s) at once, 1 steps per stage (3 in one stage)" in about

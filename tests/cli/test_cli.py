@@ -216,7 +216,7 @@ def test_show_tells_what_a_run_is(finished: Path, capsys: Any) -> None:
         ),
         (["run", str(TINY), "--trainer.gradient_clip_val", "1.0"], "gradient clipping is not supported"),
         (["run", str(TINY), "--name", str(TINY / "below")], "Not a directory"),
-        (["data", "prepare", "--source", "folder", "--output", "o"], "nothing lies at folder, nor is it one of"),
+        (["data", "prepare", "--source", "folder", "--output", "o"], "folder is neither an existing path nor one of"),
         (["run", str(TINY), "--curriculum.phases", "[]"], "needs at least one phase"),
         (["run", str(TINY), "--model.bridge.init_args.channels", "4"], "both are the channels of the latents"),
         (["run", str(TINY), "--model.text_encoder.sequence", "no/such-model"], "no/such-model"),

@@ -21,8 +21,8 @@ from nami_lightning.cli.main import main
 from nami_lightning.comparison import compare
 from nami_lightning.comparison import sweep as sweep_module
 from nami_lightning.comparison.compare import differences, load_records
-from nami_lightning.comparison.report import amount, budget_table, reach_table, si
-from nami_lightning.comparison.seed_variance import groups, seed_differences
+from nami_lightning.comparison.report import budget_table, format_budget, format_si, reach_table
+from nami_lightning.comparison.seed_variance import group_by_recipe, seed_differences
 from nami_lightning.comparison.sweep import load_sweep, run_arguments
 from nami_lightning.metrics.record import Entry, Evaluation, read_entries, write_entries
 from nami_lightning.runs.preemption import INTERRUPTED, REQUEUE
@@ -57,17 +57,17 @@ def make_run(
         ],
     )
     if values:
-        chance = np.random.default_rng(seed)
+        rng = np.random.default_rng(seed)
         real = np.random.default_rng(99).normal(size=(100, 4))
         Evaluation(
             step=steps[-1],
             features="x",
-            drawn=chance.normal(size=(100, 4)) + shift,
+            drawn=rng.normal(size=(100, 4)) + shift,
             real=real,
             captions=[f"prompt {i}" for i in range(100)],
             seeds=list(range(100)),
             real_ids=[str(i) for i in range(100)],
-            of_drawn={"probe/retrieval_at_1": (chance.random(100) < 0.5 - shift / 10).astype(float)},
+            of_drawn={"probe/retrieval_at_1": (rng.random(100) < 0.5 - shift / 10).astype(float)},
             of_real={RECALL: np.ones(100)},
             images=[np.full((8, 8, 3), 60 * i, np.uint8) for i in range(3)],
         ).save(folder)
@@ -83,11 +83,11 @@ def test_curves_are_read_between_evaluations(tmp_path: Path) -> None:
     assert compare.value_at(curve, 15e6) == 70
     assert compare.value_at(curve, 5e6) is None
     assert compare.value_at(curve, 65e6) is None
-    assert compare.best(curve, -1) == (40e6, 30)
-    assert compare.reached(other.curve(FRECHET, "flops"), 30, -1) == pytest.approx(10e6 + 10e6 * 50 / 60)
-    assert compare.reached(curve, 20, -1) is None
-    assert compare.reached(curve, 95, -1) == 10e6
-    assert compare.reached([(1, 0.1), (2, 0.5)], 0.3, 1) == pytest.approx(1.5)
+    assert compare.best_point(curve, -1) == (40e6, 30)
+    assert compare.budget_to_reach(other.curve(FRECHET, "flops"), 30, -1) == pytest.approx(10e6 + 10e6 * 50 / 60)
+    assert compare.budget_to_reach(curve, 20, -1) is None
+    assert compare.budget_to_reach(curve, 95, -1) == 10e6
+    assert compare.budget_to_reach([(1, 0.1), (2, 0.5)], 0.3, 1) == pytest.approx(1.5)
     assert compare.equal_budget([one, other], "time") == 10
     table = reach_table([one, other], "time", FRECHET)
     assert table.rows[1][1] == "9 s (0.46 of it)"  # 9.17 s of slow's 20 s
@@ -142,7 +142,7 @@ def test_seeds_of_a_recipe_are_taken_together(tmp_path: Path, capsys: Any) -> No
         make_run(tmp_path / "a_again", [50, 25], seed=0),  # not a third sample of chance
     ]
     records = load_records(folders)
-    a, b, again = groups(records)
+    a, b, again = group_by_recipe(records)
     assert [group.title for group in (a, b, again)] == ["a (2 seeds)", "b (2 seeds)", "a_again"]
     assert a.values(FRECHET) == [20, 30]  # at step 20: 28 is one's alone
     assert a.curve(FRECHET, "time") == [(5, 60), (10, 25)]  # step 30 is one's alone
@@ -150,7 +150,7 @@ def test_seeds_of_a_recipe_are_taken_together(tmp_path: Path, capsys: Any) -> No
 
     found = {one.metric: one for one in seed_differences(records)}
     assert (found[FRECHET].value, found[FRECHET].better) == (-17, "a")
-    assert found[FRECHET].chance == pytest.approx(2 / len(list(combinations(range(4), 2))))
+    assert found[FRECHET].probability == pytest.approx(2 / len(list(combinations(range(4), 2))))
     assert found[RECALL].better == "a"  # larger is better
     overlapping = [*records[1:4], load_records([make_run(tmp_path / "a2", [90, 45], seed=2)])[0]]
     assert [one.better for one in seed_differences(overlapping)] == [None, None]
@@ -241,7 +241,7 @@ def test_all_states_of_runs_are_shown_without_a_traceback(tmp_path: Path, capsys
     assert "nowhere is not a run" in capsys.readouterr().err
     (folders[1] / "recipe.yaml").write_text("{}")
     assert run_compare(str(folders[1]), *output) == 2
-    assert "can't be read as a resolved recipe" in capsys.readouterr().err
+    assert "is not a resolved recipe" in capsys.readouterr().err
 
 
 def test_a_young_run_takes_nothing_from_the_others(tmp_path: Path) -> None:
@@ -250,7 +250,7 @@ def test_a_young_run_takes_nothing_from_the_others(tmp_path: Path) -> None:
     late = replace(late, entries=[replace(late.entries[0], step=4, flops=4_000_000)])
     table = budget_table([*records, late], "flops")
     assert table.title == "At equal flops: 30 MFLOP"
-    assert "Too young to be among them: late" in table.note
+    assert "Left out, because their budget is smaller: late" in table.note
     assert table.rows[0][1:] == ["7", "4 *", "—"]
 
 
@@ -267,7 +267,7 @@ def test_what_changes_nothing_of_the_training_tells_no_recipes_apart(tmp_path: P
     recipe = yaml.safe_load((folders[0] / "recipe.yaml").read_text())
     recipe["trainer"] = {"devices": 1}
     (folders[0] / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    assert [group.title for group in groups(load_records(folders))] == ["a (2 seeds)"]
+    assert [group.title for group in group_by_recipe(load_records(folders))] == ["a (2 seeds)"]
 
 
 def test_runs_measured_on_other_images_get_no_verdict(tmp_path: Path, capsys: Any) -> None:
@@ -324,11 +324,11 @@ def test_too_few_resamples_are_refused(tmp_path: Path, capsys: Any) -> None:
 
 
 def test_amounts_are_for_people() -> None:
-    assert [si(value) for value in (0, 5, 1234, 17.1e12)] == ["0", "5 ", "1.23 k", "17.1 T"]
-    assert amount(852, "time") == "14 min 12 s"
-    assert amount(7265, "time") == "2 h 01 min"
-    assert amount(17.1e12, "flops") == "17.1 TFLOP"
-    assert amount(12345, "samples") == "12,345"
+    assert [format_si(value) for value in (0, 5, 1234, 17.1e12)] == ["0", "5 ", "1.23 k", "17.1 T"]
+    assert format_budget(852, "time") == "14 min 12 s"
+    assert format_budget(7265, "time") == "2 h 01 min"
+    assert format_budget(17.1e12, "flops") == "17.1 TFLOP"
+    assert format_budget(12345, "samples") == "12,345"
 
 
 # --- sweeps ----------------------------------------------------------------------------------------
@@ -347,13 +347,13 @@ def write_sweep(folder: Path, text: str) -> Path:
         ("output_dir: x\nrun: []", "unknown key run; the keys are output_dir, runs, by, overrides"),
         ("output_dir: x\nruns: [{recipe: openmoji}]", r"runs\[0\] lacks the key name"),
         ("output_dir: x\nruns: [{recipe: openmoji, name: a, sed: 1}]", r"runs\[0\]: unknown key sed"),
-        ("output_dir: x\nruns: [{recipe: o, name: a}, {recipe: o, name: a}]", "several runs are called a"),
+        ("output_dir: x\nruns: [{recipe: o, name: a}, {recipe: o, name: a}]", "several runs have the name a"),
         ("output_dir: x\nby: money\nruns: [{recipe: o, name: a}]", "by must be one of steps, samples, flops, time"),
         ("output_dir: x\nruns: [", "is not YAML"),
-        ("output_dir: x\nruns: [{recipe: o, name: a, overrides: 3}]", "overrides must be a piece of a recipe"),
+        ("output_dir: x\nruns: [{recipe: o, name: a, overrides: 3}]", "overrides must be a part of a recipe"),
         ("nothing", "must be a mapping"),
-        ("output_dir: x\nruns: [{recipe: o, name: 1_1_2}]", r"runs\[0\]: name must be a text"),
-        ("output_dir: x\nruns: [{recipe: o, name: a, overrides: {name: b}}]", "name is a key of the sweep's own"),
+        ("output_dir: x\nruns: [{recipe: o, name: 1_1_2}]", r"runs\[0\]: name must be a string"),
+        ("output_dir: x\nruns: [{recipe: o, name: a, overrides: {name: b}}]", "name can't be overridden"),
     ],
 )
 def test_a_wrong_sweep_is_refused(tmp_path: Path, text: str, message: str) -> None:
@@ -410,7 +410,7 @@ def test_a_sweep_trains_resumes_skips_and_compares(
                 "every_n_steps": 2,
                 "agreement": None,
                 "features": {"class_path": "tiny_models.MeanColours"},
-                "drawing": {"num_inference_steps": 1, "guidance_scale": 1.0},
+                "sampler": {"num_inference_steps": 1, "guidance_scale": 1.0},
             },
         },
         {"class_path": "nami_lightning.callbacks.RunCheckpoint", "init_args": {"every_n_steps": 2}},
@@ -429,13 +429,13 @@ def test_a_sweep_trains_resumes_skips_and_compares(
     ]
     sweep = {"output_dir": str(tmp_path / "runs"), "by": "steps", "overrides": common, "runs": runs}
     path = write_sweep(tmp_path, yaml.safe_dump(sweep))
-    real_run = sweep_module.run_to_its_end
+    real_run = sweep_module.run_command
 
     def run_here(command: list[str]) -> int:
         """In this process, which has imported everything; the one that fails in its own, as in earnest."""
         return real_run(command) if "wrong" in command else main(command[3:])
 
-    monkeypatch.setattr(sweep_module, "run_to_its_end", run_here)
+    monkeypatch.setattr(sweep_module, "run_command", run_here)
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]), prepend=os.pathsep)
 
     assert main(["sweep", str(path), "--resamples", "20"]) == 2
@@ -470,7 +470,7 @@ def test_every_packaged_sweep_describes_models_that_measure_the_same(name: str) 
         assert model.curriculum.num_stages == len(model.resolutions)
         settings = [c.init_args for c in recipe.config.trainer.callbacks if c.class_path.endswith(".Metrics")]
         assert len(settings) == 1
-        solver_steps = settings[0].drawing.num_inference_steps * model.num_stages
+        solver_steps = settings[0].sampler.num_inference_steps * model.num_stages
         features = settings[0].features and settings[0].features.class_path
         measured.add((settings[0].samples, settings[0].seed, features, settings[0].agreement, solver_steps))
     assert len(measured) == 1

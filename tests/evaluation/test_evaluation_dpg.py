@@ -8,9 +8,17 @@ from PIL import Image
 from tiny_judges import FILE, make_llava, make_vilt
 
 from nami_lightning.evaluation import results as reports
-from nami_lightning.evaluation.dpg.judge import image_score, is_no, is_yes, judge_images, lines, read_questions, scores
+from nami_lightning.evaluation.dpg.judge import (
+    image_score,
+    is_no,
+    is_yes,
+    judge_images,
+    read_questions,
+    score_table,
+    scores,
+)
 from nami_lightning.evaluation.dpg.models import QuestionJudge
-from nami_lightning.evaluation.generate import ImageFolder
+from nami_lightning.evaluation.generate import GeneratedImages
 from nami_lightning.utils.image_grid import save_image
 
 
@@ -42,11 +50,11 @@ def test_the_file_is_read_first_question_included(file: Path, tmp_path: Path) ->
     ("old", "new", "message"),
     [
         ("tuple,question", "pair,question", "lacks the columns tuple"),
-        ("sea,", "../sea,", "line 5: id '../sea' names a folder"),
+        ("sea,", "../sea,", "line 5: id '../sea' can't name a folder"),
         ("Is one of the two cups red?", "", "line 4: the question is empty"),
         (FILE.partition("\n")[2], "", "holds no question"),
-        (FILE[-30:], "", "line 7: it has fewer columns than the first"),
-        (",2,1,other", ",1,0,other", "two propositions of one number"),
+        (FILE[-30:], "", "line 7: the line has fewer columns than the first"),
+        (",2,1,other", ",1,0,other", "two propositions with the same number"),
         ("entity - whole (sea)", "thing - whole (sea)", "line 6: the tuple begins with 'thing'"),
         (",2,1,other", ",two,1,other", "line 3: proposition_id and dependency must be numbers"),
     ],
@@ -84,7 +92,7 @@ def test_a_question_whose_parent_is_missing_counts_nothing(file: Path) -> None:
     result = scores(items, {item.id: [[True] * 3] for item in items})
     assert result["overall"] == pytest.approx((1 / 3 + 1) / 2)  # the third depends on it
     assert result["orphans"] == 1
-    assert "1 question(s) depend on one that the file does not have" in lines({"a model": result})[-1]
+    assert "1 question(s) depend on one that the file does not have" in score_table({"a model": result})[-1]
 
 
 def test_categories_are_plain_answers_and_the_overall_score_is_not(file: Path) -> None:
@@ -95,11 +103,11 @@ def test_categories_are_plain_answers_and_the_overall_score_is_not(file: Path) -
     assert result["overall"] == pytest.approx(((0 + 1) / 2 + 1) / 2)
     assert result["categories"] == {"global": 1, "entity": 3 / 4, "attribute": 1, "relation": 1, "other": 1}
     assert result["questions"] == {"global": 2, "entity": 4, "attribute": 2, "relation": 2, "other": 2}
-    assert lines({"a model": result})[1].split()[2:8] == ["75.0", "100.0", "75.0", "100.0", "100.0", "100.0"]
+    assert score_table({"a model": result})[1].split()[2:8] == ["75.0", "100.0", "75.0", "100.0", "100.0", "100.0"]
 
 
 def test_images_are_asked_about_once(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    items, folder = read_questions(file), ImageFolder(tmp_path, "model")
+    items, folder = read_questions(file), GeneratedImages(tmp_path, "model")
     for item in items:
         save_image(Image.new("RGB", (8, 8), "red" if item.id == "cups" else "blue"), folder.path(item, 0))
     asked = []
@@ -109,12 +117,12 @@ def test_images_are_asked_about_once(file: Path, tmp_path: Path, monkeypatch: py
         return "Yes, it is" if image.getpixel((0, 0)) == (255, 0, 0) else "I can't tell"
 
     for machine in ("a first machine", "a second"):
-        monkeypatch.setattr(reports, "hardware", lambda machine=machine: machine)
+        monkeypatch.setattr(reports, "describe_hardware", lambda machine=machine: machine)
         result = judge_images(folder, items, 1, answer, {"judge": "colour"})
         assert (result["overall"], result["unclear_answers"]) == (0.5, 3)
         assert result["judged_on"] == ["a first machine"]
     assert len(asked) == 6
-    assert "3 answers began with neither yes nor no" in lines({"a model": result})[-1]
+    assert "3 answers began with neither yes nor no" in score_table({"a model": result})[-1]
 
 
 # --- models ------------------------------------------------------------------------------------

@@ -16,20 +16,21 @@ from tiny_models import MakeFlux, TextModel
 
 from nami_lightning.cli.evaluate import model_names
 from nami_lightning.cli.main import main
-from nami_lightning.evaluation.generate import ImageFolder, Sampling, draw
+from nami_lightning.evaluation.generate import GeneratedImages, GenerationSettings, generate
 from nami_lightning.evaluation.nami1k.prompts import read_prompts
 from nami_lightning.evaluation.prompts import Item
-from nami_lightning.evaluation.side_by_side import side_by_side, spread
+from nami_lightning.evaluation.side_by_side import evenly_spaced, side_by_side
 from nami_lightning.models.autoencoder import PixelCodec
 from nami_lightning.models.bridge import BridgeFlow
 from nami_lightning.models.pipeline import NamiPipeline
+from nami_lightning.models.sampler_settings import SamplerSettings
 from nami_lightning.models.transformer import NamiTransformer2DModel
 from nami_lightning.utils.image_grid import save_image
 
 pytest_plugins = "tiny_models"
 
 ITEMS = [Item("one", "a red cat", "open", {"kind": "open"}), Item("two", "the big tree", "open", {"kind": "open"})]
-SAMPLING = Sampling({"num_inference_steps": 2, "guidance_scale": 2.0})
+SAMPLING = GenerationSettings(SamplerSettings(num_inference_steps=2, guidance_scale=2.0))
 
 
 @pytest.fixture
@@ -68,8 +69,8 @@ def pixels(path: Path) -> np.ndarray:
 
 
 def test_an_image_depends_on_its_prompt_and_seed_alone(nami: str, tmp_path: Path) -> None:
-    folder = ImageFolder(tmp_path / "images", "nami")
-    draw(nami, folder, ITEMS, ITEMS, 2, SAMPLING)
+    folder = GeneratedImages(tmp_path / "images", "nami")
+    generate(nami, folder, ITEMS, ITEMS, 2, SAMPLING)
     paths = [folder.path(item, i) for item in ITEMS for i in range(2)]
     assert [str(path.relative_to(tmp_path / "images")) for path in paths[:2]] == [
         "one/samples/00000.png",
@@ -91,72 +92,73 @@ def test_an_image_depends_on_its_prompt_and_seed_alone(nami: str, tmp_path: Path
 
 
 def test_only_what_is_missing_is_drawn_again_and_the_same(nami: str, tmp_path: Path) -> None:
-    folder = ImageFolder(tmp_path / "images", "nami")
-    draw(nami, folder, ITEMS, ITEMS, 2, SAMPLING)
+    folder = GeneratedImages(tmp_path / "images", "nami")
+    generate(nami, folder, ITEMS, ITEMS, 2, SAMPLING)
     paths = [folder.path(item, i) for item in ITEMS for i in range(2)]
     was = {path: (path.stat().st_mtime_ns, pixels(path)) for path in paths}
     paths[1].unlink()
     (paths[1].parent / ".00001.png.1.partial").write_bytes(b"cut short")
-    draw(nami, folder, ITEMS, ITEMS, 2, Sampling({}, batch_size=1))  # the settings are the folder's own
+    generate(nami, folder, ITEMS, ITEMS, 2, GenerationSettings(batch_size=1))  # the settings are the folder's own
     assert np.abs(pixels(paths[1]) - was[paths[1]][1]).max() <= 1
     assert [path for path in paths if path.stat().st_mtime_ns != was[path][0]] == [paths[1]]
-    draw(nami, folder, ITEMS, ITEMS, 3, SAMPLING)
+    generate(nami, folder, ITEMS, ITEMS, 3, SAMPLING)
     assert folder.missing(ITEMS, 3) == []
 
 
 def test_images_of_two_kinds_never_mix(nami: str, tmp_path: Path) -> None:
-    folder = ImageFolder(tmp_path / "images", "nami")
-    draw(nami, folder, ITEMS, ITEMS[:1], 1, SAMPLING)
+    folder = GeneratedImages(tmp_path / "images", "nami")
+    generate(nami, folder, ITEMS, ITEMS[:1], 1, SAMPLING)
     for sampling, message in (
-        (Sampling({"num_inference_steps": 3}), "drawn with num_inference_steps 2, not 3"),
-        (Sampling({"solver": "heun"}), "drawn with solver left to the pipeline, not heun"),
-        (Sampling({}, seed=7), "drawn with seed 42, not 7"),
-        (Sampling({}, dtype="bfloat16"), "drawn with dtype None, not bfloat16"),
+        (GenerationSettings(SamplerSettings(num_inference_steps=3)), "generated with num_inference_steps 2, not 3"),
+        (GenerationSettings(SamplerSettings(solver="heun")), "generated with solver left to the pipeline, not heun"),
+        (GenerationSettings(seed=7), "generated with seed 42, not 7"),
+        (GenerationSettings(dtype="bfloat16"), "generated with dtype None, not bfloat16"),
     ):
         with pytest.raises(ValueError, match=message):
-            draw(nami, folder, ITEMS, ITEMS, 1, sampling)
-    with pytest.raises(ValueError, match="drawn with prompts"):
-        draw(nami, folder, ITEMS[:1], ITEMS[:1], 1, SAMPLING)
-    with pytest.raises(ValueError, match="drawn with source"):
-        draw(f"{nami}/", folder, ITEMS, ITEMS, 1, SAMPLING)
+            generate(nami, folder, ITEMS, ITEMS, 1, sampling)
+    with pytest.raises(ValueError, match="generated with prompts"):
+        generate(nami, folder, ITEMS[:1], ITEMS[:1], 1, SAMPLING)
+    with pytest.raises(ValueError, match="generated with source"):
+        generate(f"{nami}/", folder, ITEMS, ITEMS, 1, SAMPLING)
 
 
 def test_any_pipeline_of_diffusers_draws(flux: str, tmp_path: Path) -> None:
-    folder = ImageFolder(tmp_path / "images", "flux")
-    sampling = Sampling({"num_inference_steps": 1, "height": 16, "width": 16, "guidance_scale": 1.0}, batch_size=3)
-    draw(flux, folder, ITEMS, ITEMS, 2, sampling)
+    folder = GeneratedImages(tmp_path / "images", "flux")
+    sampler = SamplerSettings(num_inference_steps=1, height=16, width=16, guidance_scale=1.0)
+    sampling = GenerationSettings(sampler, batch_size=3)
+    generate(flux, folder, ITEMS, ITEMS, 2, sampling)
     first, second = pixels(folder.path(ITEMS[0], 0)), pixels(folder.path(ITEMS[0], 1))
     assert first.shape == (16, 16, 3)
     assert (first != second).any(), "another seed is another image"
-    other = ImageFolder(tmp_path / "other", "flux")
+    other = GeneratedImages(tmp_path / "other", "flux")
     with pytest.raises(ValueError, match=r"FluxPipeline of .* does not take solver"):
-        draw(flux, other, ITEMS, ITEMS, 2, Sampling({"solver": "heun"}))
-    assert other.drawing is None, "a refused setting leaves nothing behind"
+        generate(flux, other, ITEMS, ITEMS, 2, GenerationSettings(SamplerSettings(solver="heun")))
+    assert other.recorded_settings is None, "a refused setting leaves nothing behind"
 
 
 def test_a_model_that_is_none_is_refused(tmp_path: Path) -> None:
-    folder = ImageFolder(tmp_path / "images", "model")
+    folder = GeneratedImages(tmp_path / "images", "model")
     with pytest.raises(FileNotFoundError, match="nowhere/nothing is neither a run"):
-        draw("nowhere/nothing", folder, ITEMS, ITEMS, 1, SAMPLING)
+        generate("nowhere/nothing", folder, ITEMS, ITEMS, 1, SAMPLING)
 
 
 def test_models_have_different_names() -> None:
     assert model_names(["runs/a", "black-forest-labs/FLUX.1-dev"], None) == ["a", "FLUX.1-dev"]
     assert model_names(["a/x", "b/x"], ["first", "second"]) == ["first", "second"]
     for runs, names, message in (
-        (["a/x", "b/x"], None, "called the same"),
-        (["a"], ["b", "c"], "--names has 2 for 1"),
-        (["a"], ["../b"], "can't be a model's folder"),
-        (["a"], ["ratings"], "can't be a model's folder"),
+        (["a/x", "b/x"], None, "have the same name"),
+        (["a"], ["b", "c"], "--names gives 2 names for 1"),
+        (["a"], ["../b"], "can't be the name of a model's folder"),
+        (["a"], ["ratings"], "can't be the name of a model's folder"),
     ):
         with pytest.raises(ValueError, match=message):
             model_names(runs, names)
 
 
 def test_side_by_side_is_a_row_a_prompt_and_a_column_a_model(tmp_path: Path) -> None:
-    items = spread(read_prompts(), 3)
+    items = evenly_spaced(read_prompts(), 3)
     assert [item.id for item in items] == ["open-001", "human-001", "long-001"]
-    folders = [ImageFolder(tmp_path / name, name) for name in ("a", "b")]
+    folders = [GeneratedImages(tmp_path / name, name) for name in ("a", "b")]
     for folder, color in zip(folders, ((255, 0, 0), (0, 0, 255)), strict=True):
         for item in items:
             save_image(Image.new("RGB", (200, 200), color), folder.path(item, 0))
@@ -195,7 +197,7 @@ def test_dpg_from_questions_to_table(nami: str, tmp_path: Path, capsys: pytest.C
     arguments = ["evaluate", nami, "--benchmark", "dpg", "--questions", str(questions), "--out", str(tmp_path / "out")]
     arguments += ["--images", "1", "--steps", "1"]
     assert main([*arguments]) == 2
-    assert "the images are drawn; give --judge" in capsys.readouterr().err
+    assert "the images are generated; to judge them, give --judge" in capsys.readouterr().err
     assert main([*arguments, "--judge", str(make_vilt(tmp_path / "vilt", 1))]) == 0
     assert capsys.readouterr().out.splitlines()[1].split()[:7] == ["nami", *["100.0"] * 6]
 
@@ -219,19 +221,19 @@ def test_nami1k_from_drawing_to_pages_grid_and_description(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--benchmark", "geneval"], "which RUN"),
-        (["a", "--benchmark", "geneval", "--describe"], "no RUN goes with --describe"),
-        (["a", "--benchmark", "geneval", "--annotate"], "--annotate is of --benchmark nami1k"),
-        (["a", "--benchmark", "nami1k", "--judge", "b"], "--judge is of --benchmark dpg"),
+        (["--benchmark", "geneval"], "no RUN is given"),
+        (["a", "--benchmark", "geneval", "--describe"], "--describe and --ratings take no RUN"),
+        (["a", "--benchmark", "geneval", "--annotate"], "--annotate belongs to --benchmark nami1k"),
+        (["a", "--benchmark", "nami1k", "--judge", "b"], "--judge belongs to --benchmark dpg"),
         (["a", "--benchmark", "geneval", "--prompts", "b"], "GenEval's prompts are fixed"),
-        (["a", "--benchmark", "nami1k", "--raters", "3"], "--raters goes with --annotate"),
-        (["a", "--benchmark", "nami1k", "--grid_side", "3"], "--grid_side goes with --grid"),
-        (["a", "--benchmark", "nami1k", "--topic_encoder", "b"], "--topic_encoder goes with --describe"),
-        (["a", "--benchmark", "nami1k", "--annotate", "--grid", "2"], "--annotate and --grid are two commands"),
+        (["a", "--benchmark", "nami1k", "--raters", "3"], "--raters needs --annotate"),
+        (["a", "--benchmark", "nami1k", "--grid_side", "3"], "--grid_side needs --grid"),
+        (["a", "--benchmark", "nami1k", "--topic_encoder", "b"], "--topic_encoder needs --describe"),
+        (["a", "--benchmark", "nami1k", "--annotate", "--grid", "2"], "--annotate and --grid can't be combined"),
         (["a", "--benchmark", "dpg"], "needs --questions"),
-        (["a", "--benchmark", "geneval", "--draw_only", "--clip", "b"], "--clip is not used with --draw_only"),
-        (["--benchmark", "nami1k", "--describe", "--seed", "0"], "--seed is not used with --describe"),
-        (["--benchmark", "nami1k", "--ratings", "a", "--prompts", "b"], "--prompts is not used with --ratings"),
+        (["a", "--benchmark", "geneval", "--draw_only", "--clip", "b"], "--clip can't be used with --draw_only"),
+        (["--benchmark", "nami1k", "--describe", "--seed", "0"], "--seed can't be used with --describe"),
+        (["--benchmark", "nami1k", "--ratings", "a", "--prompts", "b"], "--prompts can't be used with --ratings"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(
@@ -274,7 +276,7 @@ def test_another_model_in_the_same_folder_is_noticed(nami: str, tmp_path: Path, 
     assert main(arguments) == 0
     os.utime(model / "model_index.json", (1, 1))
     assert main(arguments) == 2
-    assert "holds images drawn with weights" in capsys.readouterr().err
+    assert "has images that were generated with weights" in capsys.readouterr().err
 
 
 def test_a_run_is_drawn_with_its_newest_checkpoint(
@@ -294,4 +296,4 @@ def test_a_run_is_drawn_with_its_newest_checkpoint(
         tmp_path / "runs" / "tiny" / "checkpoints" / "step=0000009.ckpt"
     )
     assert main(arguments) == 2
-    assert "drawn with weights step=0000004.ckpt, not step=0000009.ckpt" in capsys.readouterr().err
+    assert "generated with weights step=0000004.ckpt, not step=0000009.ckpt" in capsys.readouterr().err

@@ -15,11 +15,11 @@ from tiny_judges import make_clip, make_detector
 from torchvision.ops import box_iou
 from transformers import CLIPModel, CLIPProcessor
 
-from nami_lightning.evaluation.generate import ImageFolder
-from nami_lightning.evaluation.geneval.judge import Judge, judge_images, lines, scores
-from nami_lightning.evaluation.geneval.models import ColorClassifier, Detector, box_of, crop
+from nami_lightning.evaluation.generate import GeneratedImages
+from nami_lightning.evaluation.geneval.judge import Judge, judge_images, score_table, scores
+from nami_lightning.evaluation.geneval.models import ColorClassifier, Detector, bounding_box, crop
 from nami_lightning.evaluation.geneval.prompts import COLORS, TASKS, geneval_items, object_names
-from nami_lightning.evaluation.geneval.rules import Box, Detection, judge, kept, overlap, relations
+from nami_lightning.evaluation.geneval.rules import Box, Detection, filter_detections, judge_objects, overlap, relations
 from nami_lightning.evaluation.prompts import Item, first_of_each_kind
 from nami_lightning.utils.image_grid import save_image
 
@@ -100,20 +100,20 @@ def test_a_limit_takes_the_first_of_every_kind() -> None:
     ],
 )
 def test_detections_count_above_the_tasks_threshold(tag: str, score: float, counts: bool) -> None:
-    assert ("cup" in kept([found("cup", score)], tag)) is counts
+    assert ("cup" in filter_detections([found("cup", score)], tag)) is counts
 
 
 def test_at_most_sixteen_of_a_class_the_most_confident_first() -> None:
     many = [found("cup", 0.4 + i / 100) for i in range(20)] + [found("dog", 0.5)]
-    objects = kept(many, "two_object")
+    objects = filter_detections(many, "two_object")
     assert [d.score for d in objects["cup"]] == sorted((d.score for d in many[:20]), reverse=True)[:16]
     assert len(objects["dog"]) == 1
 
 
 def test_overlapping_detections_stay_unless_a_limit_is_set() -> None:
     same = [found("cup", 0.9), found("cup", 0.8), found("dog", 0.7), found("cup", 0.6, (100, 100, 120, 120))]
-    assert len(kept(same, "colors")["cup"]) == 3
-    limited = kept(same, "colors", max_overlap=0.5)
+    assert len(filter_detections(same, "colors")["cup"]) == 3
+    limited = filter_detections(same, "colors", max_overlap=0.5)
     assert [d.score for d in limited["cup"]] == [0.9, 0.6]
     assert len(limited["dog"]) == 1, "another class's boxes don't matter"
 
@@ -157,33 +157,33 @@ def test_the_margin_grows_with_the_boxes() -> None:
 
 def test_a_single_object_is_there_or_not() -> None:
     asked = {"include": [{"class": "cup", "count": 1}]}
-    assert judge(asked, {"cup": [found("cup")]}, no_colors).correct
-    assert judge(asked, {"cup": [found("cup")] * 3}, no_colors).correct, "more do no harm"
-    missing = judge(asked, {"dog": [found("dog")]}, no_colors)
+    assert judge_objects(asked, {"cup": [found("cup")]}, no_colors).correct
+    assert judge_objects(asked, {"cup": [found("cup")] * 3}, no_colors).correct, "more do no harm"
+    missing = judge_objects(asked, {"dog": [found("dog")]}, no_colors)
     assert not missing.correct
     assert missing.reasons == ("expected 1 cup, found 0",)
 
 
 def test_two_objects_must_both_be_there() -> None:
     asked = {"include": [{"class": "cup", "count": 1}, {"class": "dog", "count": 1}]}
-    assert judge(asked, {"cup": [found("cup")], "dog": [found("dog")]}, no_colors).correct
-    assert not judge(asked, {"cup": [found("cup")]}, no_colors).correct
-    assert not judge(asked, {"dog": [found("dog")]}, no_colors).correct
+    assert judge_objects(asked, {"cup": [found("cup")], "dog": [found("dog")]}, no_colors).correct
+    assert not judge_objects(asked, {"cup": [found("cup")]}, no_colors).correct
+    assert not judge_objects(asked, {"dog": [found("dog")]}, no_colors).correct
 
 
 @pytest.mark.parametrize(("number", "correct"), [(0, False), (2, False), (3, True), (4, False), (9, False)])
 def test_counts_are_exact(number: int, correct: bool) -> None:
     asked = {"include": [{"class": "cup", "count": 3}], "exclude": [{"class": "cup", "count": 4}]}
-    assert judge(asked, {"cup": [found("cup")] * number, "dog": [found("dog")]}, no_colors).correct is correct
+    assert judge_objects(asked, {"cup": [found("cup")] * number, "dog": [found("dog")]}, no_colors).correct is correct
 
 
 def test_colors_are_those_of_the_most_confident_objects() -> None:
     asked = {"include": [{"class": "cup", "count": 1, "color": "red"}]}
     two = {"cup": [found("cup", 0.9), found("cup", 0.8)]}
-    assert judge(asked, two, colored("red", "blue")).correct
-    second_alone_is_red = judge(asked, two, colored("blue", "red"))
+    assert judge_objects(asked, two, colored("red", "blue")).correct
+    second_alone_is_red = judge_objects(asked, two, colored("blue", "red"))
     assert second_alone_is_red.reasons == ("expected red cup, found blue",)
-    assert not judge(asked, {}, no_colors).correct, "and without a cup no colour is asked for"
+    assert not judge_objects(asked, {}, no_colors).correct, "and without a cup no colour is asked for"
 
 
 def test_color_attribution_needs_both_colors_on_their_objects() -> None:
@@ -195,21 +195,21 @@ def test_color_attribution_needs_both_colors_on_their_objects() -> None:
     def colors(cup: str, dog: str) -> Any:
         return lambda objects, name: [{"cup": cup, "dog": dog}[name]]
 
-    assert judge(asked, objects, colors("red", "blue")).correct
-    assert not judge(asked, objects, colors("blue", "red")).correct
-    assert len(judge(asked, objects, colors("blue", "red")).reasons) == 2
+    assert judge_objects(asked, objects, colors("red", "blue")).correct
+    assert not judge_objects(asked, objects, colors("blue", "red")).correct
+    assert len(judge_objects(asked, objects, colors("blue", "red")).reasons) == 2
 
 
 def test_positions_are_judged_on_the_most_confident_objects() -> None:
     asked = {"include": [{"class": "bear", "count": 1}, {"class": "dog", "count": 1, "position": ["right of", 0]}]}
     bear = [found("bear", 0.9, at(0, 0))]
     right, left = found("dog", 0.8, at(100, 0)), found("dog", 0.7, at(-100, 0))
-    assert judge(asked, {"bear": bear, "dog": [right, left]}, no_colors).correct
-    wrong = judge(asked, {"bear": bear, "dog": [left, right]}, no_colors)
+    assert judge_objects(asked, {"bear": bear, "dog": [right, left]}, no_colors).correct
+    wrong = judge_objects(asked, {"bear": bear, "dog": [left, right]}, no_colors)
     assert wrong.reasons == ("expected dog right of bear, found left of",)
-    over = judge(asked, {"bear": bear, "dog": [found("dog", 0.8, at(0, 0))]}, no_colors)
+    over = judge_objects(asked, {"bear": bear, "dog": [found("dog", 0.8, at(0, 0))]}, no_colors)
     assert over.reasons == ("expected dog right of bear, found neither side",)
-    alone = judge(asked, {"dog": [right]}, no_colors)
+    alone = judge_objects(asked, {"dog": [right]}, no_colors)
     assert alone.reasons == ("expected 1 bear, found 0", "nothing for dog to be right of")
 
 
@@ -222,14 +222,14 @@ def test_the_overall_score_is_the_unweighted_mean_of_tasks() -> None:
     result = scores({task: [share] * (3 + i) for i, (task, share) in enumerate(shares.items())})
     assert round(result["overall"], 2) == 0.65
     assert result["tasks"] == pytest.approx(shares)
-    assert lines({"NAMI-2B": result})[1].split()[:8] == [
+    assert score_table({"NAMI-2B": result})[1].split()[:8] == [
         "NAMI-2B",
         *["0.65", "0.99", "0.78", "0.64", "0.82", "0.20", "0.45"],
     ]
 
 
 def test_images_are_judged_once_and_anew_when_they_change(tmp_path: Path) -> None:
-    folder = ImageFolder(tmp_path, "model")
+    folder = GeneratedImages(tmp_path, "model")
     items = [
         Item("00000", "a photo of a cup", "single_object", {"include": [{"class": "cup", "count": 1}]}),
         Item("00001", "a photo of a dog", "single_object", {"include": [{"class": "dog", "count": 1}]}),
@@ -305,7 +305,7 @@ def test_colors_are_the_nearest_mean_text_on_the_masked_crop(tmp_path: Path) -> 
     image = picture(48, 48)
     mask = np.zeros((48, 48), bool)
     mask[8:40, 4:36] = True
-    objects = [Detection("cat", 0.9, box_of(mask), mask), Detection("cat", 0.8, (0, 0, 20, 40))]
+    objects = [Detection("cat", 0.9, bounding_box(mask), mask), Detection("cat", 0.8, (0, 0, 20, 40))]
     said = ColorClassifier(str(folder), "cpu")(image, objects, "cat")
 
     model, processor = CLIPModel.from_pretrained(folder).eval(), CLIPProcessor.from_pretrained(folder)
@@ -326,7 +326,7 @@ def test_a_crop_is_grey_outside_the_mask() -> None:
     mask[5:15, 10:20] = True
     mask[5, 10] = False
     image = Image.new("RGB", (30, 20), (200, 10, 10))
-    cut = crop(image, Detection("cat", 0.9, box_of(mask), mask))
+    cut = crop(image, Detection("cat", 0.9, bounding_box(mask), mask))
     assert cut.size == (10, 10)
     assert cut.getpixel((0, 0)) == (0x99, 0x99, 0x99)
     assert cut.getpixel((1, 0)) == (200, 10, 10)

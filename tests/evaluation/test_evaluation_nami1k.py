@@ -13,22 +13,22 @@ import pytest
 from PIL import Image
 from scipy import stats
 
-from nami_lightning.evaluation.generate import ImageFolder
+from nami_lightning.evaluation.generate import GeneratedImages
 from nami_lightning.evaluation.geneval.prompts import geneval_items, object_names
-from nami_lightning.evaluation.nami1k.prompts import KINDS, TOPICS, read_prompts, shares
-from nami_lightning.evaluation.nami1k.rating_pages import DIMENSIONS, Plan, page, write_pages
+from nami_lightning.evaluation.nami1k.prompts import KINDS, TOPICS, count_kinds, read_prompts
+from nami_lightning.evaluation.nami1k.rating_pages import DIMENSIONS, RatingSettings, render_page, write_pages
 from nami_lightning.evaluation.nami1k.ratings import (
     agreement,
     krippendorff_alpha,
-    lines,
-    overall,
+    overall_score,
     read_answers,
     read_key,
-    summarise,
+    summarize,
+    summary_lines,
 )
-from nami_lightning.evaluation.prompt_stats import describe, lengths, nearest_topics, topics
+from nami_lightning.evaluation.prompt_stats import count_by_length, count_by_topic, describe_prompts, nearest_topics
 from nami_lightning.evaluation.prompts import Item
-from nami_lightning.evaluation.results import interval
+from nami_lightning.evaluation.results import bootstrap_interval
 from nami_lightning.utils.image_grid import save_image
 
 # --- prompts -----------------------------------------------------------------------------------
@@ -41,7 +41,7 @@ def test_the_papers_examples_are_five_of_each_kind() -> None:
     assert examples[7].prompt == "A man hugging a tiger in a lucid nightmare."
     assert examples[14].prompt.endswith("white clouds highlighting the city's prosperity.")
     assert all(item.metadata["topic"] in TOPICS for item in examples)
-    assert shares(examples) == "open 5 of 360, human 5 of 320, long 5 of 320"
+    assert count_kinds(examples) == "open 5 of 360, human 5 of 320, long 5 of 320"
     assert sum(KINDS.values()) == 1000
 
 
@@ -49,11 +49,11 @@ def test_the_papers_examples_are_five_of_each_kind() -> None:
     ("line", "message"),
     [
         ("not json", "line 2: not JSON"),
-        ('{"id": "a", "kind": "open"}', 'line 2: must be an object with the texts "id", "kind" and "prompt"'),
+        ('{"id": "a", "kind": "open"}', 'line 2: must be an object with the strings "id", "kind" and "prompt"'),
         ('{"id": "a", "kind": "short", "prompt": "a cat"}', "line 2: kind 'short' is none of open, human, long"),
-        ('{"id": "../a", "kind": "open", "prompt": "a cat"}', "line 2: id '../a' names a folder"),
+        ('{"id": "../a", "kind": "open", "prompt": "a cat"}', "line 2: id '../a' can't name a folder"),
         ('{"id": "b", "kind": "open", "prompt": "  "}', "line 2: the prompt is empty"),
-        ('{"id": "first", "kind": "open", "prompt": "a cat"}', "line 2: the id first comes twice"),
+        ('{"id": "first", "kind": "open", "prompt": "a cat"}', "line 2: the id first is used twice"),
     ],
 )
 def test_a_prompt_file_of_another_format_is_refused(tmp_path: Path, line: str, message: str) -> None:
@@ -65,10 +65,10 @@ def test_a_prompt_file_of_another_format_is_refused(tmp_path: Path, line: str, m
 
 def test_lengths_are_counted_in_tens_of_words() -> None:
     items = [Item(str(n), " ".join(["word"] * n), "open") for n in (1, 10, 11, 120, 121, 300)]
-    counts = lengths(items)
+    counts = count_by_length(items)
     assert {name: count for name, count in counts.items() if count} == {"1-10": 2, "11-20": 1, "111-120": 1, "121+": 2}
     # Figure 5: GenEval's prompts lie within 10 words.
-    assert lengths(geneval_items())["1-10"] > 0.9 * 553
+    assert count_by_length(geneval_items())["1-10"] > 0.9 * 553
 
 
 def test_topics_are_those_stated_or_the_nearest() -> None:
@@ -77,7 +77,7 @@ def test_topics_are_those_stated_or_the_nearest() -> None:
         Item("b", "y", "open", {"topic": "mine"}),
         Item("c", "z", "open"),
     ]
-    counts = topics(items, None)
+    counts = count_by_topic(items, None)
     assert {name: count for name, count in counts.items() if count} == {"food": 1, "mine": 1, "not stated": 1}
     prompts = ["a photo of a dog and a horse", "spaghetti with tomatoes on a plate", "a red sports car on a road"]
     assert nearest_topics(prompts, "all-MiniLM-L6-v2") == ["animals", "food", "vehicles"]
@@ -96,7 +96,7 @@ def test_found_topics_are_mostly_cocos_own_categories() -> None:
 
 def test_a_description_is_written_for_people_and_programs(tmp_path: Path) -> None:
     lists = {"geneval": geneval_items(), "nami1k": read_prompts()}
-    text = "\n".join(describe(lists, tmp_path, None))
+    text = "\n".join(describe_prompts(lists, tmp_path, None))
     assert "not stated" in text
     assert Image.open(tmp_path / "prompts.png").width > 600
     assert "<svg" in (tmp_path / "prompts.svg").read_text()
@@ -111,9 +111,9 @@ MODELS = ("SecretModelA", "SecretModelB")
 
 
 @pytest.fixture
-def folders(tmp_path: Path) -> list[ImageFolder]:
+def folders(tmp_path: Path) -> list[GeneratedImages]:
     """Two models' images of the paper's examples, each image of a colour of its own."""
-    made = [ImageFolder(tmp_path / name, name) for name in MODELS]
+    made = [GeneratedImages(tmp_path / name, name) for name in MODELS]
     for m, folder in enumerate(made):
         for i, item in enumerate(read_prompts()):
             save_image(Image.new("RGB", (64, 48), (250 * m, 16 * i, 100)), folder.path(item, 0))
@@ -127,9 +127,9 @@ def read_page(path: Path) -> dict[str, Any]:
     return json.loads(match[1])
 
 
-def test_pages_are_whole_blind_and_shuffled(folders: list[ImageFolder], tmp_path: Path) -> None:
+def test_pages_are_whole_blind_and_shuffled(folders: list[GeneratedImages], tmp_path: Path) -> None:
     items, out = read_prompts(), tmp_path / "ratings"
-    pages = write_pages(folders, items, 1, Plan(raters=3, each=3, page_images=20), out)
+    pages = write_pages(folders, items, 1, RatingSettings(raters=3, each=3, page_images=20), out)
     assert [path.name for path in pages[:3]] == [
         f"rater-{name}.html" for name in ("1-part-01", "1-part-02", "2-part-01")
     ]
@@ -163,35 +163,35 @@ def test_pages_are_whole_blind_and_shuffled(folders: list[ImageFolder], tmp_path
         assert "https://" not in text
 
 
-def test_pages_share_the_images_out_evenly(folders: list[ImageFolder], tmp_path: Path) -> None:
-    pages = write_pages(folders, read_prompts(), 1, Plan(raters=5, each=2), tmp_path / "ratings")
+def test_pages_share_the_images_out_evenly(folders: list[GeneratedImages], tmp_path: Path) -> None:
+    pages = write_pages(folders, read_prompts(), 1, RatingSettings(raters=5, each=2), tmp_path / "ratings")
     of_raters = [[entry["image"] for entry in read_page(path)["entries"]] for path in pages]
     assert [len(images) for images in of_raters] == [12] * 5
     assert set(Counter(image for images in of_raters for image in images).values()) == {2}
 
 
 def test_the_same_again_writes_the_same_pages_and_another_rating_is_refused(
-    folders: list[ImageFolder], tmp_path: Path
+    folders: list[GeneratedImages], tmp_path: Path
 ) -> None:
     items, out = read_prompts(), tmp_path / "ratings"
-    before = [path.read_bytes() for path in write_pages(folders, items, 1, Plan(), out)]
-    assert [path.read_bytes() for path in write_pages(folders, items, 1, Plan(), out)] == before
-    with pytest.raises(ValueError, match="is of another rating"):
-        write_pages(folders, items[:5], 1, Plan(), out)
+    before = [path.read_bytes() for path in write_pages(folders, items, 1, RatingSettings(), out)]
+    assert [path.read_bytes() for path in write_pages(folders, items, 1, RatingSettings(), out)] == before
+    with pytest.raises(ValueError, match="belongs to another rating"):
+        write_pages(folders, items[:5], 1, RatingSettings(), out)
     save_image(Image.new("RGB", (64, 48), "white"), folders[0].path(items[0], 0))
-    with pytest.raises(ValueError, match="is of another rating"):
-        write_pages(folders, items, 1, Plan(), out)
+    with pytest.raises(ValueError, match="belongs to another rating"):
+        write_pages(folders, items, 1, RatingSettings(), out)
 
 
 def test_a_prompt_cannot_break_out_of_its_page() -> None:
-    text = page("study", 1, 1, [{"image": "1", "prompt": "</script><b>&amp;", "picture": "data:,"}])
+    text = render_page("study", 1, 1, [{"image": "1", "prompt": "</script><b>&amp;", "picture": "data:,"}])
     assert text.count("</script>") == 2
 
 
 @pytest.mark.parametrize("settings", [{"raters": 0, "each": 0}, {"each": 6}, {"page_images": 0}])
 def test_a_plan_that_makes_no_sense_is_refused(settings: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=r"raters|too few"):
-        Plan(**settings)
+        RatingSettings(**settings)
 
 
 # --- answers -----------------------------------------------------------------------------------
@@ -210,7 +210,7 @@ def test_a_plan_that_makes_no_sense_is_refused(settings: dict[str, int]) -> None
 )
 def test_the_weights_make_the_papers_table_5(row: tuple[float, ...], published: float) -> None:
     # The columns are relevance, coherence, aesthetic, realism; all is rounded to 0.01.
-    assert overall(dict(zip(DIMENSIONS, row, strict=True))) == pytest.approx(published, abs=0.0051)
+    assert overall_score(dict(zip(DIMENSIONS, row, strict=True))) == pytest.approx(published, abs=0.0051)
 
 
 def test_alpha_is_krippendorffs_own_example() -> None:
@@ -240,10 +240,10 @@ def test_the_interval_is_scipys_percentile_bootstrap() -> None:
     theirs = stats.bootstrap(
         (values,), np.mean, n_resamples=5000, method="percentile", rng=np.random.default_rng(2)
     ).confidence_interval
-    assert interval([values], rounds=5000) == pytest.approx((theirs.low, theirs.high), abs=0.3)
-    two = interval([values, np.full(5, 20.0)])
+    assert bootstrap_interval([values], resamples=5000) == pytest.approx((theirs.low, theirs.high), abs=0.3)
+    two = bootstrap_interval([values, np.full(5, 20.0)])
     assert two == pytest.approx(((theirs.low + 20) / 2, (theirs.high + 20) / 2), abs=0.3)
-    assert interval([values, np.array([1.0, 2.0])]) is None, "two values say nothing of others"
+    assert bootstrap_interval([values, np.array([1.0, 2.0])]) is None, "two values say nothing of others"
 
 
 def rate_all(pages: list[Path], key: dict[str, Any], folder: Path) -> list[Path]:
@@ -263,12 +263,12 @@ def rate_all(pages: list[Path], key: dict[str, Any], folder: Path) -> list[Path]
     return paths
 
 
-def test_answers_make_table_5(folders: list[ImageFolder], tmp_path: Path) -> None:
+def test_answers_make_table_5(folders: list[GeneratedImages], tmp_path: Path) -> None:
     out = tmp_path / "ratings"
-    pages = write_pages(folders, read_prompts(), 1, Plan(raters=5, each=5), out)
+    pages = write_pages(folders, read_prompts(), 1, RatingSettings(raters=5, each=5), out)
     key = read_key(out)
     answers = rate_all(pages, key, tmp_path / "answers")
-    summary = summarise(read_answers(answers, key), key)
+    summary = summarize(read_answers(answers, key), key)
     # By hand: 40 + 10 + the mean of 0, 5, 10 over kinds + the mean of 1..5 over raters, and 0 to 3 by dimension.
     first = summary["models"][MODELS[0]]
     assert [first[name] for name in DIMENSIONS] == pytest.approx([58, 59, 60, 61])
@@ -284,15 +284,15 @@ def test_answers_make_table_5(folders: list[ImageFolder], tmp_path: Path) -> Non
     assert difference["within_noise"] is False
     assert summary["ratings"] == summary["ratings_wanted"] == 150
     assert 0.8 < summary["agreement"]["overall"] < 1
-    text = lines(summary)
+    text = summary_lines(summary)
     assert text[1].split()[:6] == [MODELS[0], "58.00", "59.00", "60.00", "61.00", "59.30"]
     assert text[-1] == "150 ratings of 5 raters"
 
-    some = summarise(read_answers(answers[:2], key), key)
-    assert lines(some)[-1] == "60 ratings of 2 raters, 90 to come"
-    alone = summarise(read_answers(answers[:1], key), key)
+    some = summarize(read_answers(answers[:2], key), key)
+    assert summary_lines(some)[-1] == "60 ratings of 2 raters, 90 to come"
+    alone = summarize(read_answers(answers[:1], key), key)
     assert alone["agreement"] == dict.fromkeys([*DIMENSIONS, "overall"])
-    assert lines(alone)
+    assert summary_lines(alone)
 
 
 def test_two_models_of_one_quality_are_within_the_noise() -> None:
@@ -305,10 +305,10 @@ def test_two_models_of_one_quality_are_within_the_noise() -> None:
     }
     rng = np.random.default_rng(3)
     ratings = {image: {1: rng.uniform(40, 60, 4)} for image in key["images"]}
-    assert summarise(ratings, key)["differences"][0]["within_noise"] is True
+    assert summarize(ratings, key)["differences"][0]["within_noise"] is True
     assert agreement(ratings)["overall"] is None
     few = {image: scores for image, scores in ratings.items() if image[1:] in ("1", "2")}
-    assert lines(summarise(few, key))[-2].endswith("on 2 prompts, 95% -: too few prompts to tell")
+    assert summary_lines(summarize(few, key))[-2].endswith("on 2 prompts, 95% -: too few prompts to tell")
 
 
 @pytest.mark.parametrize(
@@ -324,10 +324,10 @@ def test_two_models_of_one_quality_are_within_the_noise() -> None:
     ],
 )
 def test_answers_that_cannot_be_are_refused(
-    folders: list[ImageFolder], tmp_path: Path, change: dict[str, Any], message: str
+    folders: list[GeneratedImages], tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
     out = tmp_path / "ratings"
-    write_pages(folders, read_prompts(), 1, Plan(), out)
+    write_pages(folders, read_prompts(), 1, RatingSettings(), out)
     key = read_key(out)
     path = tmp_path / "answers.json"
     path.write_text(json.dumps({"format": 1, "study": key["study"], "rater": 1, "part": 1, "answers": []} | change))
@@ -335,12 +335,12 @@ def test_answers_that_cannot_be_are_refused(
         read_answers([path], key)
 
 
-def test_a_file_given_twice_is_refused(folders: list[ImageFolder], tmp_path: Path) -> None:
+def test_a_file_given_twice_is_refused(folders: list[GeneratedImages], tmp_path: Path) -> None:
     out = tmp_path / "ratings"
-    pages = write_pages(folders, read_prompts(), 1, Plan(), out)
+    pages = write_pages(folders, read_prompts(), 1, RatingSettings(), out)
     key = read_key(out)
     answers = rate_all(pages, key, tmp_path / "answers")
-    with pytest.raises(ValueError, match="rater 1 has rated image"):
+    with pytest.raises(ValueError, match="rater 1 has already rated image"):
         read_answers([answers[0], answers[0]], key)
     (tmp_path / "text.json").write_text("hello")
     with pytest.raises(ValueError, match=r"text\.json is not a file of answers"):

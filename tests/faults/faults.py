@@ -133,9 +133,10 @@ class Poison(L.Callback):
         module: Any = pl_module
         sound = module.flow_loss
 
-        def poisoned(transformer: Any, micro: Any, batch: int | str, dropout: float = 0.0) -> Any:
-            loss = sound(transformer, micro, batch, dropout)
-            return loss * torch.nan if batch in self.steps and trainer.global_rank == self.rank else loss
+        def poisoned(encoders: Any, transformer: Any, micro: Any, seed_key: int | str, *rest: Any, **more: Any) -> Any:
+            loss, tau = sound(encoders, transformer, micro, seed_key, *rest, **more)
+            poison = seed_key in self.steps and trainer.global_rank == self.rank
+            return loss * torch.nan if poison else loss, tau
 
         module.flow_loss = poisoned
 

@@ -24,12 +24,13 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from nami_lightning.callbacks import BridgePretraining, Drawing, Metrics, RunCheckpoint
+from nami_lightning.callbacks import BridgePretraining, Metrics, RunCheckpoint, SamplerSettings
+from nami_lightning.callbacks.generation import generate
 from nami_lightning.datamodules import MultiResolutionDataModule
 from nami_lightning.metrics import distances
 from nami_lightning.metrics.caption_agreement import ClipScore, Probe, sentences
-from nami_lightning.metrics.distances import once
-from nami_lightning.metrics.features import EfficientNetLite0, Inception, name_of
+from nami_lightning.metrics.distances import unit_counts
+from nami_lightning.metrics.features import EfficientNetLite0, Inception, metric_name
 from nami_lightning.metrics.record import Entry, Evaluation, read_entries, write_entries
 from nami_lightning.runs.recipe import Recipe
 
@@ -58,13 +59,13 @@ def test_frechet_is_torchmetrics_and_scipys(n: int, m: int, width: int) -> None:
     theirs = FrechetInceptionDistance(feature=Identity(width)).set_dtype(torch.float64)
     theirs.update(drawn.double(), real=False)
     theirs.update(real.double(), real=True)
-    found = distances.frechet(drawn, real)(once(drawn), once(real))
+    found = distances.frechet(drawn, real)(unit_counts(drawn), unit_counts(real))
     assert found == pytest.approx(float(theirs.compute()), rel=1e-4)
     covariances = np.cov(drawn.double().numpy().T), np.cov(real.double().numpy().T)
     root = scipy.linalg.sqrtm(covariances[0] @ covariances[1] + 1e-12 * np.eye(width)).real
     between = float((drawn.double().mean(0) - real.double().mean(0)).square().sum())
     assert found == pytest.approx(between + np.trace(covariances[0] + covariances[1] - 2 * root), rel=1e-4)
-    assert distances.frechet(real, real)(once(real), once(real)) == pytest.approx(0, abs=1e-8)
+    assert distances.frechet(real, real)(unit_counts(real), unit_counts(real)) == pytest.approx(0, abs=1e-8)
 
 
 def test_kid_is_torchmetrics_on_one_subset_of_all() -> None:
@@ -72,7 +73,8 @@ def test_kid_is_torchmetrics_on_one_subset_of_all() -> None:
     theirs = KernelInceptionDistance(feature=Identity(12), subsets=1, subset_size=50)
     theirs.update(drawn, real=False)
     theirs.update(real, real=True)
-    assert distances.kid(drawn, real)(once(drawn), once(real)) == pytest.approx(float(theirs.compute()[0]), rel=1e-4)
+    ours = distances.kid(drawn, real)(unit_counts(drawn), unit_counts(real))
+    assert ours == pytest.approx(float(theirs.compute()[0]), rel=1e-4)
 
 
 def test_mmd_is_cmmds_formula() -> None:
@@ -82,7 +84,7 @@ def test_mmd_is_cmmds_formula() -> None:
         return np.exp(-scipy.spatial.distance.cdist(x, y, "sqeuclidean") / 200).mean()
 
     expected = 1000 * (kernel(drawn, drawn) + kernel(real, real) - 2 * kernel(drawn, real))
-    found = distances.mmd(*sets())(once(torch.from_numpy(drawn)), once(torch.from_numpy(real)))
+    found = distances.mmd(*sets())(unit_counts(torch.from_numpy(drawn)), unit_counts(torch.from_numpy(real)))
     assert found == pytest.approx(expected, rel=1e-6)
 
 
@@ -93,9 +95,9 @@ def test_counts_are_repeated_samples(kind: str) -> None:
     counts = torch.randint(0, 3, (30,), generator=torch.Generator().manual_seed(1))
     repeated = drawn.repeat_interleave(counts, dim=0)
     distance = distances.DISTANCES[kind]
-    found = distance(drawn, real)(counts, once(real))
+    found = distance(drawn, real)(counts, unit_counts(real))
     if kind != "kid":
-        assert found == pytest.approx(distance(repeated, real)(once(repeated), once(real)), rel=1e-6)
+        assert found == pytest.approx(distance(repeated, real)(unit_counts(repeated), unit_counts(real)), rel=1e-6)
     else:
         kernel = lambda x, y: (x @ y / 12 + 1) ** 3  # noqa: E731
         x, y = drawn.double(), real.double()
@@ -118,7 +120,7 @@ def test_precision_and_recall_against_a_k_d_tree() -> None:
     assert precision.tolist() == covered(drawn, real)
     assert recall.tolist() == covered(real, drawn)
     assert 0 < precision.mean() < 1
-    found, indices = distances.nearest(torch.from_numpy(drawn), torch.from_numpy(real))
+    found, indices = distances.nearest_neighbours(torch.from_numpy(drawn), torch.from_numpy(real))
     expected = scipy.spatial.KDTree(real).query(drawn)
     np.testing.assert_allclose(found, expected[0])
     assert indices.tolist() == expected[1].tolist()
@@ -213,9 +215,9 @@ def test_the_packaged_features_tell_pictures_from_noise() -> None:
 
 
 def test_names_of_models() -> None:
-    assert name_of("openai/clip-vit-large-patch14") == "clip_vit_large_patch14"
-    assert name_of(nn.Identity()) == "identity"
-    with pytest.raises(FileNotFoundError, match=r"Inception's weights nowhere\.pth aren't there"):
+    assert metric_name("openai/clip-vit-large-patch14") == "clip_vit_large_patch14"
+    assert metric_name(nn.Identity()) == "identity"
+    with pytest.raises(FileNotFoundError, match=r"Inception's weights nowhere\.pth don't exist"):
         Inception("nowhere.pth")
 
 
@@ -285,7 +287,7 @@ def test_an_evaluation_comes_back_as_it_was(tmp_path: Path) -> None:
 # --- the callback ----------------------------------------------------------------------------------
 
 
-DRAWING = Drawing(num_inference_steps=2, guidance_scale=2.0)
+SAMPLER = SamplerSettings(num_inference_steps=2, guidance_scale=2.0)
 PHASES = "[{steps: 4, ratio: [2, 1, 1], learning_rate: 0.002}, {steps: %d, ratio: [0, 2, 1], learning_rate: 0.002}]"
 
 
@@ -294,7 +296,7 @@ def fit(tiny: list[str], steps: int = 2, **settings: Any) -> tuple[Any, MultiRes
     overrides = ["--curriculum.phases", PHASES % steps, "--data.init_args.num_workers", "0"]
     recipe = Recipe(tiny[0], [*tiny[1:], *overrides])
     model, data, trainer = recipe.make()
-    defaults: dict[str, Any] = {"samples": 8, "training_images": 20, "drawing": DRAWING, "agreement": None}
+    defaults: dict[str, Any] = {"samples": 8, "training_images": 20, "sampler": SAMPLER, "agreement": None}
     measure = Metrics(**{**defaults, "features": MeanColours(), "batch_size": 3, "seed": 5, **settings})
     trainer.callbacks = [BridgePretraining(samples=64), measure, RunCheckpoint(2, keep=9)]  # type: ignore[attr-defined]
     newest = sorted((recipe.folder / "checkpoints").glob("*.ckpt"))
@@ -323,7 +325,7 @@ def test_the_callback_measures_what_the_pipeline_draws(tiny: list[str], tmp_path
 
     heldout = data.heldout(8, micro_batch=[8, 8, 8])
     finest = next(heldout[i] for i in range(len(heldout)) if heldout[i].stage == 2)
-    drawn = DRAWING.draw(model, finest.captions, [5 + i for i in range(len(finest))], output_type="pt")
+    drawn = generate(model, SAMPLER, finest.captions, [5 + i for i in range(len(finest))], output_type="pt")
     drawn = (drawn * 255).round().byte()
     real, fake = (MeanColours()(images) for images in (finest.images, drawn))
     expected = FrechetInceptionDistance(feature=MeanColours()).set_dtype(torch.float64)
@@ -332,11 +334,12 @@ def test_the_callback_measures_what_the_pipeline_draws(tiny: list[str], tmp_path
     found = last.metrics
     assert found["metrics/frechet_mean_colours"] == pytest.approx(float(expected.compute()), rel=1e-2)
     assert found["metrics/mmd_mean_colours"] == pytest.approx(
-        distances.mmd(fake.float(), real.float())(once(fake), once(real)), rel=1e-3
+        distances.mmd(fake.float(), real.float())(unit_counts(fake), unit_counts(real)), rel=1e-3
     )
     training = torch.cat([data.steps(seed=5).stage_batch(number, 2).images for number in range(2)])  # 4 each
     perfect = distances.frechet(MeanColours()(training).float(), real.float())
-    assert found["metrics/frechet_mean_colours_of_real"] == pytest.approx(perfect(once(fake), once(real)), rel=1e-3)
+    of_training = perfect(unit_counts(fake), unit_counts(real))
+    assert found["metrics/frechet_mean_colours_of_real"] == pytest.approx(of_training, rel=1e-3)
     assert {
         *(f"metrics/{kind}_mean_colours{of}" for kind in ("frechet", "kid", "mmd") for of in ("", "_of_real")),
         *(f"metrics/{kind}_mean_colours" for kind in ("precision", "recall", "copies")),
@@ -391,7 +394,7 @@ def test_flops_are_the_counters_over_a_whole_step(tiny: list[str], tmp_path: Pat
     with FlopCounterMode(display=False) as counter:
         for step in range(6):
             for micro in steps[step]:
-                model.flow_loss(model.transformer, micro, step).backward()
+                model.flow_loss(model, model.transformer, micro, step)[0].backward()
     text = model.text_encoder_config
     assert text.cache  # else the encoder's own operations would be among them
     assert read_entries(tmp_path / "runs" / "tiny")[-1].flops == pytest.approx(counter.get_total_flops(), rel=1e-3)
@@ -405,8 +408,8 @@ def test_validation_by_tau_adds_up_to_the_stages(tiny: list[str], tmp_path: Path
         micros = [heldout[i] for i in range(len(heldout)) if heldout[i].stage == stage]
         rows = []
         for micro in micros:
-            velocity, target, tau = model.predict(model.transformer, micro, "validation")
-            rows += list(zip(tau.tolist(), (velocity - target).square().mean((1, 2, 3)).tolist(), strict=True))
+            errors, tau = model.flow_loss(model, model.transformer, micro, "validation", reduction="none")
+            rows += list(zip(tau.tolist(), errors.mean((1, 2, 3)).tolist(), strict=True))
         for part in range(4):
             inside = [loss for tau, loss in rows if part / 4 <= tau < (part + 1) / 4]
             name = f"val/loss_stage{stage + 1}_tau_{part / 4:.2f}-{(part + 1) / 4:.2f}"
@@ -424,7 +427,7 @@ def test_two_processes_measure_what_one_does(tiny: list[str], tmp_path: Path) ->
             "training_images": 20,
             "agreement": None,
             "features": {"class_path": "tiny_models.MeanColours"},
-            "drawing": {"num_inference_steps": 1, "guidance_scale": 1.0},
+            "sampler": {"num_inference_steps": 1, "guidance_scale": 1.0},
             "batch_size": 2,
         },
     }

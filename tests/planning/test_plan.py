@@ -20,10 +20,10 @@ from nami_lightning.cli.plan import read_setup
 from nami_lightning.models.autoencoder import AutoencoderConfig
 from nami_lightning.models.text_encoder import TextEncoderConfig
 from nami_lightning.planning.encoder_memory import autoencoder, text_encoders
-from nami_lightning.planning.flops import DEVICES, Device, device_called, number_type
+from nami_lightning.planning.flops import DEVICES, Device, find_device, matmul_dtype
 from nami_lightning.planning.inputs import Setup
-from nami_lightning.planning.plan import USABLE, make_plan
-from nami_lightning.planning.report import Data, draws
+from nami_lightning.planning.plan import USABLE_MEMORY, make_plan
+from nami_lightning.planning.report import TrainingImages, samples_by_resolution
 from nami_lightning.runs.recipe import Recipe
 from nami_lightning.training.strategies import FSDP2Strategy, parallelize
 
@@ -95,7 +95,7 @@ def test_memory_time_and_hours_follow_from_the_settings(toy: Callable[[float], s
 
 def test_samples_and_epochs_by_bucket() -> None:
     plan = make_plan(setup_of(TINY))
-    drawn = draws(plan, Data("test", {8: 100, 16: 100, 32: 200}))
+    drawn = samples_by_resolution(plan, TrainingImages("test", {8: 100, 16: 100, 32: 200}))
     totals = [2 * (20 * 4 + 20 * 2), 2 * (20 * 2 + 20 * 4 + 20 * 2), 2 * (20 + 20 + 20 * 4)]
     assert drawn[8] == [totals[0] / 4, 0, 0]
     assert drawn[16] == [totals[0] / 4, pytest.approx(totals[1] / 3), 0]
@@ -143,7 +143,7 @@ def test_what_does_not_fit_is_told_how_to_fit(
         make_plan(setup_of(TINY, "--devices", n, *BIGGER, *settings)).memory.total
         for n, settings in (("2", given), (devices, change))
     )
-    toy((before + after) / 2 / USABLE)
+    toy((before + after) / 2 / USABLE_MEMORY)
     answer = planned()
     assert not answer["fits"]
     assert answer["memory"]["total"] == before
@@ -185,22 +185,22 @@ def test_the_table_says_what_it_assumes(capsys: pytest.CaptureFixture[str]) -> N
     ],
 )
 def test_devices_are_known_by_cudas_name_and_have_lightnings_rates(called: str, device: str, lightnings: str) -> None:
-    found = device_called(called)
+    found = find_device(called)
     assert found is DEVICES[device]
     rates = _CUDA_FLOPS[lightnings]
-    ours = [found.flops(number_type) for number_type in ("bfloat16", "tfloat32", "float32")]
+    ours = [found.peak_flops(dtype) for dtype in ("bfloat16", "tfloat32", "float32")]
     assert ours == pytest.approx([rates[torch.bfloat16], rates["tfloat32"], rates[torch.float32]])
-    assert device_called("NVIDIA Abacus") is None
+    assert find_device("NVIDIA Abacus") is None
 
 
 def test_the_number_type_is_what_the_settings_compute_in() -> None:
-    assert number_type("bf16-mixed") == "bfloat16"
-    assert number_type("32-true", "bfloat16") == "bfloat16"
-    assert number_type(None) == "float32"
+    assert matmul_dtype("bf16-mixed") == "bfloat16"
+    assert matmul_dtype("32-true", "bfloat16") == "bfloat16"
+    assert matmul_dtype(None) == "float32"
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
-        assert number_type("32-true") == "tfloat32"
+        assert matmul_dtype("32-true") == "tfloat32"
     finally:
         torch.set_float32_matmul_precision(before)
 

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from nami_lightning.models.transformer import NamiTransformer2DModel
 from nami_lightning.planning.flops import transformer_flops
 from nami_lightning.planning.inputs import Network
-from nami_lightning.planning.memory import MicroBatchShape, activations
+from nami_lightning.planning.memory import MicroBatchShape, measure_activations
 from nami_lightning.runs.recipe import Recipe
 from nami_lightning.training.strategies import parallelize
 
@@ -105,9 +105,9 @@ def test_operations_are_those_of_torchs_counter(config: dict[str, Any], every: i
 @CHECKPOINTING
 def test_activations_are_what_autograd_saves(config: dict[str, Any], every: int) -> None:
     stage, samples = 2, 3
-    network = Network.of(NamiTransformer2DModel, config)
+    network = Network.from_config(NamiTransformer2DModel, config)
     shape = MicroBatchShape(stage, samples, SIDES[stage], TEXT, activation_checkpointing=every, cuda=False)
-    planned = activations(network.make, shape)
+    planned = measure_activations(network.make, shape)
 
     model = network.make()
     recomputed = largest_block(model, stage, *inputs(config, stage, samples)) if every else 0
@@ -144,12 +144,12 @@ def largest_block(model: NamiTransformer2DModel, stage: int, *arguments: Tensor)
 
 
 def test_activations_grow_with_samples_and_shrink_with_checkpointing_and_bfloat16() -> None:
-    make = Network.of(NamiTransformer2DModel, LARGER).make
+    make = Network.from_config(NamiTransformer2DModel, LARGER).make
     shape = MicroBatchShape(2, 2, 32, TEXT)
-    one, two = (activations(make, replace(shape, samples=n)).saved for n in (2, 4))
+    one, two = (measure_activations(make, replace(shape, samples=n)).saved for n in (2, 4))
     assert two == pytest.approx(2 * one, rel=0.02)
-    assert activations(make, replace(shape, weights=torch.bfloat16)).saved < 0.7 * one
-    by_every = [activations(make, replace(shape, activation_checkpointing=n)).saved for n in (0, 2, 1)]
+    assert measure_activations(make, replace(shape, weight_dtype=torch.bfloat16)).saved < 0.7 * one
+    by_every = [measure_activations(make, replace(shape, activation_checkpointing=n)).saved for n in (0, 2, 1)]
     assert by_every[0] > by_every[1] > by_every[2]
 
 
@@ -166,7 +166,7 @@ def test_a_step_of_three_stages_keeps_as_much_as_its_largest_micro_batch(tiny: l
     for micro in batch:
         saved = Saved(model)
         with saved.counted():
-            loss = model.flow_loss(model.transformer, micro, micro.step)
+            loss = model.flow_loss(model, model.transformer, micro, micro.step)[0]
         alone.append(saved.now)
         del loss
 

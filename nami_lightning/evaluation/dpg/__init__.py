@@ -1,5 +1,5 @@
-"""DPG-Bench: yes-or-no questions about images of long prompts.
+"""DPG-Bench: a model answers yes-or-no questions about images of long prompts.
 
-- ``judge``: the benchmark's questions, images to answers, answers to scores.
+- ``judge``: reads the benchmark's questions, asks about the images, and computes the scores.
 - ``models``: the model that answers.
 """

@@ -1,19 +1,22 @@
-"""DPG-Bench: a model that answers questions looks at every image; five categories and a mean, as in Table 4.
+"""DPG-Bench's judge: a model answers questions about every image, for the scores of the paper's Table 4.
 
-The benchmark's file, as published (github.com/TencentQQGYLab/ELLA, ``dpg_bench.csv``), one question a line::
+The benchmark's file, as published (github.com/TencentQQGYLab/ELLA, ``dpg_bench.csv``), has one question per line::
 
     item_id,text,keywords,proposition_id,dependency,category_broad,category_detailed,tuple,question_natural_language
 
-``dependency`` lists the propositions (of the same item) without which this one makes no sense, 0 for none. ``tuple``
-begins with the category: ``attribute - color (cup, red)``.
+``dependency`` lists the propositions of the same item without which this one makes no sense, or 0 if there is none.
+``tuple`` begins with the category: ``attribute - color (cup, red)``.
 
-The rules are the published script's. An image's score is its share of questions answered yes, where a question counts 0
-if one that it depends on counts 0; the mean over images is the overall score. The categories are shares of plain
-answers, dependencies left out: this is why the overall score in the paper's Table 4 lies below all five. Two things
-differ: that script skips the file's first question (and with it the first item, if another of its questions depends on
-that one), and takes the categories from the last of an item's images alone. It reads an item's four images from one
-picture of two by two; here they are files of their own. A question that depends on one which the file does not have
-counts 0, where that script leaves the image out; how many there are is said beside the score.
+The rules are those of the published script. The score of an image is the share of its questions that are answered yes;
+a question that depends on another one counts 0 if that one counts 0. The overall score is the mean over all images. The
+scores of the categories are shares of the plain answers, without dependencies: this is why the overall score in the
+paper's Table 4 is below all five. Four things differ from the script:
+
+- It skips the first question of the file, and with it the first item if another of its questions depends on that one.
+- It computes the categories from the last of an item's images only.
+- It reads the four images of an item from one picture of two by two; here each image is a file.
+- It leaves out an image if a question depends on one that the file does not have. Here that question counts 0, and the
+  number of such questions is printed next to the score.
 """
 
 import csv
@@ -26,9 +29,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from nami_lightning.evaluation.generate import ImageFolder
-from nami_lightning.evaluation.prompts import Item, checked_id, read_text
-from nami_lightning.evaluation.results import Ledger, interval, percent, span
+from nami_lightning.evaluation.generate import GeneratedImages
+from nami_lightning.evaluation.prompts import Item, check_id, read_text
+from nami_lightning.evaluation.results import VerdictLog, bootstrap_interval, format_interval, format_percent
 from nami_lightning.utils.text_table import table
 
 VERDICTS = "verdicts.jsonl"
@@ -36,22 +39,22 @@ CATEGORIES = {"global": "Gbl", "entity": "Ent", "attribute": "Attr", "relation":
 COLUMNS = ("item_id", "text", "proposition_id", "dependency", "tuple", "question_natural_language")
 
 Answer = Callable[[Any, str], str]
-"""What is answered to a question about a PIL image."""
+"""A function that returns the answer to a question about a PIL image."""
 
 Question = dict[str, Any]
-"""``id``, ``parents`` (ids), ``category`` and ``question``."""
+"""The keys are ``id``, ``parents`` (ids of the questions that it depends on), ``category`` and ``question``."""
 
 
 def read_questions(path: Path, prompts: Path | None = None) -> list[Item]:
-    """The benchmark's items in the file's order, their questions in ``metadata["questions"]``.
+    """Return the items in the order of the file, with their questions in ``metadata["questions"]``.
 
     Args:
         path: the CSV file.
-        prompts: a folder with each item's prompt as ITEM_ID.txt; None: the file's column ``text``.
+        prompts: folder with each item's prompt as ITEM_ID.txt; None: use the column ``text`` of the file.
 
     Raises:
-        ValueError: another format, or no question. Named with its line.
-        FileNotFoundError: a file that isn't there.
+        ValueError: the file has another format, or no question; the message names the line.
+        FileNotFoundError: a file does not exist.
     """
     reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
     if lacking := [column for column in COLUMNS if column not in (reader.fieldnames or [])]:
@@ -61,21 +64,21 @@ def read_questions(path: Path, prompts: Path | None = None) -> list[Item]:
     for row in reader:
         where = f"{path}, line {reader.line_num}"
         if None in row.values():
-            raise ValueError(f"{where}: it has fewer columns than the first")
-        name = checked_id(row["item_id"].strip(), where)
+            raise ValueError(f"{where}: the line has fewer columns than the first line")
+        name = check_id(row["item_id"].strip(), where)
         texts[name] = texts.get(name) or row["text"].strip()
         questions.setdefault(name, []).append(_question(row, where))
     if not questions:
         raise ValueError(f"{path} holds no question")
-    for name, of_item in questions.items():
-        ids = [question["id"] for question in of_item]
+    for name, in_item in questions.items():
+        ids = [question["id"] for question in in_item]
         if len(set(ids)) < len(ids):
-            raise ValueError(f"{path}: {name} has two propositions of one number: {ids}")
+            raise ValueError(f"{path}: {name} has two propositions with the same number: {ids}")
     if prompts is not None:
         texts = {name: read_text(prompts / f"{name}.txt").strip() for name in questions}
     if empty := [name for name, text in texts.items() if not text]:
         raise ValueError(f"{prompts or path}: the prompt of {empty[0]} is empty")
-    return [Item(name, texts[name], "all", {"questions": of_item}) for name, of_item in questions.items()]
+    return [Item(name, texts[name], "all", {"questions": in_item}) for name, in_item in questions.items()]
 
 
 def _question(row: Mapping[str, str], where: str) -> Question:
@@ -83,14 +86,14 @@ def _question(row: Mapping[str, str], where: str) -> Question:
     if category not in CATEGORIES:
         raise ValueError(f"{where}: the tuple begins with {category!r}, none of {', '.join(CATEGORIES)}")
     try:
-        number = int(row["proposition_id"])
+        identifier = int(row["proposition_id"])
         parents = [int(parent) for parent in row["dependency"].split(",") if parent.strip()]
     except ValueError as error:
         raise ValueError(f"{where}: proposition_id and dependency must be numbers: {error}") from error
     if not row["question_natural_language"].strip():
         raise ValueError(f"{where}: the question is empty")
     return {
-        "id": number,
+        "id": identifier,
         "parents": [parent for parent in parents if parent != 0],
         "category": category,
         "question": row["question_natural_language"].strip(),
@@ -98,12 +101,14 @@ def _question(row: Mapping[str, str], where: str) -> Question:
 
 
 def image_score(questions: Sequence[Question], answers: Sequence[bool]) -> float:
-    """An image's share of questions that count 1: answered yes, as are all that they depend on; in [0, 1].
+    """Return the share of an image's questions that count 1, in [0, 1].
+
+    A question counts 1 if it and all questions that it depends on are answered yes.
 
     Args:
-        questions: of its item, in the file's order, which the rule is applied in: a question that comes after those it
-            depends on falls with them, and with what they depend on.
-        answers: one a question.
+        questions: questions of the item in the order of the file. The rule is applied in this order: a question that
+            comes after those it depends on also fails with what they depend on.
+        answers: one answer per question.
     """
     counts = {question["id"]: yes for question, yes in zip(questions, answers, strict=True)}
     for question in questions:
@@ -112,84 +117,93 @@ def image_score(questions: Sequence[Question], answers: Sequence[bool]) -> float
 
 
 def judge_images(
-    folder: ImageFolder, items: Sequence[Item], images: int, answer: Answer, judge: Mapping[str, Any]
+    folder: GeneratedImages, items: Sequence[Item], images: int, answer: Answer, judge: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Ask about a model's images what was not asked yet, and sum up: see :func:`scores`.
+    """Ask about the images of a model that were not judged yet, and return the scores; see :func:`scores`.
 
     Args:
         folder: the images.
-        items: to look at.
-        images: of each item.
-        answer: the judge.
-        judge: names of its model and settings.
+        items: items to judge.
+        images: number of images of each item.
+        answer: the model that answers.
+        judge: names of that model and its settings.
     """
-    ledger = Ledger(folder.folder / VERDICTS, judge)
+    log = VerdictLog(folder.folder / VERDICTS, judge)
     answers: dict[str, list[list[str]]] = {}
     for item in tqdm(items, desc=f"judging {folder.name}"):
         texts = [question["question"] for question in item.metadata["questions"]]
         for i in range(images):
             path = folder.path(item, i)
-            if (said := ledger.get(path, texts)) is None:
+            if (answered := log.get(path, texts)) is None:
                 image = folder.open(item, i)
-                said = [answer(image, text) for text in texts]
-                ledger.add(path, texts, said)
-            answers.setdefault(item.id, []).append(said)
-    every = (text for of_item in answers.values() for said in of_item for text in said)
-    unclear = sum(not is_yes(text) and not is_no(text) for text in every)
-    yes = {name: [[is_yes(text) for text in said] for said in of_item] for name, of_item in answers.items()}
-    return scores(items, yes) | {"unclear_answers": unclear, "judged_on": sorted(ledger.judged_on)}
+                answered = [answer(image, text) for text in texts]
+                log.add(path, texts, answered)
+            answers.setdefault(item.id, []).append(answered)
+    all_answers = (text for in_item in answers.values() for answered in in_item for text in answered)
+    unclear = sum(not is_yes(text) and not is_no(text) for text in all_answers)
+    yes = {name: [[is_yes(text) for text in answered] for answered in in_item] for name, in_item in answers.items()}
+    return scores(items, yes) | {"unclear_answers": unclear, "judged_on": sorted(log.judged_on)}
 
 
 def is_yes(answer: str) -> bool:
-    """Whether an answer's first word is yes."""
+    """Tell whether the first word of an answer is yes."""
     return re.findall(r"[a-z]+", answer.lower())[:1] == ["yes"]
 
 
 def is_no(answer: str) -> bool:
-    """Whether an answer's first word is no."""
+    """Tell whether the first word of an answer is no."""
     return re.findall(r"[a-z]+", answer.lower())[:1] == ["no"]
 
 
 def scores(items: Sequence[Item], answers: Mapping[str, Sequence[Sequence[bool]]]) -> dict[str, Any]:
-    """The overall score and the categories', all in [0, 1]; ``orphans`` counts questions whose parents are missing.
+    """Return the overall score and those of the categories, all in [0, 1].
+
+    ``orphans`` is the number of questions that depend on a missing one.
 
     Args:
-        items: with their questions.
-        answers: by item, for each of its images, one a question.
+        items: items with their questions.
+        answers: for each item and each of its images, one answer per question.
     """
-    of_items = []
-    plain: dict[str, list[bool]] = {}
+    item_scores = []
+    by_category: dict[str, list[bool]] = {}
     for item in items:
         questions = item.metadata["questions"]
-        of_items.append(np.mean([image_score(questions, said) for said in answers[item.id]]))
-        for said in answers[item.id]:
-            for question, yes in zip(questions, said, strict=True):
-                plain.setdefault(question["category"], []).append(yes)
-    values = np.array(of_items)
+        item_scores.append(np.mean([image_score(questions, answered) for answered in answers[item.id]]))
+        for answered in answers[item.id]:
+            for question, yes in zip(questions, answered, strict=True):
+                by_category.setdefault(question["category"], []).append(yes)
+    values = np.array(item_scores)
     orphans = sum(map(_orphans, items))
     return {
         "overall": float(values.mean()),
-        "categories": {name: float(np.mean(plain[name])) for name in CATEGORIES if name in plain},
-        "intervals": {"overall": interval([values])},
+        "categories": {name: float(np.mean(by_category[name])) for name in CATEGORIES if name in by_category},
+        "intervals": {"overall": bootstrap_interval([values])},
         "prompts": len(items),
-        "questions": {name: len(plain[name]) for name in CATEGORIES if name in plain},
+        "questions": {name: len(by_category[name]) for name in CATEGORIES if name in by_category},
         "orphans": orphans,
     }
 
 
 def _orphans(item: Item) -> int:
-    """Questions that depend on one that isn't there."""
-    there = {question["id"] for question in item.metadata["questions"]}
-    return sum(not there.issuperset(question["parents"]) for question in item.metadata["questions"])
+    """Return the number of an item's questions that depend on one that the file does not have."""
+    ids = {question["id"] for question in item.metadata["questions"]}
+    return sum(not ids.issuperset(question["parents"]) for question in item.metadata["questions"])
 
 
-def lines(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Table 4 of some models' scores."""
+def score_table(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return Table 4 of the paper for some models, as lines of text."""
     rows = [["", "Ovr", *CATEGORIES.values(), "95% of Ovr"]]
     for name, result in results.items():
         shares = result["categories"]
-        cells = [percent(shares[category]) if category in shares else "-" for category in CATEGORIES]
-        rows.append([name, percent(result["overall"]), *cells, span(result["intervals"]["overall"], ".1f", 100)])
+        cells = [format_percent(shares[category]) if category in shares else "-" for category in CATEGORIES]
+        rows.append(
+            [
+                name,
+                format_percent(result["overall"]),
+                *cells,
+                format_interval(result["intervals"]["overall"], ".1f", 100),
+            ]
+        )
     text = table(rows, "<" + ">" * (len(CATEGORIES) + 2))
     for name, result in results.items():
         if result.get("unclear_answers"):

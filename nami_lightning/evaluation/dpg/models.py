@@ -1,7 +1,7 @@
-"""DPG-Bench's judge, from transformers: a model that answers questions about an image.
+"""DPG-Bench's judge, a model of transformers that answers questions about an image.
 
-The published one is mPLUG-large of ModelScope, which transformers does not have; scores of another judge are not
-comparable with it, so the judge is named beside every score.
+The published judge is ModelScope's mPLUG-large, which transformers does not have. Scores of another judge can't be
+compared with its scores, so the judge is named next to every score.
 """
 
 from typing import Any
@@ -12,22 +12,22 @@ from PIL import Image
 from nami_lightning.errors import first_line
 
 YES_OR_NO = "{question} Answer with one word, yes or no."
-MOST_TOKENS = 8
+MAX_NEW_TOKENS = 8
 
 
 class QuestionJudge:
-    """Answers a question about an image, with yes or no if all goes well.
+    """A model that answers a question about an image, usually with yes or no.
 
-    Models made for visual question answering (BLIP, ViLT) get the bare question; a model that chats about images gets
-    the question and the wish for one word.
+    Models for visual question answering (BLIP, ViLT) get the question alone. A model that chats about images gets the
+    question, and is asked to answer with one word.
 
     Args:
-        name: Hugging Face name or folder.
-        device: to run on.
+        name: Hugging Face name or folder of the model.
+        device: device to run on.
 
     Raises:
-        FileNotFoundError: it can be neither found nor fetched.
-        ValueError: a model of another kind.
+        FileNotFoundError: the model can be neither found nor downloaded.
+        ValueError: it is a model of another kind.
     """
 
     def __init__(self, name: str, device: torch.device | str) -> None:
@@ -41,12 +41,12 @@ class QuestionJudge:
             raise FileNotFoundError(f"judge {name} can't be loaded: {first_line(error)}") from error
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(
-                f"judge {name} is no model that answers questions about images: {first_line(error)}"
+                f"judge {name} is not a model that answers questions about images: {first_line(error)}"
             ) from error
 
     @torch.inference_mode()
     def __call__(self, image: Image.Image, question: str) -> str:
-        """The answer."""
+        """Return the answer to a question about an image."""
         return self._answer(image, question)
 
     def _load_vqa(self, name: str, device: torch.device | str) -> Any:
@@ -59,7 +59,7 @@ class QuestionJudge:
             inputs = processor(images=image, text=question, return_tensors="pt").to(device)
             if not model.can_generate():
                 return model.config.id2label[int(model(**inputs).logits.argmax(-1))]
-            tokens = model.generate(**inputs, max_new_tokens=MOST_TOKENS, do_sample=False)
+            tokens = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
             return processor.decode(tokens[0], skip_special_tokens=True)
 
         return answer
@@ -74,7 +74,7 @@ class QuestionJudge:
             said = chat(
                 text=[{"role": "user", "content": content}],
                 return_full_text=False,
-                generate_kwargs={"max_new_tokens": MOST_TOKENS, "do_sample": False},
+                generate_kwargs={"max_new_tokens": MAX_NEW_TOKENS, "do_sample": False},
             )
             return said[0]["generated_text"]
 

@@ -1,14 +1,15 @@
-"""GenEval's rules: what counts as a right image, given what a detector found in it. No model is in here.
+"""GenEval's rules: whether an image is correct, given what a detector found in it. No model is used here.
 
-As published (github.com/djghosh13/geneval, ``evaluate_images.py``):
+The rules are those published (github.com/djghosh13/geneval, ``evaluate_images.py``):
 
-- Detections above 0.3 count, above 0.9 for counting; at most 16 of a class; with its overlap limit of 1, none is
-  dropped for overlapping another.
-- Every entry of ``include`` asks for so many objects of its class. Colour and position are looked at on the most
-  confident ones alone, as many as are asked for. More than are asked for does no harm but in counting, where
-  ``exclude`` makes the number exact.
-- A is left of B if the centres' offset, less 0.1 of both widths (heights), still points left by more than half of the
-  offset's length. So two relations can hold at once, and none holds if the boxes' centres lie too close.
+- Detections with a confidence above 0.3 count, for the task counting above 0.9; at most 16 of a class. GenEval's
+  overlap limit is 1, so no detection is dropped because it overlaps another.
+- Every entry of ``include`` asks for a number of objects of one class. Colour and position are checked only on the most
+  confident objects, as many as the entry asks for. More objects than that do no harm, except for the task counting,
+  where ``exclude`` makes the number exact.
+- A is left of B if the offset of their centres, shortened by 0.1 of the sum of both widths (heights), still points left
+  by more than half of the offset's length. So two relations can hold at once, and none holds if the centres are too
+  close.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -31,10 +32,10 @@ class Detection:
     """An object that a detector found.
 
     Args:
-        label: its class, by GenEval's names.
+        label: name of its class, by GenEval's names.
         score: the detector's confidence, in [0, 1].
-        box: left, top, right, bottom in px; right and bottom are the first px outside.
-        mask: its pixels, bool ``(H, W)`` of the image's size.
+        box: left, top, right and bottom in px; right and bottom are the first px outside.
+        mask: the object's pixels, bool ``(H, W)`` with the image's size.
     """
 
     label: str
@@ -44,28 +45,30 @@ class Detection:
 
 
 Objects = Mapping[str, Sequence[Detection]]
-"""By class, the most confident first."""
+"""Detections by class, the most confident first."""
 
 ClassifyColors = Callable[[Sequence[Detection], str], Sequence[str]]
-"""The colour of each of some objects of a class."""
+"""A function that returns the colour of each of some objects of one class."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether an image shows what was asked for, and why not."""
+    """Whether an image shows what was asked for, and the reasons if it doesn't."""
 
     correct: bool
     reasons: tuple[str, ...] = ()
 
 
-def kept(detections: Sequence[Detection], tag: str, max_overlap: float = MAX_OVERLAP) -> dict[str, list[Detection]]:
-    """The detections that count, by class, most confident first.
+def filter_detections(
+    detections: Sequence[Detection], tag: str, max_overlap: float = MAX_OVERLAP
+) -> dict[str, list[Detection]]:
+    """Return the detections that count, by class, the most confident first.
 
     Args:
-        detections: all that a detector found.
-        tag: the task; counting asks for more confidence.
-        max_overlap: of two boxes of a class that overlap (intersection over union) this much or more, the less
-            confident is dropped; 1 drops none.
+        detections: all detections of an image.
+        tag: the task; counting needs more confidence.
+        max_overlap: if two boxes of a class overlap (intersection over union) by this much or more, the less confident
+            one is dropped; 1 drops none.
     """
     threshold = COUNTING_THRESHOLD if tag == "counting" else THRESHOLD
     objects: dict[str, list[Detection]] = {}
@@ -79,7 +82,10 @@ def kept(detections: Sequence[Detection], tag: str, max_overlap: float = MAX_OVE
 
 
 def overlap(a: Box, b: Box) -> float:
-    """Intersection over union of two boxes, each counted one px wider and higher, as GenEval does; in [0, 1]."""
+    """Return the intersection over union of two boxes, in [0, 1].
+
+    As in GenEval, each box counts as one px wider and higher than it is.
+    """
     shared = _area((max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3])))
     union = _area(a) + _area(b) - shared
     return shared / union if union else 0.0
@@ -90,7 +96,7 @@ def _area(box: Box) -> float:
 
 
 def relations(a: Box, b: Box) -> set[str]:
-    """Where box ``a`` lies, seen from ``b``: of left of, right of, above and below those that hold, none to two."""
+    """Return the relations of box ``a`` to box ``b``: up to two of left of, right of, above and below."""
     corners = np.array([a, b], dtype=float).reshape(2, 2, 2)
     centers, sides = corners.mean(axis=1), np.abs(corners[:, 1] - corners[:, 0])
     offset = centers[0] - centers[1]
@@ -102,13 +108,13 @@ def relations(a: Box, b: Box) -> set[str]:
     return {relation for relation, true in holds.items() if true}
 
 
-def judge(metadata: Mapping[str, Any], objects: Objects, classify_colors: ClassifyColors) -> Verdict:
-    """Whether an image shows what its prompt asks for.
+def judge_objects(metadata: Mapping[str, Any], objects: Objects, classify_colors: ClassifyColors) -> Verdict:
+    """Return whether an image shows what its prompt asks for.
 
     Args:
-        metadata: of the prompt, see :mod:`~nami_lightning.evaluation.geneval.prompts`.
-        objects: what :func:`kept` leaves of the detections.
-        classify_colors: asked only where a colour matters.
+        metadata: metadata of the prompt, see :mod:`~nami_lightning.evaluation.geneval.prompts`.
+        objects: detections that :func:`filter_detections` returned.
+        classify_colors: function that is called only if a colour matters.
     """
     reasons: list[str] = []
     matched: list[Sequence[Detection] | None] = []

@@ -1,6 +1,6 @@
-"""NAMI-1K: people rate images of the paper's kinds of prompts.
+"""NAMI-1K: people rate the images of the paper's kinds of prompts.
 
-- ``prompts``: the prompts; ``examples.jsonl`` holds the 15 that the paper prints.
-- ``rating_pages``: pages on which people rate; ``rating_page.html`` is their form.
-- ``ratings``: the raters' answers to the paper's table.
+- ``prompts``: reads the prompts; ``examples.jsonl`` has the 15 prompts that the paper prints.
+- ``rating_pages``: writes the pages on which people rate; ``rating_page.html`` is the template.
+- ``ratings``: reads the raters' answers and computes the paper's Table 5.
 """

@@ -1,10 +1,10 @@
-"""NAMI-1K's prompt file: three kinds of prompts, one JSON object a line.
+"""NAMI-1K's prompt file: three kinds of prompts, one JSON object per line.
 
     {"id": "human-003", "kind": "human", "topic": "fantasy and stories", "prompt": "A man hugging a tiger ..."}
 
-``id`` names the prompt's folder of images; ``kind`` is ``open`` (from open benchmarks), ``human`` (written by people)
-or ``long`` (written by a model); ``topic`` may be left out. The paper prints 15 of its 1,000 prompts, five of each
-kind: they come with the package (``examples.jsonl``; their topics are ours).
+``id`` is the name of the prompt's folder of images. ``kind`` is ``open`` (from open benchmarks), ``human`` (written by
+people) or ``long`` (written by a model). ``topic`` may be left out. The paper prints 15 of its 1,000 prompts, five of
+each kind: they come with the package (``examples.jsonl``). Their topics are our own choice.
 """
 
 import json
@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from importlib.resources import as_file, files
 from pathlib import Path
 
-from nami_lightning.evaluation.prompts import Item, checked_id, read_text
+from nami_lightning.evaluation.prompts import Item, check_id, read_text
 
 KINDS = {"open": 360, "human": 320, "long": 320}
-"""The kinds, and the paper's number of each."""
+"""The kinds of prompts, and how many the paper has of each."""
 
 TOPICS = {
     "people": "a person, a man, a woman, a child, a portrait, a face, clothing, a couple",
@@ -34,15 +34,16 @@ TOPICS = {
     "events and culture": "a festival, a ceremony, a wedding, the news, history, a celebrity",
     "text and ideas": "written text, a proverb, advice, an abstract idea, an emotion",
 }
-"""14 topics, and what a picture of each may show. Figures 9 and 10 of the paper show 14 too; its text names none."""
+"""14 topics, and what a picture of each may show. Figures 9 and 10 of the paper have 14 too, but its text names none.
+"""
 
 
 def read_prompts(path: Path | None = None) -> list[Item]:
-    """The prompts of a file, or the paper's 15 examples.
+    """Return the prompts of a file, or the paper's 15 examples if ``path`` is None.
 
     Raises:
-        ValueError: a line in another format, or an id that comes twice; named with its line.
-        FileNotFoundError: no such file.
+        ValueError: a line has another format, or an id occurs twice; the message names the line.
+        FileNotFoundError: the file does not exist.
     """
     if path is None:
         with as_file(files("nami_lightning.evaluation.nami1k").joinpath("examples.jsonl")) as examples:
@@ -52,7 +53,7 @@ def read_prompts(path: Path | None = None) -> list[Item]:
         if line.strip():
             item = _item(line, f"{path}, line {number}")
             if item.id in items:
-                raise ValueError(f"{path}, line {number}: the id {item.id} comes twice")
+                raise ValueError(f"{path}, line {number}: the id {item.id} is used twice")
             items[item.id] = item
     if not items:
         raise ValueError(f"{path} holds no prompt")
@@ -65,10 +66,10 @@ def _item(line: str, where: str) -> Item:
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: not JSON: {error}") from error
     if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in ("id", "kind", "prompt")):
-        raise ValueError(f'{where}: must be an object with the texts "id", "kind" and "prompt"')
-    checked_id(entry["id"], where)
+        raise ValueError(f'{where}: must be an object with the strings "id", "kind" and "prompt"')
+    check_id(entry["id"], where)
     if not isinstance(entry.get("topic", ""), str):
-        raise ValueError(f"{where}: the topic must be a text")
+        raise ValueError(f"{where}: the topic must be a string")
     if entry["kind"] not in KINDS:
         raise ValueError(f"{where}: kind {entry['kind']!r} is none of {', '.join(KINDS)}")
     if not entry["prompt"].strip():
@@ -77,7 +78,7 @@ def _item(line: str, where: str) -> Item:
     return Item(entry["id"], entry["prompt"].strip(), entry["kind"], {"kind": entry["kind"], **topic})
 
 
-def shares(items: Sequence[Item]) -> str:
-    """How many of the paper's numbers of each kind there are: ``open 5 of 360, ...``."""
+def count_kinds(items: Sequence[Item]) -> str:
+    """Return how many prompts of each kind there are, next to the paper's number: ``open 5 of 360, ...``."""
     counts = Counter(item.kind for item in items)
     return ", ".join(f"{kind} {counts[kind]} of {number}" for kind, number in KINDS.items())

@@ -1,17 +1,15 @@
-"""Pages for raters: NAMI-1K's four dimensions from 0 to 100, every image on its own, shuffled, blind to the model.
+"""Pages for raters: they rate NAMI-1K's four dimensions from 0 to 100, one image at a time, without knowing the model.
 
-OUT/nami1k/ratings/key.json                       which image is whose; not for raters
-OUT/nami1k/ratings/pages/rater-1-part-01.html     one file with its images in it; opens in any browser, needs no network
+OUT/nami1k/ratings/key.json                       the model and the prompt of each image; raters must not see it
+OUT/nami1k/ratings/pages/rater-1-part-01.html     one file that contains its images; opens in any browser, offline
 OUT/nami1k/ratings/pages/...
 
-A rater opens a page, rates, presses "Save answers", and sends back the file that it saves. Images bear numbers that say
-nothing, and each rater sees them in an order of his own.
+A rater opens a page, rates the images, presses "Save answers", and sends back the saved file. Images have random
+numbers, and each rater sees them in another order.
 """
 
-import base64
 import hashlib
 import html
-import io
 import json
 import random
 import secrets
@@ -24,10 +22,10 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
-from nami_lightning.evaluation.generate import ImageFolder
+from nami_lightning.evaluation.generate import GeneratedImages
 from nami_lightning.evaluation.prompts import Item
-from nami_lightning.evaluation.results import write_json
-from nami_lightning.utils.atomic_write import replacing
+from nami_lightning.utils.atomic_write import write_json, write_text
+from nami_lightning.utils.image_grid import data_url
 
 FORMAT = 1
 KEY = "key.json"
@@ -39,18 +37,18 @@ DIMENSIONS = {
     "aesthetic": ("Aesthetic quality", "Is it well made to look at: composition, colour, light, detail?"),
     "realism": ("Realism", "Does it look real, or like a convincing work of the kind that the text asks for?"),
 }
-"""In the order of Table 5: the name in files, on the page, and what it asks."""
+"""The dimensions in the order of Table 5: the name in files, then the title on the page and the question below it."""
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How a rating is shared out.
+class RatingSettings:
+    """How the images are distributed to the raters.
 
     Args:
-        raters: how many people rate.
-        each: how many of them rate each image; all, or fewer in turn.
-        page_images: images on one page.
-        side: px, the longest side of an image on a page.
+        raters: number of people who rate.
+        each: number of raters for each image; if it is below ``raters``, they take turns.
+        page_images: number of images on one page.
+        side: longest side of an image on a page, in px.
     """
 
     raters: int = 5
@@ -60,95 +58,98 @@ class Plan:
 
     def __post_init__(self) -> None:
         if self.raters < 1 or not 1 <= self.each <= self.raters:
-            raise ValueError(f"each image needs 1 to {self.raters} of {self.raters} raters, not {self.each}")
+            raise ValueError(f"each image needs 1 to {self.raters} of the {self.raters} raters, not {self.each}")
         if self.page_images < 1 or self.side < 16:
-            raise ValueError(f"{self.page_images} images a page of {self.side} px: too few, or too small")
+            raise ValueError(
+                f"{self.page_images} images per page, {self.side} px wide: too few images, or images too small"
+            )
 
 
 def write_pages(
-    folders: Sequence[ImageFolder], items: Sequence[Item], images: int, plan: Plan, out: Path
+    folders: Sequence[GeneratedImages], items: Sequence[Item], images: int, settings: RatingSettings, out: Path
 ) -> list[Path]:
-    """Write the key and all pages; the same again writes the same pages.
+    """Write the key and all pages, and return the paths of the pages.
+
+    Called again with the same arguments, it writes the same pages.
 
     Args:
-        folders: one a model, drawn.
-        items: whose images are rated.
-        images: of each item.
-        plan: how they are shared out.
-        out: the folder of the key and the pages.
+        folders: the images, one folder per model.
+        items: items whose images are rated.
+        images: number of images of each item.
+        settings: how the images are distributed.
+        out: folder of the key and the pages.
 
     Raises:
-        ValueError: the folder holds the key of another rating.
+        ValueError: the folder has the key of another rating.
     """
-    wanted = {
+    study_settings = {
         "format": FORMAT,
         "models": [folder.name for folder in folders],
-        "raters": plan.raters,
-        "each": plan.each,
-        "page_images": plan.page_images,
+        "raters": settings.raters,
+        "each": settings.each,
+        "page_images": settings.page_images,
         "files": _fingerprint(folders, items, images),
     }
-    key = _key(wanted, folders, items, images, out)
+    key = _read_or_make_key(study_settings, folders, items, images, out)
     sources = {folder.name: folder for folder in folders}
     prompts = {item.id: item for item in items}
     pages = []
-    for rater in tqdm(range(1, plan.raters + 1), desc="pages", unit="rater"):
-        for part, numbers in enumerate(shares(key, rater), 1):
+    for rater in tqdm(range(1, settings.raters + 1), desc="pages", unit="rater"):
+        for part, numbers in enumerate(pages_of_rater(key, rater), 1):
             entries = []
             for number in numbers:
-                about = key["images"][number]
-                item = prompts[about["item"]]
-                picture = _embed(sources[about["model"]].open(item, about["sample"]), plan.side)
+                entry = key["images"][number]
+                item = prompts[entry["item"]]
+                picture = _embed(sources[entry["model"]].open(item, entry["sample"]), settings.side)
                 entries.append({"image": number, "prompt": item.prompt, "picture": picture})
             path = out / "pages" / f"rater-{rater}-part-{part:02d}.html"
-            with replacing(path) as partial:
-                partial.write_text(page(key["study"], rater, part, entries), encoding="utf-8")
+            write_text(path, render_page(key["study"], rater, part, entries))
             pages.append(path)
     return pages
 
 
-def shares(key: Mapping[str, Any], rater: int) -> list[list[str]]:
-    """The numbers of the images on each of a rater's pages, in his order.
+def pages_of_rater(key: Mapping[str, Any], rater: int) -> list[list[str]]:
+    """Return the numbers of the images on each page of a rater, in the order that the rater sees.
 
-    Image i goes to ``each`` raters in turn, from the i-th on. Numbers were given at random, so every rater gets models
-    and prompts alike.
+    Image i goes to ``each`` raters in turn, starting with the i-th. Images are numbered at random, so all raters get a
+    similar mix of models and prompts.
     """
     raters, each = key["raters"], key["each"]
-    own = [number for i, number in enumerate(key["images"]) if (rater - 1 - i) % raters < each]
-    random.Random(f"{key['salt']} {rater}").shuffle(own)
+    numbers = [number for i, number in enumerate(key["images"]) if (rater - 1 - i) % raters < each]
+    random.Random(f"{key['salt']} {rater}").shuffle(numbers)
     size = key["page_images"]
-    return [own[first : first + size] for first in range(0, len(own), size)]
+    return [numbers[first : first + size] for first in range(0, len(numbers), size)]
 
 
-def _key(
-    wanted: Mapping[str, Any], folders: Sequence[ImageFolder], items: Sequence[Item], images: int, out: Path
+def _read_or_make_key(
+    study_settings: Mapping[str, Any], folders: Sequence[GeneratedImages], items: Sequence[Item], images: int, out: Path
 ) -> dict[str, Any]:
-    """Which image is whose: as it was written, or a new one."""
+    """Return the key of the rating: the one that is already there, or a new one."""
     path = out / KEY
     if path.exists():
         key = json.loads(path.read_text(encoding="utf-8"))
-        if any(key.get(name) != value for name, value in wanted.items()):
+        if any(key.get(name) != value for name, value in study_settings.items()):
             raise ValueError(
-                f"{path} is of another rating (other models, prompts, images or raters), whose answers it is needed "
-                "for: choose another --out, or move it away"
+                f"{path} belongs to another rating (other models, prompts, images or raters), whose answers need it: "
+                "choose another --out, or move it away"
             )
         return key
     salt = secrets.token_hex(16)
-    everything = [
+    all_images = [
         {"model": folder.name, "item": item.id, "kind": item.kind, "sample": i}
         for item in items
         for folder in folders
         for i in range(images)
     ]
-    random.Random(salt).shuffle(everything)
-    digits = len(str(len(everything)))
-    numbered = {f"{i:0{digits}d}": about for i, about in enumerate(everything, 1)}
-    key = {"study": secrets.token_hex(4), "salt": salt, **wanted, "images": numbered}
+    random.Random(salt).shuffle(all_images)
+    digits = len(str(len(all_images)))
+    numbered = {f"{i:0{digits}d}": entry for i, entry in enumerate(all_images, 1)}
+    key = {"study": secrets.token_hex(4), "salt": salt, **study_settings, "images": numbered}
     write_json(path, key)
     return key
 
 
-def _fingerprint(folders: Sequence[ImageFolder], items: Sequence[Item], images: int) -> str:
+def _fingerprint(folders: Sequence[GeneratedImages], items: Sequence[Item], images: int) -> str:
     digest = hashlib.sha256()
     for folder in folders:
         for item in items:
@@ -159,21 +160,19 @@ def _fingerprint(folders: Sequence[ImageFolder], items: Sequence[Item], images: 
 
 
 def _embed(image: Image.Image, side: int) -> str:
-    """A JPEG of at most ``side`` px as a data URL; what the PNG says of itself is left behind."""
+    """Return a JPEG of at most ``side`` px as a data URL; the metadata of the PNG is dropped."""
     image.thumbnail((side, side), Image.Resampling.LANCZOS)
-    data = io.BytesIO()
-    image.save(data, "JPEG", quality=QUALITY)
-    return f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"
+    return data_url(image, "JPEG", quality=QUALITY)
 
 
-def page(study: str, rater: int, part: int, entries: Sequence[Mapping[str, str]]) -> str:
-    """A page as text.
+def render_page(study: str, rater: int, part: int, entries: Sequence[Mapping[str, str]]) -> str:
+    """Return the HTML of a page.
 
     Args:
-        study: the rating's name, which its answers bear.
-        rater: number of the person.
+        study: name of the rating, which is saved with its answers.
+        rater: number of the rater.
         part: number of the page.
-        entries: ``image`` (number), ``prompt`` and ``picture`` (data URL) of each image, in their order.
+        entries: ``image`` (number), ``prompt`` and ``picture`` (data URL) of each image, in order.
     """
     dimensions = [{"name": name, "title": title, "asks": asks} for name, (title, asks) in DIMENSIONS.items()]
     data = {"format": FORMAT, "study": study, "rater": rater, "part": part, "dimensions": dimensions}

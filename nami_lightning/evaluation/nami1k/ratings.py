@@ -1,4 +1,4 @@
-"""Raters' answers gathered: Table 5, intervals, and how far the raters agree."""
+"""The raters' answers: Table 5 of the paper, intervals, and how well the raters agree."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -11,30 +11,32 @@ import numpy as np
 from nami_lightning.evaluation.nami1k.prompts import KINDS
 from nami_lightning.evaluation.nami1k.rating_pages import DIMENSIONS, FORMAT, KEY
 from nami_lightning.evaluation.prompts import read_text
-from nami_lightning.evaluation.results import interval, span
+from nami_lightning.evaluation.results import bootstrap_interval, format_interval
 from nami_lightning.utils.text_table import table
 
 WEIGHTS = {"relevance": 0.3, "coherence": 0.3, "aesthetic": 0.2, "realism": 0.2}
 HEADINGS = {"relevance": "Rele", "coherence": "Cohe", "aesthetic": "Aes", "realism": "Real", "overall": "Overall"}
 
 Ratings = dict[str, dict[int, np.ndarray]]
-"""By image's number and by rater: a score for each dimension, ``(4,)``, 0 to 100."""
+"""For each image number and each rater, a score from 0 to 100 of each dimension, ``(4,)``."""
 
 
-def overall(scores: Mapping[str, float]) -> float:
-    """The weighted sum of the four dimensions' scores, on their scale."""
+def overall_score(scores: Mapping[str, float]) -> float:
+    """Return the weighted sum of the four dimensions' scores, on their scale."""
     return sum(weight * scores[name] for name, weight in WEIGHTS.items())
 
 
 def read_key(folder: Path) -> dict[str, Any]:
-    """Which image is whose.
+    """Return the key of a rating: the model and the prompt of each image.
 
     Raises:
         FileNotFoundError: no pages were ever written there.
     """
     path = folder / KEY
     if not path.exists():
-        raise FileNotFoundError(f"{path} is not there: answers can be gathered only where --annotate wrote the pages")
+        raise FileNotFoundError(
+            f"{path} does not exist: answers can be summed up only where --annotate wrote the pages"
+        )
     try:
         return json.loads(read_text(path))
     except json.JSONDecodeError as error:
@@ -42,12 +44,12 @@ def read_key(folder: Path) -> dict[str, Any]:
 
 
 def read_answers(paths: Sequence[Path], key: Mapping[str, Any]) -> Ratings:
-    """The answers of all files.
+    """Return the answers of all files.
 
     Raises:
-        ValueError: a file that is not of this rating, or holds anything else than scores from 0 to 100, once for each
-            image; named with its file and image.
-        FileNotFoundError: a file that isn't there.
+        ValueError: a file is not of this rating, or has anything else than scores from 0 to 100, once for each image;
+            the message names the file and the image.
+        FileNotFoundError: a file does not exist.
     """
     ratings: Ratings = {}
     for path in paths:
@@ -56,10 +58,12 @@ def read_answers(paths: Sequence[Path], key: Mapping[str, Any]) -> Ratings:
             number = answer.get("image") if isinstance(answer, dict) else None
             if not isinstance(number, str) or number not in key["images"]:
                 raise ValueError(f"{path}: there is no image {number} in this rating")
-            of_image = ratings.setdefault(number, {})
-            if saved["rater"] in of_image:
-                raise ValueError(f"{path}: rater {saved['rater']} has rated image {number} before: a file given twice?")
-            of_image[saved["rater"]] = _scores(answer, f"{path}: image {number}")
+            image_ratings = ratings.setdefault(number, {})
+            if saved["rater"] in image_ratings:
+                raise ValueError(
+                    f"{path}: rater {saved['rater']} has already rated image {number}: is a file given twice?"
+                )
+            image_ratings[saved["rater"]] = _scores(answer, f"{path}: image {number}")
     if not ratings:
         raise ValueError("the files hold no answers")
     return ratings
@@ -74,7 +78,9 @@ def _read(path: Path, key: Mapping[str, Any]) -> dict[str, Any]:
     if format_ != FORMAT or study != key["study"]:
         raise ValueError(f"{path} is of rating {study} (format {format_}), not of {key['study']} (format {FORMAT})")
     if not isinstance(rater, int) or not 1 <= rater <= key["raters"] or not isinstance(answers, list):
-        raise ValueError(f"{path}: rater {rater!r} is none of the {key['raters']} of this rating, or it has no answers")
+        raise ValueError(
+            f"{path}: rater {rater!r} is none of the {key['raters']} raters of this rating, or it has no answers"
+        )
     return saved
 
 
@@ -86,69 +92,70 @@ def _scores(answer: Mapping[str, Any], where: str) -> np.ndarray:
     return np.array(values, dtype=float)
 
 
-def summarise(ratings: Ratings, key: Mapping[str, Any]) -> dict[str, Any]:
-    """Scores of the models, with intervals, differences, agreement, and what is still unrated.
+def summarize(ratings: Ratings, key: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the models' scores with intervals, their differences, the agreement of raters, and what is unrated.
 
-    An image's score is the mean over its raters, a prompt's the mean over its images, a model's the mean over its
-    prompts. Intervals are bootstraps over prompts; a difference is taken on the prompts that both models have.
+    The score of an image is the mean over its raters, the score of a prompt the mean over its images, and the score of
+    a model the mean over its prompts. Intervals are bootstraps over prompts. A difference uses the prompts that both
+    models have.
 
     Args:
         ratings: see :func:`read_answers`.
         key: see :func:`read_key`.
     """
-    of_prompts = _by_prompt(ratings, key)
-    kinds = {about["item"]: about["kind"] for about in key["images"].values()}
-    models = {name: _model(of_prompts[name], kinds) for name in key["models"] if name in of_prompts}
+    by_model = _by_prompt(ratings, key)
+    kinds = {entry["item"]: entry["kind"] for entry in key["images"].values()}
+    models = {name: _model_summary(by_model[name], kinds) for name in key["models"] if name in by_model}
     wanted = len(key["images"]) * key["each"]
     return {
         "models": models,
-        "differences": [_difference(a, b, of_prompts) for a, b in combinations(models, 2)],
+        "differences": [_difference(a, b, by_model) for a, b in combinations(models, 2)],
         "agreement": agreement(ratings),
         "ratings": sum(map(len, ratings.values())),
         "ratings_wanted": wanted,
-        "raters": sorted({rater for of_image in ratings.values() for rater in of_image}),
+        "raters": sorted({rater for image_ratings in ratings.values() for rater in image_ratings}),
         "weights": WEIGHTS,
     }
 
 
 def _by_prompt(ratings: Ratings, key: Mapping[str, Any]) -> dict[str, dict[str, np.ndarray]]:
-    """By model and prompt: the four dimensions' means and the overall score, ``(5,)``."""
+    """Return, by model and prompt, the means of the four dimensions and the overall score, ``(5,)``."""
     images: dict[str, dict[str, list[np.ndarray]]] = {}
-    for number, of_image in ratings.items():
-        about = key["images"][number]
-        scores = np.mean(list(of_image.values()), axis=0)
-        images.setdefault(about["model"], {}).setdefault(about["item"], []).append(scores)
+    for number, image_ratings in ratings.items():
+        entry = key["images"][number]
+        scores = np.mean(list(image_ratings.values()), axis=0)
+        images.setdefault(entry["model"], {}).setdefault(entry["item"], []).append(scores)
     return {
-        model: {item: _with_overall(np.mean(scores, axis=0)) for item, scores in of_model.items()}
-        for model, of_model in images.items()
+        model: {item: _with_overall(np.mean(scores, axis=0)) for item, scores in by_prompt.items()}
+        for model, by_prompt in images.items()
     }
 
 
 def _with_overall(scores: np.ndarray) -> np.ndarray:
-    return np.append(scores, overall(dict(zip(DIMENSIONS, scores, strict=True))))
+    return np.append(scores, overall_score(dict(zip(DIMENSIONS, scores, strict=True))))
 
 
-def _model(of_model: Mapping[str, np.ndarray], kinds: Mapping[str, str]) -> dict[str, Any]:
-    values = np.stack(list(of_model.values()))
+def _model_summary(by_prompt: Mapping[str, np.ndarray], kinds: Mapping[str, str]) -> dict[str, Any]:
+    values = np.stack(list(by_prompt.values()))
     by_kind = {
-        kind: float(np.mean([scores[-1] for item, scores in of_model.items() if kinds[item] == kind]))
+        kind: float(np.mean([scores[-1] for item, scores in by_prompt.items() if kinds[item] == kind]))
         for kind in KINDS
-        if any(kinds[item] == kind for item in of_model)
+        if any(kinds[item] == kind for item in by_prompt)
     }
     return {
         **dict(zip(HEADINGS, values.mean(axis=0).tolist(), strict=True)),
-        "intervals": {name: interval([values[:, i]]) for i, name in enumerate(HEADINGS)},
+        "intervals": {name: bootstrap_interval([values[:, i]]) for i, name in enumerate(HEADINGS)},
         "overall_by_kind": by_kind,
         "prompts": len(values),
     }
 
 
-def _difference(a: str, b: str, of_prompts: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, Any]:
-    both = [item for item in of_prompts[a] if item in of_prompts[b]]
+def _difference(a: str, b: str, by_model: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, Any]:
+    both = [item for item in by_model[a] if item in by_model[b]]
     if not both:
         return {"models": [a, b], "prompts": 0}
-    values = np.array([of_prompts[a][item][-1] - of_prompts[b][item][-1] for item in both])
-    ends = interval([values])
+    values = np.array([by_model[a][item][-1] - by_model[b][item][-1] for item in both])
+    ends = bootstrap_interval([values])
     return {
         "models": [a, b],
         "overall": float(values.mean()),
@@ -159,19 +166,19 @@ def _difference(a: str, b: str, of_prompts: Mapping[str, Mapping[str, np.ndarray
 
 
 def agreement(ratings: Ratings) -> dict[str, float | None]:
-    """Krippendorff's alpha of each dimension and of the overall score; None where no image has two raters' scores."""
-    raters = sorted({rater for of_image in ratings.values() for rater in of_image})
+    """Return Krippendorff's alpha of each dimension and of the overall score; None if no image has two raters."""
+    raters = sorted({rater for image_ratings in ratings.values() for rater in image_ratings})
     scores = np.full((len(raters), len(ratings), len(HEADINGS)), np.nan)
-    for column, of_image in enumerate(ratings.values()):
-        for rater, values in of_image.items():
+    for column, image_ratings in enumerate(ratings.values()):
+        for rater, values in image_ratings.items():
             scores[raters.index(rater), column] = _with_overall(values)
     return {name: krippendorff_alpha(scores[:, :, i]) for i, name in enumerate(HEADINGS)}
 
 
 def krippendorff_alpha(scores: np.ndarray) -> float | None:
-    """Krippendorff's alpha for interval data: 1 is full agreement, 0 what chance gives, below 0 is worse.
+    """Return Krippendorff's alpha for interval data: 1 is full agreement, 0 is as good as chance, below 0 is worse.
 
-    One minus the squared differences within units over those among all values (Krippendorff 2011, "Computing
+    It is one minus the squared differences within units over those among all values (Krippendorff 2011, "Computing
     Krippendorff's Alpha-Reliability").
 
     Args:
@@ -184,22 +191,22 @@ def krippendorff_alpha(scores: np.ndarray) -> float | None:
     units = [unit for unit in units if len(unit) > 1]
     if not units:
         return None
-    everything = np.concatenate(units)
+    all_values = np.concatenate(units)
     # A set of m values has squared differences of 2 m^2 var over its ordered pairs.
-    within = sum(2 * len(unit) ** 2 * unit.var() / (len(unit) - 1) for unit in units) / len(everything)
-    among = 2 * len(everything) * everything.var() / (len(everything) - 1)
+    within = sum(2 * len(unit) ** 2 * unit.var() / (len(unit) - 1) for unit in units) / len(all_values)
+    among = 2 * len(all_values) * all_values.var() / (len(all_values) - 1)
     return float(1 - within / among) if among > 0 else None
 
 
-def lines(summary: Mapping[str, Any]) -> list[str]:
-    """Table 5, and what to think of it."""
+def summary_lines(summary: Mapping[str, Any]) -> list[str]:
+    """Return Table 5 of the paper as lines of text, and what the differences mean."""
     rows = [["", *HEADINGS.values(), "95% of Overall", *(f"Overall, {kind}" for kind in KINDS), "prompts"]]
     for name, model in summary["models"].items():
         by_kind = [
             f"{model['overall_by_kind'][kind]:.2f}" if kind in model["overall_by_kind"] else "-" for kind in KINDS
         ]
         scores = [f"{model[heading]:.2f}" for heading in HEADINGS]
-        rows.append([name, *scores, span(model["intervals"]["overall"]), *by_kind, str(model["prompts"])])
+        rows.append([name, *scores, format_interval(model["intervals"]["overall"]), *by_kind, str(model["prompts"])])
     alphas = {name: "-" if alpha is None else f"{alpha:.2f}" for name, alpha in summary["agreement"].items()}
     rows.append(["agreement (alpha)", *(alphas[name] for name in HEADINGS), *[""] * (len(KINDS) + 2)])
     text = table(rows, "<" + ">" * (len(rows[0]) - 1))
@@ -221,9 +228,9 @@ def _in_words(difference: Mapping[str, Any]) -> str:
     verdicts = {
         None: "too few prompts to tell",
         True: "within the noise of the prompts",
-        False: "more than their noise",
+        False: "more than the noise of the prompts",
     }
     return (
-        f"{a} less {b}: {difference['overall']:+.2f} on {difference['prompts']} prompts, "
-        f"95% {span(difference['interval'], '+.2f')}: {verdicts[difference['within_noise']]}"
+        f"{a} minus {b}: {difference['overall']:+.2f} on {difference['prompts']} prompts, "
+        f"95% {format_interval(difference['interval'], '+.2f')}: {verdicts[difference['within_noise']]}"
     )
