@@ -8,6 +8,7 @@
 - ``step_dataset``: the micro-batches of each training step, and of the validation.
 - ``sample_order``: which samples make up a stage's next batch, as a pure function.
 - ``stage_images``: read and decode the samples of one micro-batch.
+- ``image_formats``: which image files Pillow reads, with its plugins.
 - ``aspect_buckets``: the image shapes that buckets have.
 - ``module_protocols``: what the data reads from the module that is trained.
 

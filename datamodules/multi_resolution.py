@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from nami_lightning.datamodules.aspect_buckets import Aspect
 from nami_lightning.datamodules.module_protocols import CountsSteps, ShowsConfigs
 from nami_lightning.datamodules.precomputed.records import StageEncodings, check_encodings, layout_of
+from nami_lightning.datamodules.preparation.parts_folder import OtherSettings
 from nami_lightning.datamodules.preparation.prepare import prepare
 from nami_lightning.datamodules.preparation.prepare_parts import Preparation, fingerprint, settings_of
 from nami_lightning.datamodules.sources.base import Source
@@ -105,10 +106,21 @@ class MultiResolutionDataModule(L.LightningDataModule):
         self.validation_samples = validation_samples
 
     def prepare_data(self) -> None:
-        """Prepare the data set if a source is given and the data set with these settings does not exist yet."""
-        if self.source is not None:
-            self._check_aspects(self.preparation.aspects)
+        """Prepare the data set if a source is given, or what changed in the source after that.
+
+        Raises:
+            ValueError: the folder is a data set of another source or of other settings.
+        """
+        if self.source is None:
+            return
+        self._check_aspects(self.preparation.aspects)
+        try:
             prepare(self.source, self.dataset_folder, self.preparation, self.num_workers)
+        except OtherSettings as error:
+            raise ValueError(
+                f"data.folder and data.source don't belong together: {error}, or train on this one as it is with "
+                "--data.init_args.source null"
+            ) from error
 
     def setup(self, stage: str) -> None:
         """Refuse a data set whose images or encodings the model can't take."""
@@ -134,11 +146,20 @@ class MultiResolutionDataModule(L.LightningDataModule):
 
     @cached_property
     def dataset(self) -> PreparedDataset:
-        """The prepared data set, which is prepared first if it does not exist and a source is given."""
+        """The prepared data set, which is prepared first if a source is given.
+
+        With a trainer, Lightning has done so in one process before; another must not do it while others read.
+        """
         if is_remote(self.folder):
             return PreparedDataset(self.folder, self.cache)
-        self.prepare_data()
+        if self.trainer is None or not (self.dataset_folder / DESCRIPTION).exists():
+            self.prepare_data()
         return PreparedDataset(self.dataset_folder)
+
+    @property
+    def identity(self) -> str:
+        """A short hash of the data set's content; a checkpoint keeps it, and another one is not trained on unasked."""
+        return self.dataset.identity
 
     def images(self, split: Split) -> StageImages:
         """Return the buckets of a split as the stages use them."""

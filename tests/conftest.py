@@ -3,45 +3,60 @@
 import os
 from pathlib import Path
 
-os.environ.update(HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
-
 import pytest
-import torch
-from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_backward_flop, sdpa_flop
+from helpers.processes import ENVIRONMENT
 
-from nami_lightning.datamodules.preparation.prepare import prepare
-from nami_lightning.datamodules.preparation.prepare_parts import Preparation, fingerprint, settings_of
-from nami_lightning.datamodules.sources import OpenMoji
-
-torch.set_num_threads(1)
-
-# Before 2.15, torch's counter does not know the CPU's kernel of attention; its formulas are those of the other kernels.
-for kernel, formula in (
-    (torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, sdpa_flop),
-    (torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward, sdpa_backward_flop),
-):
-    if kernel not in flop_registry:
-        register_flop_formula(kernel, get_raw=True)(formula)
+os.environ.update(ENVIRONMENT)
 
 TINY = Path(__file__).parent / "tiny.yaml"
 LIMIT = 80
-SEVERAL_PROCESSES = ("test_distributed.py", "test_faults.py")
+LONGEST = [f"test_{name}.py" for name in ("distributed", "faults", "encode", "resume", "compare", "plan", "remote")]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Import Lightning before pytest listens to the logs: only then Lightning prints its own, as in a command line.
+
+    Not where pytest-xdist only hands out the tests: its processes would wait for that import, and repeat it.
+    """
+    if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
+        import lightning  # noqa: F401
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For pytest-xdist: the longest files first, one after another, since each of their tests takes all cores at times.
+    """Put the longest files first: pytest-xdist hands out files in this order, and the short ones fill the end."""
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(LONGEST)))
 
-    The others are shared out by file, so that what a file's tests share is made once.
-    """
-    items.sort(key=lambda item: item.path.name not in SEVERAL_PROCESSES)
-    for item in items:
-        group = "several processes" if item.path.name in SEVERAL_PROCESSES else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Sums are done in one order."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def flops_of_attention() -> None:
+    """Before 2.15, torch's counter does not know the CPU's kernel of attention; its formulas are the other kernels'."""
+    import torch
+    from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_backward_flop, sdpa_flop
+
+    for kernel, formula in (
+        (torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, sdpa_flop),
+        (torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward, sdpa_backward_flop),
+    ):
+        if kernel not in flop_registry:
+            register_flop_formula(kernel, get_raw=True)(formula)
 
 
 @pytest.fixture(scope="session")
 def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the tiny recipe's data set lies, prepared once."""
+    """The folder of the tiny recipe's data set, prepared once."""
+    from nami_lightning.datamodules.preparation.prepare import prepare
+    from nami_lightning.datamodules.preparation.prepare_parts import Preparation, fingerprint, settings_of
+    from nami_lightning.datamodules.sources import OpenMoji
+
     root = tmp_path_factory.mktemp("data")
     source, preparation = OpenMoji(["en", "de"], LIMIT, size=32), Preparation([32], heldout_percent=10.0, format="png")
     prepare(source, root / fingerprint(settings_of(source, preparation)), preparation, workers=1)

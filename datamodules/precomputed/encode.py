@@ -37,6 +37,7 @@ from nami_lightning.datamodules.preparation.parts_folder import (
     merging,
     part_name,
     parts_folder,
+    set_aside,
     start_or_resume,
     unfinished_parts,
     write_description,
@@ -70,10 +71,10 @@ def encode_parts(task: EncodingTask, batch_size: int, workers: int, shard: tuple
         shard: (i, n): encode only every n-th part, from part i on, while other machines encode the others.
 
     Raises:
-        ValueError: the existing parts are of other images, encoders or settings.
+        ValueError: other machines encode other images, or with other encoders or settings.
     """
     folder = parts_folder(task.output)
-    layout = _start_or_resume(task, folder)
+    layout = _start_or_resume(task, folder, shared=shard[1] > 1)
     missing = unfinished_parts(folder, range(shard[0], len(task.parts), shard[1]))
     batches = RawBatches(task, missing, batch_size)
     loader = DataLoader(batches, batch_size=None, num_workers=workers)
@@ -92,13 +93,20 @@ def encode_parts(task: EncodingTask, batch_size: int, workers: int, shard: tuple
             publish(partial, target, REPORT)
 
 
-def _start_or_resume(task: EncodingTask, folder: Path) -> Layout:
-    """Start a folder of parts, or continue with an existing one, and return the layout of its records."""
+def _start_or_resume(task: EncodingTask, folder: Path, shared: bool) -> Layout:
+    """Start a folder of parts, or continue with the one of the same task, and return the layout of its records."""
     file = folder / SETTINGS
+    if file.exists():
+        try:
+            task.check(json.loads(file.read_text()), folder)
+        except ValueError as error:
+            if shared:
+                raise
+            print(f"New parts are made, because {error}.")
+            set_aside(folder)
     if not file.exists():
         start_or_resume(folder, _new_settings(task))
     settings = json.loads(file.read_text())
-    task.check(settings, folder)
     return Layout(**settings["layout"])
 
 

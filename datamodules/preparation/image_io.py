@@ -8,14 +8,18 @@ mean: it differs by 53 dB, where rounding alone gives 59 dB.
 
 import io
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
 from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from nami_lightning.datamodules.aspect_buckets import Shape
+from nami_lightning.datamodules.image_formats import register_plugins
 
 Position: TypeAlias = tuple[float, float]
 """The position of a crop window in a larger image: from left and from top, both in [0, 1)."""
@@ -27,47 +31,140 @@ MAX_PIXELS = 2**28
 """Images with more pixels than this (16,384 x 16,384) are refused before they are decoded."""
 
 SAVE_OPTIONS = {"jpeg": {"subsampling": 0}, "png": {}, "webp": {}}
+SIXTEEN_BITS = ("PNG", "PPM", "JPEG2000")
+"""Formats whose integers of 32 bits in Pillow were 16 bits in the file."""
+
+GREY_MODES = ("1", "L", "LA")
 WHITE = (255, 255, 255, 255)
+
+
+BROKEN_PROFILE = "a broken colour profile: taken as sRGB"
+SRGB = ImageCms.createProfile("sRGB")
+MODE_OF_SPACE = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}
+"""The mode of the images that a profile of each colour space describes."""
 
 
 class BadImage(ValueError):
     """An error for an image that can't be used; the message says why."""
 
 
-def open_image(data: bytes | memoryview) -> Image.Image:
-    """Decode an image file to 8-bit RGB: upright, the first frame only, with transparency on white.
+def open_image(data: bytes | memoryview, notes: list[str] | None = None) -> Image.Image:
+    """Decode an image file to 8-bit sRGB: upright, the first frame only, with transparency on white, and no metadata.
+
+    Args:
+        data: the image file.
+        notes: what is odd about the image, though it can be used, is added to this list.
 
     Raises:
-        BadImage: the image can't be decoded completely, or it has too many pixels.
+        BadImage: the image can't be decoded completely, it has too many pixels, or its numbers have no clear meaning.
     """
     if not data:
         raise BadImage("zero bytes")
+    register_plugins()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of large images and odd EXIF; the limit here is MAX_PIXELS
+        with warnings.catch_warnings(), _without_limit():
+            warnings.simplefilter("ignore")  # Pillow warns of odd EXIF and the like
             image = Image.open(io.BytesIO(data))
             if image.width * image.height > MAX_PIXELS:
-                raise BadImage(f"too large: {image.width}x{image.height} px")
+                raise BadImage(f"too large: {image.width}x{image.height} px; the limit is {MAX_PIXELS:,} px")
             image.load()
-            return to_rgb(ImageOps.exif_transpose(image))
+            upright = ImageOps.exif_transpose(image)
+            upright.format = image.format
+            return to_rgb(upright, notes)
     except BadImage:
         raise
-    except Image.DecompressionBombError as error:
-        raise BadImage(f"too large: {error}") from error
+    except UnidentifiedImageError as error:
+        raise BadImage("not a readable image: no format that Pillow knows") from error
     except Exception as error:  # Pillow raises errors of many classes on damaged files
         raise BadImage(f"not a readable image: {error}") from error
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image of any of Pillow's modes to 8-bit RGB; transparent parts become white."""
+@contextmanager
+def _without_limit() -> Iterator[None]:
+    """Switch off Pillow's own limit of pixels, which is lower than ``MAX_PIXELS``, inside a ``with`` block."""
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
+def to_rgb(image: Image.Image, notes: list[str] | None = None) -> Image.Image:
+    """Convert an image of any of Pillow's modes to 8-bit sRGB without metadata; transparent parts become white.
+
+    Raises:
+        BadImage: its numbers have no clear meaning.
+    """
+    profile = image.info.get("icc_profile")
     if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image, dtype=np.float64)
-        sixteen_bits = image.mode.startswith("I;16") or values.max() > 255
-        image = Image.fromarray((values / (257 if sixteen_bits else 1)).clip(0, 255).round().astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, WHITE), image).convert("RGB")
-    return image.convert("RGB")
+        image = to_8_bits(image)
+    if image.mode in ("La", "RGBa"):
+        image = image.convert(image.mode.upper())
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        alpha: Image.Image | None = image.convert("RGBA").getchannel("A")
+    else:
+        alpha = None
+    try:
+        colours = _to_srgb(image, profile) if profile else image.convert("RGB")
+    except (ImageCms.PyCMSError, OSError, ValueError):
+        colours = image.convert("RGB")
+        if notes is not None:
+            notes.append(BROKEN_PROFILE)
+    if alpha is not None:
+        colours.putalpha(alpha)
+        colours = Image.alpha_composite(Image.new("RGBA", image.size, WHITE), colours).convert("RGB")
+    colours.info = {}
+    return colours
+
+
+def to_8_bits(image: Image.Image) -> Image.Image:
+    """Convert an image of larger integers or of floats to 8 bits, if it is clear which number is white.
+
+    Floats from 0 to 1 are so; from 0 to 255 if one is above 16, because else they could be brighter than white. So are
+    integers of 16 bits; of 32 bits if none is above 65,535.
+
+    Raises:
+        BadImage: it is not clear.
+    """
+    values = np.asarray(image, dtype=np.float64)
+    low, high = float(values.min()), float(values.max())
+    what = "floats" if image.mode == "F" else "integers"
+    if not np.isfinite([low, high]).all():
+        raise BadImage(f"{what} with no clear meaning: some are not finite")
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in SIXTEEN_BITS):
+        white = 65535
+    elif image.mode == "F":
+        white = 1 if high <= 1 else 255 if 16 < high <= 255 else 0
+    else:
+        white = 255 if high <= 255 else 65535 if high <= 65535 else 0
+    if low < 0 or not white:
+        raise BadImage(f"{what} with no clear meaning: from {low:g} to {high:g}")
+    small = Image.fromarray((values * (255 / white)).round().astype(np.uint8))
+    small.info = image.info
+    return small
+
+
+def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
+    """Return the image's colours in sRGB.
+
+    Raises:
+        ImageCms.PyCMSError: the profile is broken, or is not for this kind of image.
+        OSError: the profile is broken.
+        ValueError: the profile is for another kind of image.
+    """
+    space = ImageCms.ImageCmsProfile(io.BytesIO(profile)).profile.xcolor_space.strip()
+    mode = MODE_OF_SPACE.get(space)
+    grey = image.mode in GREY_MODES
+    if mode is None or (image.mode == "CMYK") != (mode == "CMYK") or (mode == "L" and not grey):
+        raise ValueError(f"a profile of {space} in an image of {image.mode}")
+    colours = ImageCms.applyTransform(image.convert(mode), _transform(profile, mode))
+    assert colours is not None
+    return colours
+
+
+@lru_cache(maxsize=16)
+def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform:
+    return ImageCms.buildTransform(ImageCms.ImageCmsProfile(io.BytesIO(profile)), SRGB, mode, "RGB")
 
 
 def cover(image: Image.Image, shape: Shape) -> Image.Image:

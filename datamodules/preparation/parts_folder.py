@@ -2,28 +2,35 @@
 
 Data sets of images and of encodings are both made in parts. The folder holds the settings that all parts share, and
 each finished part under its number. When all are finished, they are merged into the data set, and the folder is
-removed.
+removed. Parts of other settings are kept beside it, as ``OUTPUT.parts.HASH``, until a data set is complete.
 """
 
+import glob
+import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from nami_lightning.datamodules.storage.chunk_file import checksum
-from nami_lightning.datamodules.storage.dataset import DESCRIPTION
+from nami_lightning.datamodules.storage.dataset import DESCRIPTION, SKIPPED, SPLITS
 from nami_lightning.datamodules.storage.shards import read_index
 from nami_lightning.utils.atomic_write import publish, replacing, this_process
 
 SETTINGS = "settings.json"
+SOURCE = "source.jsonl"
+"""In a data set: the reports of its parts, with the signatures of the parts of the source."""
 REPORT = "report.json"
+PREVIOUS = "previous"
+"""The data set that is being replaced, until the new one has its name."""
 
 
 def parts_folder(output: Path) -> Path:
     """Return the folder that holds the parts of ``output`` until they are merged."""
-    return output.with_name(f"{output.name}.parts")
+    output = output.resolve()
+    return output.parent / f"{output.name}.parts"
 
 
 def part_name(number: int) -> str:
@@ -31,28 +38,58 @@ def part_name(number: int) -> str:
     return f"{number:06d}"
 
 
-def start_or_resume(folder: Path, settings: dict[str, Any]) -> None:
-    """Start a folder of parts, or check that the existing one has the same settings.
+def start_or_resume(folder: Path, settings: dict[str, Any], shared: bool = False) -> None:
+    """Start a folder of parts, or continue with the one of the same settings; parts of other settings are set aside.
+
+    Args:
+        folder: the folder of parts.
+        settings: the settings that all its parts share.
+        shared: other machines make parts in the same folder, so it must not be set aside.
 
     Raises:
-        ValueError: it has other settings; the message names those that changed.
+        OtherSettings: it is shared, and has other settings.
     """
     file = folder / SETTINGS
     if file.exists():
-        check_settings(json.loads(file.read_text()), settings, folder)
+        existing = json.loads(file.read_text())
+        if existing == settings:
+            return
+        if shared:
+            check_settings(existing, settings, folder)
+        changes = "; ".join(changed_settings(existing, settings))
+        print(f"The unfinished parts in {folder} were made with other settings ({changes}), so new ones are made.")
+        set_aside(folder)
+    if (aside := _aside(folder, settings)).exists():
+        aside.rename(folder)
         return
     with replacing(file) as partial:
         partial.write_text(json.dumps(settings, indent=2))
+
+
+def set_aside(folder: Path) -> None:
+    """Keep a folder of parts under a name that tells its settings; the same settings find it again."""
+    aside = _aside(folder, json.loads((folder / SETTINGS).read_text()))
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.rename(aside)
+
+
+def _aside(folder: Path, settings: dict[str, Any]) -> Path:
+    digest = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=6).hexdigest()
+    return folder.with_name(f"{folder.name}.{digest}")
+
+
+class OtherSettings(ValueError):
+    """An error for a folder that was made with other settings; the message names those that changed."""
 
 
 def check_settings(existing: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
     """Refuse to continue in a folder that was made with other settings.
 
     Raises:
-        ValueError: the settings differ; the message names those that changed.
+        OtherSettings: the settings differ.
     """
     if changes := "; ".join(changed_settings(existing, wanted)):
-        raise ValueError(f"{folder} was made with other settings ({changes}): choose another output, or remove it")
+        raise OtherSettings(f"{folder} was made with other settings ({changes}): choose another output")
 
 
 def changed_settings(existing: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> Iterator[str]:
@@ -66,21 +103,36 @@ def changed_settings(existing: dict[str, Any], wanted: dict[str, Any], prefix: s
 
 
 def check_unused(output: Path, problem: str) -> None:
-    """Refuse an output that already has some content.
+    """Refuse an output that already has some content, or that can't be replaced by a folder.
 
     Raises:
-        ValueError: it is a file, or a folder that is not empty; the message states ``problem``.
+        ValueError: it is a file, a folder that is not empty (the message states ``problem``), or the current folder.
     """
+    if Path.cwd().is_relative_to(output.resolve()):
+        raise ValueError(
+            f"the output {output} is the current folder, or above it: name a folder that is made for the data set, "
+            f"{output / 'shards'} for example"
+        )
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} exists and {problem}: choose another output")
 
 
-def unfinished_parts(folder: Path, numbers: Sequence[int]) -> list[int]:
+def unfinished_parts(folder: Path, numbers: range) -> list[int]:
     """Return those of ``numbers`` whose parts are not finished, and print how many are."""
     missing = [number for number in numbers if not (folder / part_name(number)).exists()]
     if len(missing) < len(numbers):
         print(f"{len(numbers) - len(missing)} of {len(numbers)} parts are done already.")
     return missing
+
+
+def remove_changed_parts(folder: Path, parts: dict[int, tuple[str, dict[str, str]]]) -> None:
+    """Remove the finished parts that have another name or signature than ``parts`` says, by number."""
+    for number, (name, signature) in parts.items():
+        part = folder / part_name(number)
+        if part.exists():
+            report = json.loads((part / REPORT).read_text(encoding="utf-8"))
+            if (report["part"], report["files"]) != (name, signature):
+                shutil.rmtree(part)
 
 
 def finished_parts(output: Path, count: int) -> list[Path]:
@@ -101,21 +153,59 @@ def finished_parts(output: Path, count: int) -> list[Path]:
 
 
 @contextmanager
-def merging(output: Path) -> Iterator[Path]:
+def merging(output: Path, replace: bool = False) -> Iterator[Path]:
     """Give a temporary folder for the merged parts; when the block ends, publish it as ``output`` and remove the parts.
 
-    If another process has published ``output`` first, its folder stays, and an error in this block is ignored.
+    If the block removes the temporary folder, ``output`` stays as it is.
+
+    Args:
+        output: the data set's folder.
+        replace: a data set at ``output`` is replaced. Else, if another process has published it first, it stays, and an
+            error in this block is ignored.
     """
-    partial = output.with_name(f".{output.name}.merging-{this_process()}")
-    shutil.rmtree(partial, ignore_errors=True)
+    output = output.resolve()
+    partial, complete = (parts_folder(output) / f"{name}-{this_process()}" for name in ("merging", "complete"))
+    for path in (partial, complete):
+        shutil.rmtree(path, ignore_errors=True)
     try:
         yield partial
-        publish(partial, output, DESCRIPTION)
+        if partial.exists() and replace:
+            publish(partial, complete)
+            output.rename(parts_folder(output) / PREVIOUS)
+            complete.rename(output)
+        elif partial.exists():
+            publish(partial, output, DESCRIPTION)
     except Exception:
         shutil.rmtree(partial, ignore_errors=True)
-        if not (output / DESCRIPTION).exists():
+        if replace or not (output / DESCRIPTION).exists():
             raise
-    shutil.rmtree(parts_folder(output), ignore_errors=True)
+    finish_replacing(output)
+    for folder in (parts_folder(output), *_set_aside_of(output)):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def finish_replacing(output: Path) -> None:
+    """Finish what an interrupted replacement of a data set has begun: one of the two is at ``output`` afterwards.
+
+    What other programs or ``lightning data encode`` wrote into the replaced data set moves to the new one.
+    """
+    folder = parts_folder(output)
+    previous = folder / PREVIOUS
+    if not previous.exists():
+        return
+    if not output.exists():
+        previous.rename(output)
+        return
+    for path in previous.iterdir():
+        if path.name not in (DESCRIPTION, SKIPPED, SOURCE, *SPLITS) and not (output / path.name).exists():
+            path.rename(output / path.name)
+    shutil.rmtree(folder)
+
+
+def _set_aside_of(output: Path) -> list[Path]:
+    folder = parts_folder(output)
+    pattern = f"{glob.escape(folder.name)}.{'[0-9a-f]' * 12}"
+    return list(folder.parent.glob(pattern))
 
 
 def write_description(folder: Path, description: dict[str, Any]) -> None:

@@ -14,9 +14,12 @@ import numpy as np
 
 from nami_lightning.datamodules.preparation.parts_folder import (
     REPORT,
+    SETTINGS,
+    SOURCE,
     check_settings,
     check_unused,
     checksums,
+    finish_replacing,
     finished_parts,
     merging,
     parts_folder,
@@ -25,23 +28,29 @@ from nami_lightning.datamodules.preparation.parts_folder import (
 from nami_lightning.datamodules.preparation.prepare_parts import (
     DIGEST_BYTES,
     DIGESTS,
+    RESCAN,
     Preparation,
     prepare_parts,
     settings_of,
 )
+from nami_lightning.datamodules.preparation.source_changes import changes_since, write_reports
 from nami_lightning.datamodules.sources.base import Source
 from nami_lightning.datamodules.storage.dataset import DESCRIPTION, FORMAT, SKIPPED, SPLITS
 from nami_lightning.datamodules.storage.shards import Shards, ShardWriter, join
 
 
-def prepare(source: Source, output: Path, preparation: Preparation, workers: int) -> Path:
+def prepare(source: Source, output: Path, preparation: Preparation, workers: int, rescan: bool = False) -> Path:
     """Make the data set at ``output``, continue an interrupted preparation, or do nothing if it is complete.
+
+    If the source has changed since the data set was made, the changed parts are prepared again. The data set is then
+    replaced as a whole.
 
     Args:
         source: where the images come from.
         output: the data set's folder. Until it is complete, ``OUTPUT.parts`` beside it holds the finished parts.
         preparation: how the images are prepared.
         workers: the number of processes.
+        rescan: read the whole source again, because files may have changed with size and time of modification kept.
 
     Returns:
         ``output``.
@@ -49,35 +58,56 @@ def prepare(source: Source, output: Path, preparation: Preparation, workers: int
     Raises:
         ValueError: the source is empty, or ``output`` was made with other settings.
     """
-    if not is_complete(source, output, preparation):
-        prepare_parts(source, output, preparation, workers)
+    if not is_complete(source, output, preparation, rescan):
+        prepare_parts(source, output, preparation, workers, rescan=rescan)
         merge(source, output, preparation)
     return output
 
 
-def is_complete(source: Source, output: Path, preparation: Preparation) -> bool:
-    """Return whether ``output`` is the finished data set of these settings.
+def is_complete(source: Source, output: Path, preparation: Preparation, rescan: bool = False) -> bool:
+    """Return whether ``output`` is the finished data set of these settings; if its source changed, print how.
 
     Raises:
         ValueError: it is a data set of other settings, or something else.
     """
+    finish_replacing(output)
     description = output / DESCRIPTION
-    if description.exists():
-        check_settings(json.loads(description.read_text())["settings"], settings_of(source, preparation), output)
-        return True
-    check_unused(output, "is not a data set")
-    return False
+    if not description.exists():
+        check_unused(output, "is not a data set")
+        return False
+    check_settings(json.loads(description.read_text())["settings"], settings_of(source, preparation), output)
+    if rescan:
+        print(f"{output}: all of its source is read again.")
+        return False
+    if changes := changes_since(source, output):
+        print(f"{output}: its source has changed ({changes}), so what changed is prepared again.")
+        return False
+    return True
 
 
 def merge(source: Source, output: Path, preparation: Preparation) -> None:
     """Merge the parts into the data set at ``output``, and remove them.
 
+    An existing data set is replaced only if the new one differs from it, or if all of the source was read again: its
+    files may be damaged.
+
     Raises:
-        ValueError: parts are missing, or no sample is left.
+        ValueError: parts are missing, the source changed after parts were made, or no sample is left.
     """
-    with merging(output) as partial:
-        parts = finished_parts(output, len(source.parts()))
-        reports = [json.loads((part / REPORT).read_text()) for part in parts]
+    existing = output / DESCRIPTION
+    old = json.loads(existing.read_text(encoding="utf-8")) if existing.exists() else None
+    with merging(output, replace=old is not None) as partial:
+        names = source.parts()
+        parts = finished_parts(output, len(names))
+        reports = [json.loads((part / REPORT).read_text(encoding="utf-8")) for part in parts]
+        made_with = json.loads((parts_folder(output) / SETTINGS).read_text())
+        rescan = made_with.pop(RESCAN, False)
+        check_settings(made_with, settings_of(source, preparation), parts_folder(output))
+        if changed := [number for number, name in enumerate(names) if reports[number]["part"] != name]:
+            raise ValueError(
+                f"the source changed after {len(changed)} of its parts were made (part {changed[0]} is the first): run "
+                "the preparation again, then merge"
+            )
         duplicates = find_duplicates(parts) if preparation.filters.drop_duplicates else {}
         sums, counts = _join_buckets(parts, reports, duplicates, partial, preparation.chunk_mib)
         if not counts:
@@ -92,10 +122,23 @@ def merge(source: Source, output: Path, preparation: Preparation) -> None:
             "read": sum(report["read"] for report in reports),
             "samples": {split: split_counts(counts, split) for split in SPLITS},
             "removed": removed,
+            "notes": _add_counts(reports, "notes"),
             "skipped": _count_reasons(reports),
             "checksums": sums,
         }
+        write_reports(partial, reports)
+        if old is not None and not rescan and _is_same(old, description):
+            print(f"{output} stays as it is: what is prepared from the source now is the same.")
+            for name in (SKIPPED, SOURCE):
+                (partial / name).replace(output / name)
+            shutil.rmtree(partial)
+            return
         write_description(partial, description)
+
+
+def _is_same(old: dict[str, Any], new: dict[str, Any]) -> bool:
+    """Return whether two descriptions say the same; those of older versions lack some keys."""
+    return all(old.get(key, value) == value for key, value in new.items())
 
 
 def find_duplicates(parts: Sequence[Path]) -> dict[tuple[str, str], set[int]]:

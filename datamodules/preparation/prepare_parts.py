@@ -28,15 +28,19 @@ from nami_lightning.datamodules.preparation.parts_folder import (
     checksums,
     part_name,
     parts_folder,
+    remove_changed_parts,
     start_or_resume,
     unfinished_parts,
 )
+from nami_lightning.datamodules.preparation.source_changes import take_unchanged
 from nami_lightning.datamodules.sources.base import Skipped, Source, SourceSample
 from nami_lightning.datamodules.storage.dataset import FORMAT, SPLITS, bucket_name, parse_bucket_name
 from nami_lightning.datamodules.storage.shards import Record, ShardWriter
 from nami_lightning.training.rng import derive_seed
 from nami_lightning.utils.atomic_write import publish, this_process
+from nami_lightning.utils.text_table import table
 
+RESCAN = "rescan"
 DIGESTS = "digests.bin"
 DIGEST_BYTES = 16
 """Bytes of the hash by which duplicates of an image file are found."""
@@ -96,9 +100,14 @@ def fingerprint(settings: dict[str, Any]) -> str:
 
 
 def prepare_parts(
-    source: Source, output: Path, preparation: Preparation, workers: int, shard: tuple[int, int] = (0, 1)
+    source: Source,
+    output: Path,
+    preparation: Preparation,
+    workers: int,
+    shard: tuple[int, int] = (0, 1),
+    rescan: bool = False,
 ) -> None:
-    """Make the parts that are not finished yet.
+    """Make the parts that are not finished yet, or that changed after they were made.
 
     Args:
         source: where the images come from.
@@ -106,20 +115,31 @@ def prepare_parts(
         preparation: how the images are prepared.
         workers: the number of processes.
         shard: (i, n): make only every n-th part, from part i on, while other machines make the others.
+        rescan: read all parts again, instead of those alone whose signatures changed.
 
     Raises:
-        ValueError: the source is empty, or the existing parts were made with other settings.
+        ValueError: the source is empty, or other machines make parts with other settings.
     """
     parts = source.parts()
     if not parts:
         raise ValueError(f"the source {type(source).__name__} has no images: {source.settings()}")
+    if lines := survey_lines(source):
+        print("\n".join(lines))
     folder = parts_folder(output)
-    start_or_resume(folder, settings_of(source, preparation) | {"parts": fingerprint({"parts": parts})})
-    missing = unfinished_parts(folder, range(shard[0], len(parts), shard[1]))
+    settings = settings_of(source, preparation) | ({RESCAN: True} if rescan else {})
+    start_or_resume(folder, settings, shared=shard[1] > 1)
+    numbers = range(shard[0], len(parts), shard[1])
+    wanted = {number: (parts[number], source.signature(parts[number])) for number in numbers}
+    remove_changed_parts(folder, wanted)
+    missing = unfinished_parts(folder, numbers)
+    # Chunks without the duplicates of other parts don't tell what the whole part holds, so they can't be taken.
+    if not rescan and not preparation.filters.drop_duplicates:
+        take_unchanged(output, {number: wanted[number] for number in missing}, folder)
+        missing = [number for number in missing if not (folder / part_name(number)).exists()]
     counter = Value("q", 0)
     with ProcessPoolExecutor(max(1, workers), initializer=_set_counter, initargs=(counter,)) as pool:
         futures = [
-            pool.submit(prepare_part, source, parts[number], folder / part_name(number), preparation)
+            pool.submit(prepare_part, source, *wanted[number], folder / part_name(number), preparation)
             for number in missing
         ]
         try:
@@ -159,7 +179,13 @@ def _set_counter(counter: Any) -> None:
     _counter = counter
 
 
-def prepare_part(source: Source, part: str, target: Path, preparation: Preparation) -> None:
+def survey_lines(source: Source) -> list[str]:
+    """Return the table of the files that a source takes and ignores; nothing if it can't tell."""
+    rows = [[row.extension, f"{row.files:,}", row.use or f"ignored: {row.reason}"] for row in source.survey()]
+    return ["in the source", *(f"  {line}" for line in table(rows, "<><"))] if rows else []
+
+
+def prepare_part(source: Source, part: str, signature: dict[str, str], target: Path, preparation: Preparation) -> None:
     """Write one part's samples and its report, under a temporary name until both are complete."""
     partial = target.with_name(f".{target.name}.{this_process()}")
     shutil.rmtree(partial, ignore_errors=True)
@@ -169,7 +195,7 @@ def prepare_part(source: Source, part: str, target: Path, preparation: Preparati
         if _counter is not None:
             with _counter.get_lock():
                 _counter.value += 1
-    writer.close()
+    writer.close(part, signature)
     publish(partial, target, REPORT)
 
 
@@ -188,6 +214,7 @@ class PartWriter:
         self.digests: dict[str, list[bytes]] = {}
         self.read = 0
         self.removed: Counter[str] = Counter()
+        self.notes: Counter[str] = Counter()
         self.skipped: list[Skipped] = []
 
     def add(self, sample: SourceSample | Skipped) -> None:
@@ -199,8 +226,9 @@ class PartWriter:
         if reason := self.preparation.filters.reason_by_scores(sample):
             self.removed[reason] += 1
             return
+        notes = list(sample.notes)
         try:
-            image = open_image(sample.image)
+            image = open_image(sample.image, notes)
         except BadImage as error:
             self.skipped.append(Skipped(sample.id, str(error)))
             return
@@ -211,6 +239,7 @@ class PartWriter:
             return
         split = SPLITS[is_heldout(sample.group or sample.id, self.preparation.heldout_percent)]
         self.write(f"{split}/{name}", self.record(sample, image, parse_bucket_name(name)[1]), sample.image)
+        self.notes.update(notes)
 
     def bucket(self, image: Image.Image) -> str | None:
         """Return the name of the bucket for an image, or None if the image is too small for all buckets."""
@@ -241,18 +270,21 @@ class PartWriter:
         self.writers[bucket].write(record.to_item())
         self.digests[bucket].append(hashlib.blake2b(original, digest_size=DIGEST_BYTES).digest())
 
-    def close(self) -> None:
-        """Finish the shards and write the report."""
+    def close(self, part: str, signature: dict[str, str]) -> None:
+        """Finish the shards and write the report, with the name and the signature of the part."""
         for bucket, writer in self.writers.items():
             writer.close()
             (self.folder / bucket / DIGESTS).write_bytes(b"".join(self.digests[bucket]))
         report = {
+            "part": part,
+            "files": signature,
             "read": self.read,
             "removed": dict(self.removed),
+            "notes": dict(self.notes),
             "skipped": [skipped._asdict() for skipped in self.skipped],
             "checksums": {bucket: checksums(self.folder / bucket) for bucket in self.writers},
         }
-        (self.folder / REPORT).write_text(json.dumps(report, ensure_ascii=False))
+        (self.folder / REPORT).write_text(json.dumps(report, ensure_ascii=False), encoding="utf-8")
 
 
 def is_heldout(group: str, percent: float) -> bool:

@@ -1,8 +1,10 @@
 """What a source of image-caption pairs is: a class with three methods, ours or yours."""
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 
@@ -17,6 +19,7 @@ class SourceSample:
         weights: how often training uses each caption, relative to the others; empty: all equally often.
         group: samples of one group stay in one split, for example the skin tones of an emoji; empty: the id.
         scores: what filters look at besides the image: ``aesthetic``, ``similarity``.
+        notes: what is odd about the sample, though it can be used; each is counted and shown.
     """
 
     id: str
@@ -25,6 +28,7 @@ class SourceSample:
     weights: Sequence[float] = ()
     group: str = ""
     scores: Mapping[str, float] = field(default_factory=dict)
+    notes: Sequence[str] = ()
 
 
 class Skipped(NamedTuple):
@@ -32,6 +36,22 @@ class Skipped(NamedTuple):
 
     id: str
     reason: str
+
+
+class Surveyed(NamedTuple):
+    """How many files of one extension a source takes, or ignores.
+
+    Attributes:
+        extension: the extension, for example ``.jpg``.
+        files: the number of files.
+        use: what they are taken for (``image``, ``caption``); empty if they are ignored.
+        reason: why they are ignored.
+    """
+
+    extension: str
+    files: int
+    use: str = ""
+    reason: str = ""
 
 
 class Source(ABC):
@@ -45,13 +65,34 @@ class Source(ABC):
     def parts(self) -> list[str]:
         """Return the names of the parts of the work (a tar file, a thousand files), in an order that never changes.
 
-        If a worker is killed, its unfinished part is read again. A name must contain all that :meth:`read` needs. It
-        should change when the content of the part changes.
+        If a worker is killed, its unfinished part is read again. A name must contain all that :meth:`read` needs.
         """
 
     @abstractmethod
     def read(self, part: str) -> Iterator[SourceSample | Skipped]:
         """Yield the samples of one part, in an order that never changes; called in worker processes."""
+
+    def signature(self, part: str) -> dict[str, str]:
+        """Return the files of a part, each with a text that changes when the file changes; nothing is read for it.
+
+        A prepared data set stores the signatures of its parts. If one differs later, this part is prepared again. By
+        default a part's own name stands for its content, so the name must change with it.
+        """
+        return {part: ""}
+
+    def survey(self) -> list[Surveyed]:
+        """Return which files were taken and which ignored; this is printed before the work begins."""
+        return []
+
+
+def stamp(file: str | Path) -> str:
+    """Return the size and the time of modification of a file, which tell cheaply whether it changed.
+
+    Raises:
+        OSError: the system can't tell.
+    """
+    status = os.stat(file)
+    return f"{status.st_size}:{status.st_mtime_ns}"
 
 
 def part_ranges(count: int, size: int) -> list[tuple[int, int]]:

@@ -1,13 +1,13 @@
 """What the fields of a sample mean: the columns of a table, the keys of a JSON file, the files in a tar."""
 
-import codecs
 import json
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nami_lightning.datamodules.sources.base import Skipped, SourceSample
+from nami_lightning.utils.text_files import encoding_of
 
 CAPTIONS = ("caption", "text", "txt", "TEXT", "prompt")
 AESTHETIC = ("aesthetic", "aesthetic_score", "AESTHETIC_SCORE", "aesthetic_score_laion_v2")
@@ -22,8 +22,15 @@ SIMILARITY = (
 """The usual names, from img2dataset, LAION, COYO, DataComp and Hugging Face; the first with a value is used."""
 
 
+NO_CAPTION = "no caption"
+
+
 class BadText(ValueError):
     """An error for a text that can't be used; the message says why."""
+
+
+class Unusable(str):
+    """Stands for a value that can't be used; it is the reason why."""
 
 
 @dataclass(frozen=True)
@@ -66,20 +73,27 @@ class Columns:
             )
         return [name for name in names if name in {*requested, *CAPTIONS, *AESTHETIC, *SIMILARITY}]
 
-    def sample(self, id: str, image: bytes, row: Mapping[str, Any]) -> SourceSample | Skipped:
+    def sample(
+        self, id: str, image: bytes, row: Mapping[str, Any], places: Mapping[str, Any] | None = None
+    ) -> SourceSample | Skipped:
         """Return a sample of a source, or the reason why it is skipped.
 
         Args:
             id: its name, which may be any text.
             image: the image file.
             row: everything else that the source has for it, by column.
+            places: where its caption may stand, the most trusted place first, with what stands there; None: the columns
+                with the usual names.
         """
+        if places is None:
+            places = {name: row[name] for name in CAPTIONS if name in row}
+        notes: list[str] = []
         try:
-            captions, weights = self._captions(row)
+            captions, weights = self._weighted(row) if self.captions else (_first_captions(places, notes), [])
         except BadText as error:
             return Skipped(printable(id), str(error))
         if not captions:
-            return Skipped(printable(id), "no caption")
+            return Skipped(printable(id), NO_CAPTION)
         scores = {
             "aesthetic": _number(row, (self.aesthetic,) if self.aesthetic else AESTHETIC),
             "similarity": _number(row, (self.similarity,) if self.similarity else SIMILARITY),
@@ -91,12 +105,47 @@ class Columns:
             weights,
             group=printable(str(row[self.group])) if self.group and row.get(self.group) is not None else "",
             scores={name: value for name, value in scores.items() if value is not None},
+            notes=notes,
         )
 
-    def _captions(self, row: Mapping[str, Any]) -> tuple[list[str], list[float]]:
-        """Return the captions of a row with their weights; without weights if all are used equally often."""
-        if not self.captions:
-            return next((texts for name in CAPTIONS if (texts := _texts(row.get(name)))), []), []
+    def sample_of_files(
+        self,
+        id: str,
+        image: bytes,
+        texts: Mapping[str, Any],
+        json_file: bytes | None,
+        row: Mapping[str, Any] | None = None,
+    ) -> SourceSample | Skipped:
+        """Return a sample whose captions stand in files of its own, or the reason why it is skipped.
+
+        The most trusted caption is used: that of ``.txt``, then of ``.caption``, of the metadata, and of ``.json``. A
+        damaged ``.json`` costs nothing if there is another caption.
+
+        Args:
+            id: its name, which may be any text.
+            image: the image file.
+            texts: what its text files hold, under ``txt`` and ``caption``.
+            json_file: its JSON file.
+            row: its row in a metadata file.
+        """
+        row = row or {}
+        fields, problem = {}, ""
+        try:
+            fields = decode_object(json_file) if json_file else {}
+        except BadText as error:
+            problem = str(error)
+        places = {f".{name}": texts[name] for name in ("txt", "caption") if texts.get(name)}
+        for place, values in (("the metadata", row), (".json", fields)):
+            places |= {f"{name} in {place}": values[name] for name in CAPTIONS if name in values}
+        sample = self.sample(id, image, {**fields, **texts, **row}, places)
+        if not problem:
+            return sample
+        if isinstance(sample, Skipped):
+            return sample if sample.reason != NO_CAPTION else Skipped(sample.id, problem)
+        return replace(sample, notes=[*sample.notes, "a damaged .json, which is ignored"])
+
+    def _weighted(self, row: Mapping[str, Any]) -> tuple[list[str], list[float]]:
+        """Return the captions of the requested columns of a row, with their weights."""
         captions, weights = [], []
         for name, weight in self.captions.items():
             texts = _texts(row.get(name))
@@ -121,11 +170,6 @@ def decode(data: bytes) -> str:
         raise BadText(f"caption is not UTF-8: {error.reason} at byte {error.start}") from error
 
 
-def encoding_of(data: bytes) -> str:
-    """Return the encoding of a file: UTF-16 if ``data`` starts with its byte order mark, else UTF-8."""
-    return "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
-
-
 def decode_object(data: bytes) -> dict[str, Any]:
     """Return the object that a JSON file holds.
 
@@ -148,10 +192,33 @@ def printable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
+def _first_captions(places: Mapping[str, Any], notes: list[str]) -> list[str]:
+    """Return the captions of the first place that has any; note each later place that has none of them.
+
+    Raises:
+        BadText: a place can't be read, and no earlier one has a caption.
+    """
+    used, captions = "", list[str]()
+    for place, value in places.items():
+        try:
+            texts = _texts(value)
+        except BadText:
+            if not captions:
+                raise
+            continue
+        if not captions:
+            used, captions = place, texts
+        elif texts and not set(texts) & set(captions):
+            notes.append(f"captions differ: {used} is used, not {place}")
+    return captions
+
+
 def _texts(value: object) -> list[str]:
     """Return the captions in a column's value: one text, as str or bytes, or a list of texts."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return []
+    if isinstance(value, Unusable):
+        raise BadText(value)
     if isinstance(value, bytes):
         value = decode(value)
     if isinstance(value, str):

@@ -1,10 +1,65 @@
 """Find and name the files of a source; each file is one part."""
 
 import glob
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+from nami_lightning.datamodules.image_formats import extension_of
+from nami_lightning.datamodules.sources.base import Surveyed, stamp
+from nami_lightning.datamodules.sources.fields import printable
+
+NO_EXTENSION = "(none)"
+
+
+def walk(path: str, follow_links: bool = False, hidden: Counter[str] | None = None) -> Iterator[tuple[str, bool]]:
+    """Yield all files below a folder with False, and linked folders that are not followed with True.
+
+    Names are sorted. Hidden files and folders are left out, and counted by extension in ``hidden``; such a folder is
+    counted as one.
+
+    Raises:
+        OSError: the system can't list one of the folders.
+    """
+    seen = set()
+    for top, folders, files in os.walk(path, onerror=_raise, followlinks=follow_links):
+        if follow_links and (real := os.path.realpath(top)) in seen:  # a link leads to a folder that was already listed
+            folders.clear()
+            continue
+        if follow_links:
+            seen.add(real)
+        below = os.path.relpath(top, path)
+        prefix = "" if below == os.curdir else f"{below}/"
+        if hidden is not None:
+            hidden.update(extension_of(name) for name in files if is_hidden(name))
+            hidden["folder"] += sum(map(is_hidden, folders))
+        folders[:] = sorted(name for name in folders if not is_hidden(name))
+        yield from ((prefix + name, False) for name in sorted(files) if not is_hidden(name))
+        if not follow_links:
+            yield from ((prefix + name, True) for name in folders if os.path.islink(os.path.join(top, name)))
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def is_hidden(name: str) -> bool:
+    """Return whether a file or folder is hidden: its name starts with a dot, or is that of the Mac's resource forks."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def ignored(counts: Mapping[tuple[str, str], int], hidden: Mapping[str, int]) -> list[Surveyed]:
+    """Return what is ignored of a folder.
+
+    Args:
+        counts: the number of files by extension and reason.
+        hidden: the number of hidden files by extension, and of hidden folders.
+    """
+    rows = [Surveyed(extension or NO_EXTENSION, count, "", why) for (extension, why), count in counts.items()]
+    rows += [Surveyed(extension or NO_EXTENSION, count, "", "hidden") for extension, count in hidden.items() if count]
+    return sorted(rows)
 
 
 class Files(NamedTuple):
@@ -27,7 +82,8 @@ class Files(NamedTuple):
             FileNotFoundError: there are no such files.
         """
         if Path(self.path).is_dir():
-            found = [path for path in Path(self.path).rglob("*") if path.suffix.lower() == self.extension]
+            below = (name for name, is_folder in walk(self.path) if not is_folder)
+            found = [Path(self.path, name) for name in below if extension_of(name) == self.extension]
         else:
             pattern = glob.escape(self.path) if Path(self.path).exists() else self.path
             found = list(map(Path, glob.glob(pattern, recursive=True)))
@@ -35,6 +91,19 @@ class Files(NamedTuple):
         if not names:
             raise FileNotFoundError(f"no {self.extension} files at {self.path}: give a folder, a file, or a pattern")
         return [f"{name}:{path.stat().st_size}" for name, path in sorted(names)]
+
+    def signature(self, part: str) -> dict[str, str]:
+        """Return the name of a part's file, with its size and time of modification."""
+        return {printable(part.rpartition(":")[0]): stamp(self.file(part))}
+
+    def survey(self) -> list[Surveyed]:
+        """Return how many files of the folder are read, and how many are ignored; nothing for a file or a pattern."""
+        if not Path(self.path).is_dir():
+            return []
+        hidden: Counter[str] = Counter()
+        counts = Counter(extension_of(name) for name, _ in walk(self.path, hidden=hidden))
+        taken = Surveyed(self.extension, counts.pop(self.extension, 0), "read")
+        return [taken, *ignored({(name, f"not {self.extension}"): count for name, count in counts.items()}, hidden)]
 
     def file(self, part: str) -> Path:
         """Return the path of a part's file."""

@@ -3,14 +3,16 @@
 import glob
 from pathlib import Path
 
+from nami_lightning.datamodules.image_formats import extension_of, is_image
 from nami_lightning.datamodules.sources.base import Source
+from nami_lightning.datamodules.sources.files import walk
 from nami_lightning.datamodules.sources.folder import ImageFolder
 from nami_lightning.datamodules.sources.huggingface import HuggingFaceDataset
-from nami_lightning.datamodules.sources.listing import is_image, walk
 from nami_lightning.datamodules.sources.parquet import DamagedParquet, Parquet, image_columns, open_parquet
 from nami_lightning.datamodules.sources.webdataset import WebDataset
 
-SAVED_DATASET = ("dataset_info.json", "state.json", "dataset_dict.json")
+SAVED_DATASET = ("dataset_dict.json",), ("dataset_info.json", "state.json")
+"""Files that the library ``datasets`` writes for a dataset of several splits, and for one."""
 
 
 def find_source(path: str | Path) -> Source:
@@ -38,23 +40,35 @@ def find_source(path: str | Path) -> Source:
 
 def _in_folder(path: str) -> Source:
     """Return the source that reads a folder."""
-    if any(Path(path, name).is_file() for name in SAVED_DATASET):
+    if any(all(Path(path, name).is_file() for name in names) for names in SAVED_DATASET):
         return HuggingFaceDataset(path)
-    parquet, has_images = "", False
+    tars, images, parquet, linked_folders = 0, 0, [], 0
     for name, is_folder in walk(path):
-        extension = "" if is_folder else Path(name).suffix.lower()
-        if extension == ".tar":
-            return WebDataset(path)
-        if extension == ".parquet":
-            parquet = parquet or name
-        has_images = has_images or is_image(name) or is_folder
-    if parquet and (not has_images or _holds_images(Path(path, parquet))):
-        return Parquet(path)
-    if has_images:
-        return ImageFolder(path)
+        linked_folders += is_folder
+        tars += extension_of(name) == ".tar"
+        images += not is_folder and is_image(name)
+        if extension_of(name) == ".parquet":
+            parquet.append(name)
+    if (tars or images) and parquet and not _holds_images(Path(path, parquet[0])):
+        parquet = []
+    found: dict[str, tuple[type[ImageFolder | WebDataset | Parquet], int]] = {
+        "image files": (ImageFolder, images),
+        ".tar files": (WebDataset, tars),
+        ".parquet files": (Parquet, len(parquet)),
+    }
+    kinds = {what: kind for what, (kind, count) in found.items() if count}
+    if len(kinds) > 1:
+        counts = ", ".join(f"{found[what][1]:,} {what} ({kind.__name__})" for what, kind in kinds.items())
+        names = " or ".join(kind.__name__ for kind in kinds.values())
+        raise ValueError(
+            f"{path} holds {counts}: say which of them to read, --source {names}, with --source.path {path}; the "
+            "others are ignored then"
+        )
+    if kinds or linked_folders:
+        return next(iter(kinds.values()), ImageFolder)(path)
     raise ValueError(
-        f"{path} holds no images: no image files, .tar files, .parquet files, nor a dataset saved to disk "
-        f"({', '.join(SAVED_DATASET)})"
+        f"{path} holds no images: no image files that Pillow reads, .tar files, .parquet files, nor a dataset saved to "
+        "disk (dataset_dict.json, or dataset_info.json and state.json)"
     )
 
 

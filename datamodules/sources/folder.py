@@ -1,21 +1,28 @@
 """Image files in a folder and its subfolders, with captions beside them or in metadata files."""
 
 import hashlib
+import json
 import os
 from collections.abc import Iterator
 from dataclasses import asdict
+from errno import ENAMETOOLONG
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from nami_lightning.datamodules.sources.base import Skipped, Source, SourceSample, part_ranges
-from nami_lightning.datamodules.sources.fields import COLUMNS, BadText, Columns, decode, decode_object, printable
+from nami_lightning.datamodules.sources.base import Skipped, Source, SourceSample, Surveyed, stamp
+from nami_lightning.datamodules.sources.fields import COLUMNS, BadText, Columns, decode, printable
 from nami_lightning.datamodules.sources.listing import LINK, Entry, is_inside, list_images
+from nami_lightning.training.rng import derive_seed
+from nami_lightning.utils.text_files import split_lines
 
 PART_SIZE = 1000
 
 
 class ImageFolder(Source):
-    """Image files with captions from ``NAME.txt``, from a field of ``NAME.json``, or from a row of a metadata file.
+    """Image files with captions from ``NAME.txt``, ``NAME.caption``, a row of a metadata file or ``NAME.json``.
+
+    If several of these have a caption, the first one wins, in this order; the number that differ is counted.
 
     A ``metadata.jsonl`` or ``metadata.csv`` in any of the folders has a row for each image. The row holds
     ``file_name``, relative to the metadata file's folder, and other columns. All rows are held in memory, so millions
@@ -48,13 +55,29 @@ class ImageFolder(Source):
         }
 
     def parts(self) -> list[str]:
-        """Return ``FIRST-END-DIGEST`` of every thousand images, sorted by name; the digest is a hash of their names.
+        """Return ``FIRST-END-DIGEST`` of about every thousand images, sorted by name; the digest hashes their names.
+
+        A part ends where a hash of a name says so. So an image that is added or removed changes only its own part.
 
         Raises:
             FileNotFoundError: the folder doesn't exist.
         """
         list_images.cache_clear()
-        return [self._part(first, end) for first, end in part_ranges(len(self._entries()), PART_SIZE)]
+        entries = self._entries()
+        ends = [
+            end for end, entry in enumerate(entries, 1) if derive_seed("part", printable(entry.name)) % PART_SIZE == 0
+        ]
+        ends = list(dict.fromkeys([*ends, len(entries)]))
+        return [self._part(first, end) for first, end in pairwise([0, *ends]) if first < end]
+
+    def signature(self, part: str) -> dict[str, str]:
+        """Return the images of a part, each with a hash of the sizes and times of its files, and of its metadata."""
+        first, end = map(int, part.split("-")[:2])
+        return {printable(entry.name): self._stamp(entry) for entry in self._entries()[first:end]}
+
+    def survey(self) -> list[Surveyed]:
+        """Return how many files of each extension hold images or captions, and how many are ignored."""
+        return list_images(self.path, self.follow_links).surveyed
 
     def read(self, part: str) -> Iterator[SourceSample | Skipped]:
         """Yield the images of a part.
@@ -72,12 +95,17 @@ class ImageFolder(Source):
             yield Skipped(printable(entry.name), printable(entry.reason)) if entry.reason else self._sample(entry)
 
     def _entries(self) -> list[Entry]:
-        return list_images(self.path, self.follow_links)
+        return list_images(self.path, self.follow_links).entries
+
+    def _stamp(self, entry: Entry) -> str:
+        files = [Path(self.path, name) for name in (entry.name, *entry.files.values())]
+        content = [entry.row, entry.reason, *(stamp(file) if _is_file(file) else "" for file in files)]
+        return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=8).hexdigest()
 
     def _part(self, first: int, end: int) -> str:
         """Return the name of the part with the images ``first`` to ``end``."""
         names = "\0".join(entry.name for entry in self._entries()[first:end])
-        digest = hashlib.blake2b(names.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+        digest = hashlib.blake2b(_bytes(names), digest_size=8).hexdigest()
         return f"{first:07d}-{end:07d}-{digest}"
 
     def _sample(self, entry: Entry) -> SourceSample | Skipped:
@@ -86,13 +114,14 @@ class ImageFolder(Source):
             image = self._read(file)
             if image is None:
                 return Skipped(printable(entry.name), "no such file")
-            fields = decode_object(self._read(file.with_suffix(".json")) or b"{}")
-            text: Any = self._read(file.with_suffix(".txt"))
-            if text and self.one_caption_a_line:
-                text = decode(text).splitlines()
+            beside = {extension: self._read(Path(self.path, name)) for extension, name in entry.files.items()}
+            texts: dict[str, Any] = {name: beside.get(f".{name}") for name in ("txt", "caption")}
+            if self.one_caption_a_line:
+                texts = {name: text and split_lines(decode(text)) for name, text in texts.items()}
         except (BadText, PermissionError, _OutsideFolder) as error:
             return Skipped(printable(entry.name), printable(str(error)))
-        return self.columns.sample(entry.name, image, fields | {"txt": text} | entry.row)
+        texts = {name: text for name, text in texts.items() if text}
+        return self.columns.sample_of_files(entry.name, image, texts, beside.get(".json"), entry.row)
 
     def _read(self, file: Path) -> bytes | None:
         """Return the content of a file, or None if it doesn't exist.
@@ -100,11 +129,25 @@ class ImageFolder(Source):
         Raises:
             _OutsideFolder: the file is a link to a file outside the folder, and links are not followed.
         """
-        if not file.is_file():
+        if not _is_file(file):
             return None
         if not self.follow_links and not is_inside(file, self.path):
             raise _OutsideFolder(LINK)
         return file.read_bytes()
+
+
+def _is_file(file: Path) -> bool:
+    """Return whether a file exists; the system takes a name that is too long for an error."""
+    try:
+        return file.is_file()
+    except OSError as error:
+        if error.errno != ENAMETOOLONG:
+            raise
+        return False
+
+
+def _bytes(name: str) -> bytes:
+    return name.encode("utf-8", "surrogatepass")
 
 
 class _OutsideFolder(Exception):

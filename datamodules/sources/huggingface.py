@@ -3,13 +3,16 @@
 import os
 from collections.abc import Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-from nami_lightning.datamodules.sources.base import Skipped, Source, SourceSample, part_ranges
+from nami_lightning.datamodules.sources.base import Skipped, Source, SourceSample, part_ranges, stamp
 from nami_lightning.datamodules.sources.fields import COLUMNS, Columns
-from nami_lightning.datamodules.sources.tables import BATCH, TableColumns
+from nami_lightning.datamodules.sources.tables import BATCH, TableColumns, rows_of_table
 
 PART_SIZE = 1000
+SAVED = (".arrow", ".json")
+"""Extensions of the files of a saved dataset."""
 
 
 class HuggingFaceDataset(Source):
@@ -59,6 +62,11 @@ class HuggingFaceDataset(Source):
         ranges = part_ranges(len(dataset), PART_SIZE)
         return [f"{first:07d}-{end:07d}-{dataset._fingerprint}" for first, end in ranges]
 
+    def signature(self, part: str) -> dict[str, str]:
+        """Return the dataset's files, with their sizes and times of modification, and the part's rows."""
+        files = sorted(path for path in Path(self.path).rglob("*") if path.is_file() and path.suffix in SAVED)
+        return {str(path.relative_to(self.path)): f"{stamp(path)} of rows {part}" for path in files}
+
     def read(self, part: str) -> Iterator[SourceSample | Skipped]:
         """Yield the samples of one part: a range of rows."""
         import datasets
@@ -66,10 +74,10 @@ class HuggingFaceDataset(Source):
         first, end = map(int, part.split("-")[:2])
         dataset = self._load()
         table = self._table_columns(dataset)
-        dataset = dataset.with_format(None).select_columns(table.wanted)
+        dataset = dataset.select_columns(table.wanted)
         if isinstance(dataset.features[table.image], datasets.Image):
             dataset = dataset.cast_column(table.image, datasets.Image(decode=False))
-        yield from table.samples(rows_of(dataset, first, end), "", first)
+        yield from table.samples(rows_of(dataset.with_format("arrow"), first, end), "", first)
 
     def _load(self) -> Any:
         try:
@@ -110,5 +118,4 @@ class HuggingFaceDataset(Source):
 def rows_of(dataset: Any, first: int, end: int) -> Iterator[dict[str, Any]]:
     """Yield the rows ``first`` to ``end``, with a few in memory at a time."""
     for start in range(first, end, BATCH):
-        batch = dataset[start : min(start + BATCH, end)]
-        yield from (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
+        yield from rows_of_table(dataset[start : min(start + BATCH, end)])

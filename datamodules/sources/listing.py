@@ -2,18 +2,26 @@
 
 import csv
 import json
-import os
 import posixpath
-from collections.abc import Iterator
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from nami_lightning.datamodules.sources.fields import encoding_of
-from nami_lightning.datamodules.sources.files import IMAGE_EXTENSIONS
+from nami_lightning.datamodules.image_formats import extension_of, is_image, why_no_image
+from nami_lightning.datamodules.sources.base import Surveyed
+from nami_lightning.datamodules.sources.fields import Unusable
+from nami_lightning.datamodules.sources.files import ignored, walk
+from nami_lightning.utils.text_files import encoding_of
 
+SIDECARS = (".txt", ".caption", ".json")
 METADATA = ("metadata.jsonl", "metadata.csv")
 FILE_NAME = "file_name"
+MOST_CHARACTERS = 131_072
+"""Longer fields of CSV files are not used: a quotation mark that is not closed makes one field of all that follows."""
+
 OUTSIDE = "outside the folder"
 LINK = f"{OUTSIDE}: a link, and follow_links is off"
 
@@ -25,16 +33,30 @@ class Entry(NamedTuple):
         name: its path relative to the folder.
         row: its row in a metadata file.
         reason: why it can't be used; empty if no reason is known yet.
+        files: the files with its captions, by extension.
     """
 
     name: str
     row: dict[str, Any]
     reason: str = ""
+    files: dict[str, str] = {}
+
+
+class Listing(NamedTuple):
+    """What a folder holds.
+
+    Attributes:
+        entries: its images, sorted by name.
+        surveyed: which files are taken, and which are ignored.
+    """
+
+    entries: list[Entry]
+    surveyed: list[Surveyed]
 
 
 @lru_cache(maxsize=1)
-def list_images(path: str, follow_links: bool) -> list[Entry]:
-    """Return all images, sorted by name. The list is kept in memory, because a process reads many parts of one folder.
+def list_images(path: str, follow_links: bool) -> Listing:
+    """Return all images. They are kept in memory, because a process reads many parts of one folder.
 
     Args:
         path: the folder.
@@ -48,50 +70,61 @@ def list_images(path: str, follow_links: bool) -> list[Entry]:
         raise FileNotFoundError(f"no folder {path}")
     images: dict[str, dict[str, Any]] = {}
     bad: list[Entry] = []
-    metadata = []
-    for name, is_folder in walk(path, follow_links):
+    metadata, sidecars = [], []
+    taken: Counter[tuple[str, str]] = Counter()
+    left: Counter[tuple[str, str]] = Counter()
+    hidden: Counter[str] = Counter()
+    for name, is_folder in walk(path, follow_links, hidden):
+        extension = extension_of(name)
         if is_folder:
             bad.append(Entry(name, {}, LINK))
         elif is_image(name):
             images[name] = {}
+            taken[extension, "image"] += 1
         elif posixpath.basename(name) in METADATA:
             metadata.append(name)
+            taken[extension, "metadata"] += 1
+        elif extension in SIDECARS:
+            sidecars.append(name)
+        else:
+            left[extension, why_no_image(extension)] += 1
     for name in metadata:
         bad += _add_metadata(images, path, name, follow_links)
-    entries = [Entry(name, row) for name, row in images.items()]
-    return sorted(entries + bad, key=lambda entry: (entry.name, entry.reason))
+    beside = _match(images, sidecars)
+    used = {name for files in beside.values() for name in files.values()}
+    for name in sidecars:
+        if name in used:
+            taken[extension_of(name), "caption"] += 1
+        else:
+            left[extension_of(name), "no image has this name"] += 1
+    entries = [Entry(name, row, "", beside[name]) for name, row in images.items()]
+    rows = [Surveyed(extension, count, use) for (extension, use), count in sorted(taken.items())]
+    return Listing(sorted(entries + bad, key=lambda entry: (entry.name, entry.reason)), rows + ignored(left, hidden))
 
 
-def is_image(name: str) -> bool:
-    """Return whether a file has the extension of an image."""
-    return posixpath.splitext(name)[1][1:].lower() in IMAGE_EXTENSIONS
+def _match(images: Iterable[str], sidecars: Sequence[str]) -> dict[str, dict[str, str]]:
+    """Return the files beside each image that have its name with another extension, by that extension.
 
-
-def walk(path: str, follow_links: bool = False) -> Iterator[tuple[str, bool]]:
-    """Yield all files below a folder with False, and linked folders that are not followed with True.
-
-    Names are sorted, and hidden ones are left out.
-
-    Raises:
-        OSError: the system can't list one of the folders.
+    ``IMG.JPG`` finds ``img.txt`` too, unless that has exactly the name of another image.
     """
-    seen = set()
-    for top, folders, files in os.walk(path, onerror=_raise, followlinks=follow_links):
-        if follow_links and (real := os.path.realpath(top)) in seen:  # a link leads to a folder that was already listed
-            folders.clear()
-            continue
-        if follow_links:
-            seen.add(real)
-        below = os.path.relpath(top, path)
-        prefix = "" if below == os.curdir else f"{below}/"
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from ((prefix + name, False) for name in sorted(files) if not name.startswith("."))
-        if not follow_links:
-            yield from ((prefix + name, True) for name in folders if os.path.islink(os.path.join(top, name)))
+    exact: dict[str, dict[str, str]] = defaultdict(dict)
+    for name in sidecars:
+        exact[_stem(name)][extension_of(name)] = name
+    stems = set(map(_stem, images))
+    similar: dict[str, dict[str, str]] = defaultdict(dict)
+    for stem in sorted(exact.keys() - stems):
+        similar[_fold(stem)] |= exact[stem]
+    return {name: similar.get(_fold(_stem(name)), {}) | exact.get(_stem(name), {}) for name in images}
 
 
-def _raise(error: OSError) -> None:
-    raise error
+def _stem(name: str) -> str:
+    return posixpath.splitext(name)[0]
+
+
+def _fold(stem: str) -> str:
+    """Return a name without its case; the case of its folder stays."""
+    folder, name = posixpath.split(stem)
+    return f"{folder}/{name.casefold()}"
 
 
 def is_inside(file: Path, folder: str) -> bool:
@@ -108,7 +141,8 @@ def _add_metadata(images: dict[str, dict[str, Any]], path: str, name: str, follo
     with file.open("rb") as stream:
         encoding = encoding_of(stream.read(2))
     # Bytes that are not UTF-8 become lone surrogates here, so that only the captions with such bytes are lost.
-    with file.open(encoding=encoding, errors="surrogateescape", newline="") as text:
+    errors = "surrogatepass" if encoding == "utf-16" else "surrogateescape"
+    with file.open(encoding=encoding, errors=errors, newline="") as text:
         try:
             for number, row in _json_rows(text) if name.endswith(".jsonl") else _csv_rows(text):
                 reason = _add_row(images, posixpath.dirname(name), row)
@@ -131,15 +165,30 @@ def _json_rows(text: TextIO) -> Iterator[tuple[int, Any]]:
 
 def _csv_rows(text: TextIO) -> Iterator[tuple[int, Any]]:
     """Yield the number of the last line of each row, and the row's columns that have a name and a value."""
+    csv.field_size_limit(sys.maxsize)  # a field that is longer ends the reading of the file otherwise
     reader = csv.DictReader(text)
-    for row in reader:
-        yield reader.line_num, {name: value for name, value in row.items() if name is not None and value is not None}
+    while True:
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield reader.line_num, str(error)
+            continue
+        yield reader.line_num, {name: _limited(value) for name, value in row.items() if name and value is not None}
+
+
+def _limited(value: Any) -> Any:
+    """Return a field of a CSV file, or the reason why it can't be used."""
+    if isinstance(value, str) and len(value) > MOST_CHARACTERS:
+        return Unusable(f"caption of {len(value):,} characters: is a quotation mark not closed?")
+    return value
 
 
 def _add_row(images: dict[str, dict[str, Any]], folder: str, row: Any) -> str:
     """Add a row of a metadata file in ``folder`` to ``images``; return why it can't be added, or an empty text."""
     if not isinstance(row, dict):
-        return "damaged metadata: not a JSON object"
+        return f"damaged metadata: {row}" if isinstance(row, str) else "damaged metadata: not a JSON object"
     given = row.pop(FILE_NAME, None)
     if not isinstance(given, str) or not given:
         return f"damaged metadata: no {FILE_NAME}"

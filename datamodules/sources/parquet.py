@@ -6,10 +6,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from nami_lightning.datamodules.sources.base import Skipped, Source, SourceSample
+from nami_lightning.datamodules.sources.base import Skipped, Source, SourceSample, Surveyed
 from nami_lightning.datamodules.sources.fields import COLUMNS, Columns, printable
 from nami_lightning.datamodules.sources.files import Files
-from nami_lightning.datamodules.sources.tables import BATCH, TableColumns
+from nami_lightning.datamodules.sources.tables import BATCH, TableColumns, rows_of_table
 
 BUFFER_BYTES = 2**20
 """Bytes that are read from a file at once."""
@@ -53,8 +53,16 @@ class Parquet(Source):
                 continue
         return parts
 
+    def signature(self, part: str) -> dict[str, str]:
+        """Return the name of the file, with its size and time of modification."""
+        return self.files.signature(part)
+
+    def survey(self) -> list[Surveyed]:
+        """Return how many files of the folder are read, and how many are ignored."""
+        return self.files.survey()
+
     def read(self, part: str) -> Iterator[SourceSample | Skipped]:
-        """Yield the samples of a file; of a damaged file, those before the damage, then a skipped sample for the file.
+        """Yield the samples of a file; of a damaged row group, those before the damage, then a skipped sample for it.
 
         Raises:
             ValueError: the file lacks a column that is requested or needed.
@@ -63,9 +71,20 @@ class Parquet(Source):
         try:
             file = open_parquet(self.files.file(part))
             table = self._table_columns(file, part)
-            yield from table.samples(rows_of(file, table.wanted), f"{self.files.name(part)}/")
         except DamagedParquet as error:
             yield Skipped(printable(part.rpartition(":")[0]), f"damaged Parquet file: {error}")
+            return
+        first, name = 0, printable(part.rpartition(":")[0])
+        for group in range(file.num_row_groups):
+            end = first + file.metadata.row_group(group).num_rows
+            number = first
+            try:
+                for rows in batches_of(file, group, table.wanted):
+                    yield from table.samples(iter(rows), f"{self.files.name(part)}/", number)
+                    number += len(rows)
+            except DamagedParquet as error:
+                yield Skipped(f"{name} rows {number} to {end - 1}", f"damaged Parquet file: {error}")
+            first = end
 
     def _table_columns(self, file: Any, part: str) -> TableColumns:
         """Return which columns of a part's file are read."""
@@ -110,20 +129,20 @@ def image_columns(file: Any) -> list[str]:
     ]
 
 
-def rows_of(file: Any, columns: list[str]) -> Iterator[dict[str, Any]]:
-    """Yield all rows of a file, with a few in memory at a time.
+def batches_of(file: Any, group: int, columns: list[str]) -> Iterator[list[dict[str, Any]]]:
+    """Yield all rows of a row group, a few at a time.
 
     Raises:
-        DamagedParquet: the file is damaged; all rows before the damage were yielded.
+        DamagedParquet: the row group is damaged; all rows before the damage were yielded.
     """
-    batches = file.iter_batches(BATCH, columns=columns, use_threads=False)
+    batches = file.iter_batches(BATCH, row_groups=[group], columns=columns, use_threads=False)
     while True:
         with _DamageAsOneError():
             batch = next(batches, None)
-            rows = batch.to_pylist() if batch is not None else None
+            rows = None if batch is None else rows_of_table(batch)
         if rows is None:
             return
-        yield from rows
+        yield rows
 
 
 class _DamageAsOneError:
@@ -135,5 +154,5 @@ class _DamageAsOneError:
         from pyarrow import ArrowException
 
         from_system = isinstance(error, OSError) and error.errno is not None
-        if isinstance(error, ArrowException | UnicodeDecodeError | OSError) and not from_system:
+        if isinstance(error, ArrowException | OSError) and not from_system:
             raise DamagedParquet(str(error).strip()) from error

@@ -4,13 +4,30 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from nami_lightning.datamodules.sources.base import Skipped, SourceSample
-from nami_lightning.datamodules.sources.fields import Columns, printable
+from nami_lightning.datamodules.sources.fields import Columns, Unusable, printable
 
 IMAGES = ("image", "jpg", "jpeg", "png", "webp", "img", "image_bytes", "bytes")
 KEY = "key"
 STATUS = ("status", "error_message")
 BATCH = 32
 """The number of rows that are in memory at once."""
+
+
+def rows_of_table(table: Any) -> list[dict[str, Any]]:
+    """Return the rows of a table or a record batch of ``pyarrow``; a value that can't be read is :class:`Unusable`."""
+    try:
+        rows: list[dict[str, Any]] = table.to_pylist()
+        return rows
+    except (ValueError, OverflowError):  # a text that is not UTF-8, a year that Python doesn't have
+        columns = {name: table.column(name) for name in table.schema.names}
+        return [{name: _value(column, row) for name, column in columns.items()} for row in range(len(table))]
+
+
+def _value(column: Any, number: int) -> Any:
+    try:
+        return column[number].as_py()
+    except (ValueError, OverflowError) as error:
+        return Unusable("caption is not UTF-8" if isinstance(error, UnicodeDecodeError) else f"unreadable: {error}")
 
 
 class TableColumns:
@@ -61,10 +78,13 @@ class TableColumns:
         """
         for number, row in enumerate(rows, first):
             name = row.get(self.key) if self.key else None
+            name = None if isinstance(name, Unusable) else name
             yield self._sample(f"{prefix}{f'{number:07d}' if name is None else name}", row)
 
     def _sample(self, id: str, row: Mapping[str, Any]) -> SourceSample | Skipped:
         image = row[self.image]
+        if isinstance(image, Unusable):
+            return Skipped(printable(id), f"no image: {image}")
         data = image.get("bytes") if isinstance(image, dict) else image
         if data is None:
             details = [row[name] for name in STATUS if row.get(name)] or ([image.get("path")] if image else [])

@@ -6,12 +6,13 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import groupby
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, Self
 
-from nami_lightning.datamodules.sources.base import Skipped, Source, SourceSample
-from nami_lightning.datamodules.sources.fields import COLUMNS, BadText, Columns, decode_object, printable
-from nami_lightning.datamodules.sources.files import IMAGE_EXTENSIONS, Files
+from nami_lightning.datamodules.image_formats import image_extensions
+from nami_lightning.datamodules.sources.base import Skipped, Source, SourceSample, Surveyed
+from nami_lightning.datamodules.sources.fields import COLUMNS, Columns, printable
+from nami_lightning.datamodules.sources.files import Files, is_hidden
 
 NAME = re.compile(r"(?:\./)*((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)
 """The name of a file in a tar: its key, which ends at the first dot after the last slash, and its extension."""
@@ -20,7 +21,8 @@ NAME = re.compile(r"(?:\./)*((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)
 class WebDataset(Source):
     """Images and captions in tar files, which are read once from start to end, so memory does not grow with their size.
 
-    The caption is ``KEY.txt``, ``KEY.caption``, or a field of ``KEY.json``. An id is ``TAR/KEY``.
+    The caption is ``KEY.txt``, else ``KEY.caption``, else a field of ``KEY.json``. An id is ``TAR/KEY``. Hidden files
+    and those in hidden folders are ignored.
 
     Args:
         path: a folder of ``.tar`` files, one such file, or a pattern.
@@ -31,7 +33,7 @@ class WebDataset(Source):
     def __init__(self, path: str, columns: Columns = COLUMNS, extension: str | None = None) -> None:
         self.path, self.columns, self.extension = os.path.normpath(path), columns, extension
         self.files = Files(path, ".tar")
-        self.extensions = IMAGE_EXTENSIONS if extension is None else (extension.lower().removeprefix("."),)
+        self.extensions = image_extensions() if extension is None else (extension.lower().removeprefix("."),)
 
     def settings(self) -> dict[str, Any]:
         """Return all arguments."""
@@ -44,6 +46,14 @@ class WebDataset(Source):
             FileNotFoundError: there are no such files.
         """
         return self.files.parts()
+
+    def signature(self, part: str) -> dict[str, str]:
+        """Return the name of the file, with its size and time of modification."""
+        return self.files.signature(part)
+
+    def survey(self) -> list[Surveyed]:
+        """Return how many files of the folder are read, and how many are ignored."""
+        return self.files.survey()
 
     def read(self, part: str) -> Iterator[SourceSample | Skipped]:
         """Yield the samples of a tar; of a damaged tar, those before the damage, then a skipped sample for the tar.
@@ -65,12 +75,8 @@ class WebDataset(Source):
         image = next((data for name in self.extensions if (data := members.get(name)) is not None), None)
         if image is None:
             return Skipped(printable(id), f"no image: only {', '.join(members)}")
-        try:
-            fields = decode_object(members.get("json") or b"{}")
-        except BadText as error:
-            return Skipped(printable(id), str(error))
         texts = {name: members[name] for name in ("txt", "caption") if members.get(name)}
-        return self.columns.sample(id, image, fields | texts)
+        return self.columns.sample_of_files(id, image, texts, members.get("json"))
 
 
 class DamagedTar(ValueError):
@@ -96,6 +102,8 @@ def read_members(file: Path, extensions: set[str]) -> Iterator[Member]:
         with tarfile.open(file, "r|*", tarinfo=_StrictHeader) as tar:
             while (header := tar.next()) is not None:
                 tar.members.clear()  # type: ignore[attr-defined]  # else tarfile keeps all headers in memory
+                if any(map(is_hidden, PurePosixPath(header.name).parts)):
+                    continue
                 if not header.isdir() and (match := NAME.fullmatch(header.name)):
                     extension = match[2].lower()
                     wanted = tar.extractfile(header) if header.isreg() and extension in extensions else None

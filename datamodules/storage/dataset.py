@@ -2,11 +2,13 @@
 
 FOLDER/dataset.json                format, settings, counts and checksums; it is written last
 FOLDER/skipped.jsonl               the samples that could not be used, each with the reason
+FOLDER/source.jsonl                what it was prepared from: a line for each part of the source
 FOLDER/train/256/256x256/          one bucket: shards of images of one shape
 FOLDER/heldout/256/256x256/        the same for the held-out split
 FOLDER/encodings/NAME/             the same data set as latents and text states, again with all of the above
 """
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -118,6 +120,18 @@ class PreparedDataset:
     def encodings(self) -> dict[str, Any] | None:
         """The part of the description about encodings, or None if the data set holds images."""
         return self.description.get("encodings")
+
+    @property
+    def identity(self) -> str:
+        """A short hash of the content: of all samples and their order. It is cheap, and changes with any of them."""
+        encodings = self.encodings or {}
+        content = [
+            self.description["format"],
+            self.description["samples"],
+            self.description["checksums"],
+            {name: value for name, value in encodings.items() if name != "images"},
+        ]
+        return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=8).hexdigest()
 
     @property
     def resolutions(self) -> list[int]:

@@ -1,5 +1,6 @@
 """Describe a data set for people: its settings and counts, and a contact sheet of some of its images."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,8 @@ def show(folder: str | Path, out: Path | None, samples: int) -> None:
 
     Args:
         folder: the folder of a prepared data set, or its URL.
-        out: the folder in which ``contact_sheet.png`` is saved; None: the current folder.
+        out: the folder in which ``contact_sheet.png`` is saved, or ``contact_sheet_2.png`` if there is one; None: the
+            current folder.
         samples: the number of images on the contact sheet, taken from all buckets; 0: no contact sheet.
 
     Raises:
@@ -57,7 +59,7 @@ def show(folder: str | Path, out: Path | None, samples: int) -> None:
         return
     folder = Path(folder)
     if samples and folder.resolve() in (out.resolve(), *out.resolve().parents):
-        raise ValueError(f"--out {out} lies in the data set, and nothing is written there: choose another folder")
+        raise ValueError(f"--output {out} lies in the data set, and nothing is written there: choose another folder")
     dataset = PreparedDataset(folder)
     if dataset.encodings is not None:
         print("\n".join([*settings_lines(dataset), "", *encoder_lines(dataset.encodings), "", *outcome(dataset)]))
@@ -69,8 +71,15 @@ def show(folder: str | Path, out: Path | None, samples: int) -> None:
         )
     )
     if samples:
-        save_image(contact_sheet(buckets, samples), out / CONTACT_SHEET)
-        print(f"\nSome of its images: {out / CONTACT_SHEET}")
+        file = unused(out / CONTACT_SHEET)
+        save_image(contact_sheet(buckets, samples), file)
+        print(f"\nSome of its images: {file}")
+
+
+def unused(file: Path) -> Path:
+    """Return a path where no file is: the given one, or else one with a number in its name."""
+    numbered = (file.with_stem(f"{file.stem}_{number}") for number in itertools.count(2))
+    return next(path for path in itertools.chain([file], numbered) if not path.exists())
 
 
 def list_buckets(dataset: PreparedDataset) -> list[tuple[Split, Bucket]]:
@@ -121,6 +130,9 @@ def removal_lines(dataset: PreparedDataset) -> list[str]:
     rows += [[f"skipped: {reason}", f"{number:,}"] for reason, number in _largest_first(description["skipped"])]
     rows += [["kept", f"{sum(sum(by_bucket.values()) for by_bucket in description['samples'].values()):,}"]]
     lines = ["from the source", *(f"  {line}" for line in _table(rows, "<>"))]
+    if notes := description.get("notes"):
+        rows = [[f"{number:,}", note] for note, number in _largest_first(notes)]
+        lines += ["  Of those kept:", *(f"    {line}" for line in _table(rows, "><"))]
     return lines + [f"  The skipped ones by name: {dataset.location}/{SKIPPED}"] * bool(description["skipped"])
 
 

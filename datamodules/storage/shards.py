@@ -227,6 +227,25 @@ def join(folders: Sequence[Path], names: Sequence[str], target: Path) -> int:
     return sum(chunk["chunk_size"] for chunk in chunks)
 
 
+def link_chunks(folder: Path, prefix: str, target: Path) -> None:
+    """Undo a part of :func:`join`: make a folder of the chunks whose names begin with ``prefix``, without copying them.
+
+    Args:
+        folder: a folder of shards.
+        prefix: the beginning of the names of the chunks, which their names in ``target`` lack.
+        target: the new folder, which is created.
+    """
+    index = read_index(folder)
+    target.mkdir(parents=True)
+    chunks = []
+    for chunk in index["chunks"]:
+        if chunk["filename"].startswith(prefix):
+            name = chunk["filename"].removeprefix(prefix)
+            _link(folder / chunk["filename"], target / name)
+            chunks.append(chunk | {"filename": name})
+    (target / INDEX).write_text(json.dumps({"chunks": chunks, "config": index["config"]}))
+
+
 def _link(source: Path, target: Path) -> None:
     """Give a file a second name, or copy it where the file system has no hard links."""
     try:

@@ -29,7 +29,8 @@ LISTED = 20
 
 WHAT_TO_DO = """\
 What to do: copy the files named above again from another copy of this data set. If there is no other copy, or it has
-the same problem, prepare the data set again from its source. That takes time, but nothing is lost."""
+the same problem, make it again from its source, with lightning data prepare ... --rescan. That takes time, but nothing
+is lost."""
 
 
 def report(folder: Path, workers: int) -> int:

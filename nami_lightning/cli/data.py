@@ -32,6 +32,7 @@ examples:
 PREPARE = """\
 Prepare a data set from a collection of images with captions. After an interruption, run the same command again to
 resume. On many machines, run the command with --shard I/N on each, and then with --merge on one of them.
+If the source has changed after that, the same command prepares what changed.
 `lightning data prepare RECIPE` takes the source and the settings from the data: block of a recipe."""
 
 
@@ -60,6 +61,10 @@ SOURCE = (
 WORKERS = "Number of processes."
 SHARD = "I/N: do only part I of N of the work, I from 0 to N-1."
 MERGE = "Only merge what the parts have written."
+RESCAN = (
+    "Read all of the source again. Without it, a part is read again if the name, the size or the time of modification "
+    "of one of its files changed."
+)
 
 
 def add_command(commands: Any) -> None:
@@ -87,7 +92,7 @@ def add_command(commands: Any) -> None:
         "folder", metavar="DIR", help="folder of a prepared data set, or its URL (s3://bucket/path)"
     )
     show_parser.add_argument(
-        "--out", metavar="DIR", default=".", help="folder of contact_sheet.png (default: the current folder)"
+        "--output", metavar="DIR", default=".", help="folder of contact_sheet.png (default: the current folder)"
     )
     show_parser.add_argument(
         "--images", type=int, default=48, help="number of images on the contact sheet (default 48)"
@@ -129,15 +134,15 @@ def prepare(options: Namespace) -> None:
     else:
         settings, source, preparation = _parse_source_arguments(arguments)
         output = Path(settings.output)
-    if is_complete(source, output, preparation):
+    if is_complete(source, output, preparation, settings.rescan):
         print(f"{output} is complete.")
     elif settings.shard is not None:
-        prepare_parts(source, output, preparation, settings.workers, parse_shard(settings.shard))
+        prepare_parts(source, output, preparation, settings.workers, parse_shard(settings.shard), settings.rescan)
         print(f"Shard {settings.shard} is done. When all are done, run the command with --merge instead of --shard.")
         return
     else:
         if not settings.merge:
-            prepare_parts(source, output, preparation, settings.workers)
+            prepare_parts(source, output, preparation, settings.workers, rescan=settings.rescan)
         merge(source, output, preparation)
     print("\n".join(outcome(PreparedDataset(output))))
 
@@ -149,6 +154,7 @@ def _prepare_recipe_parser() -> argparse.ArgumentParser:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help=WORKERS)
     parser.add_argument("--shard", metavar="I/N", help=SHARD)
     parser.add_argument("--merge", action="store_true", help=MERGE)
+    parser.add_argument("--rescan", action="store_true", help=RESCAN)
     return parser
 
 
@@ -159,13 +165,14 @@ def _prepare_source_parser() -> ArgumentParser:
     from nami_lightning.datamodules.preparation.prepare_parts import Preparation
     from nami_lightning.datamodules.sources.base import Source
 
-    parser = ArgumentParser(prog="lightning data prepare", description=PREPARE, exit_on_error=False)
+    parser = ArgumentParser(prog="lightning data prepare", description=PREPARE, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--source", type=Source, required=True, help=SOURCE)
     parser.add_argument("--output", type=str, required=True, help="Folder of the data set.")
     parser.add_class_arguments(Preparation, as_group=False)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help=WORKERS)
     parser.add_argument("--shard", type=str, help=SHARD)
     parser.add_argument("--merge", action="store_true", help=MERGE)
+    parser.add_argument("--rescan", action="store_true", help=RESCAN)
     return parser
 
 
@@ -321,7 +328,7 @@ def show(options: Namespace) -> None:
     """Print what a data set contains, and write a contact sheet."""
     from nami_lightning.datamodules.storage.inspect import show as show_dataset
 
-    show_dataset(options.folder, Path(options.out), options.images)
+    show_dataset(options.folder, Path(options.output), options.images)
 
 
 def verify(options: Namespace) -> None:

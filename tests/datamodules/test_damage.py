@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from squares import Squares
+from helpers.squares import Squares
 
 from nami_lightning.datamodules.multi_resolution import MultiResolutionDataModule
 from nami_lightning.datamodules.preparation.prepare import prepare

@@ -20,8 +20,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from helpers.squares import Squares, contents
 from PIL import Image
-from squares import Squares, contents
 
 from nami_lightning.callbacks import BridgePretraining, CurriculumCallback, Metrics
 from nami_lightning.cli.main import main
@@ -450,6 +450,19 @@ def test_outputs_of_something_else_are_refused(root: Path, encoded: Path, tmp_pa
     (tmp_path / "mine" / "thesis.tex").touch()
     with pytest.raises(ValueError, match="exists and holds no encodings"):
         EncodingTask(module, images, tmp_path / "mine").is_complete()
+
+
+def test_parts_of_another_model_block_no_encoding(root: Path, tmp_path: Path) -> None:
+    images, out = PreparedDataset(root / "images"), tmp_path / "out"
+    pooled = make_module([*with_vae(root), "--model.latent_pyramid", "pool"])
+    encode_parts(EncodingTask(pooled, images, out), 8, 0, (0, 2))
+    task = EncodingTask(make_module(with_vae(root)), images, out)
+    with pytest.raises(ValueError, match="latent_pyramid was pool and is encode now"):
+        encode_parts(task, 8, 0, (0, 2))
+    encode_parts(task, 8, 0)
+    merge(task)
+    assert task.is_complete()
+    assert list(tmp_path.iterdir()) == [out]
 
 
 # --- as commands -------------------------------------------------------------------------------

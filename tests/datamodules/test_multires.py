@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.squares import Squares
 from PIL import Image
-from squares import Squares
 
 from nami_lightning.cli.main import main
 from nami_lightning.datamodules.aspect_buckets import Shape

@@ -15,8 +15,8 @@ from typing import Any
 import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
+from helpers.squares import Squares
 from moto.server import ThreadedMotoServer
-from squares import Squares
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from nami_lightning.cli.main import main

@@ -10,9 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from helpers.squares import Squares
 from litdata import StreamingDataset
 from PIL import Image
-from squares import Squares
 
 from nami_lightning.benchmarks import data_loading
 from nami_lightning.datamodules.aspect_buckets import Shape
@@ -258,3 +258,13 @@ def test_bench_says_what_it_lacks(whole: Path, tmp_path: Path) -> None:
         assert len(list(images.glob("*/*.png"))) == 2
         with pytest.raises(ValueError, match="--images"):
             data_loading.measure_data_loading(options(whole, images=str(images)))
+
+
+def test_a_contact_sheet_replaces_no_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = prepare(Squares(10), tmp_path / "data", Preparation([16], heldout_percent=0), workers=1)
+    (tmp_path / "contact_sheet.png").write_text("mine")
+    for name in ("contact_sheet_2.png", "contact_sheet_3.png"):
+        show(folder, tmp_path, samples=4)
+        assert name in capsys.readouterr().out
+        assert (tmp_path / name).exists()
+    assert (tmp_path / "contact_sheet.png").read_text() == "mine"

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.squares import SIZES, colour
 from PIL import Image
-from squares import SIZES, colour
 
 from nami_lightning.datamodules.preparation.image_io import BadImage, open_image
 from nami_lightning.datamodules.preparation.prepare import prepare

@@ -1,0 +1,141 @@
+"""A pytest plugin: tiny models of diffusers and transformers with random weights, made on the spot."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, FluxTransformer2DModel
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+from nami_lightning.models.autoencoder import PixelCodec
+from nami_lightning.models.bridge import BridgeFlow
+from nami_lightning.models.pipeline import NamiPipeline
+from nami_lightning.models.transformer import NamiTransformer2DModel
+
+WORDS = ["a", "the", "red", "blue", "green", "cat", "dog", "tree", "house", "on", "in", "under", "big", "small", "and"]
+PAD, EOS, UNKNOWN, BOS = range(4)
+VOCABULARY = {"<pad>": PAD, "</s>": EOS, "<unk>": UNKNOWN, "<s>": BOS} | {w: i + 4 for i, w in enumerate(WORDS)}
+
+TextModel = tuple[Any, PreTrainedTokenizerFast]
+MakeFlux = Callable[..., FluxTransformer2DModel]
+
+
+def make_tokenizer(model_max_length: int, bos: bool = False) -> PreTrainedTokenizerFast:
+    """Words to numbers, ``</s>`` at the end, and ``<s>`` in front if ``bos``."""
+    backend = Tokenizer(WordLevel(VOCABULARY, unk_token="<unk>"))
+    backend.pre_tokenizer = Whitespace()
+    backend.post_processor = TemplateProcessing(
+        single="<s> $A </s>" if bos else "$A </s>", special_tokens=[("<s>", BOS), ("</s>", EOS)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        bos_token="<s>",
+        model_max_length=model_max_length,
+    )
+
+
+@pytest.fixture
+def t5() -> TextModel:
+    """A T5 encoder 16 wide, with its tokenizer."""
+    torch.manual_seed(1)
+    config = T5Config(
+        vocab_size=len(VOCABULARY), d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, pad_token_id=PAD
+    )
+    return T5EncoderModel(config).eval(), make_tokenizer(64)
+
+
+@pytest.fixture
+def clip() -> TextModel:
+    """A CLIP text encoder 12 wide, with its tokenizer."""
+    torch.manual_seed(2)
+    config = CLIPTextConfig(
+        vocab_size=len(VOCABULARY),
+        hidden_size=12,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=20,
+        pad_token_id=PAD,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+    )
+    return CLIPTextModel(config).eval(), make_tokenizer(20, bos=True)
+
+
+@pytest.fixture
+def vae() -> AutoencoderKL:
+    """An autoencoder with 4 channels that reduces by 2, with a scale and a shift."""
+    torch.manual_seed(3)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        latent_channels=4,
+        scaling_factor=0.7,
+        shift_factor=0.2,
+        sample_size=16,
+    ).eval()
+
+
+@pytest.fixture
+def make_flux() -> MakeFlux:
+    """Makes a FLUX 32 wide with random weights; ``make_flux(double, single)``."""
+
+    def make(double: int = 2, single: int = 4, **settings: Any) -> FluxTransformer2DModel:
+        torch.manual_seed(4)
+        defaults: dict[str, Any] = {
+            "patch_size": 1,
+            "in_channels": 16,
+            "attention_head_dim": 16,
+            "num_attention_heads": 2,
+            "joint_attention_dim": 16,
+            "pooled_projection_dim": 12,
+            "axes_dims_rope": (4, 6, 6),
+        }
+        flux = FluxTransformer2DModel(num_layers=double, num_single_layers=single, **defaults | settings)
+        return flux.eval()
+
+    return make
+
+
+class MeanColours(nn.Module):
+    """Six numbers an image: means and deviations of its colours."""
+
+    name = "mean_colours"
+    num_features = 6
+
+    def forward(self, images: Tensor) -> Tensor:
+        images = images.double() / 255
+        return torch.cat([images.mean((2, 3)), images.std((2, 3))], 1)
+
+
+def make_pipeline(t5: TextModel, clip: TextModel, stages: int = 2, vae: AutoencoderKL | None = None) -> NamiPipeline:
+    """Return a NAMI pipeline with random weights, of 16 px: of pixels, or with ``vae`` of its latents."""
+    torch.manual_seed(5)
+    channels = 3 if vae is None else 4
+    transformer = NamiTransformer2DModel(
+        in_channels=channels,
+        num_layers=[1] + [0] * (stages - 1),
+        num_single_layers=[1] * stages,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        pooled_projection_dim=12,
+        axes_dims_rope=[4, 6, 6],
+    ).eval()
+    bridge = BridgeFlow([1.0] * stages, channels)
+    bridge.fitted.fill_(True)
+    codec = PixelCodec() if vae is None else vae
+    pipeline = NamiPipeline(transformer, bridge, codec, *t5, *clip, resolution=16, max_sequence_length=8)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
