@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from nami_lightning.models.pipeline_checks import NonFiniteImages
 from nami_lightning.models.sampler_settings import SamplerSettings
 from nami_lightning.training.module import NamiModule
 
@@ -28,16 +29,23 @@ def generate(
         output_type: ``pil``, or another of diffusers'.
         height: of the images in px; None: as the settings say.
         width: of the images in px; likewise.
+
+    Raises:
+        NonFiniteImages: images that are NaN or infinite; the message names their prompts and seeds. All ranks have run
+            the whole network by then.
     """
     arguments = sampler.arguments()
     negative_prompt = arguments.pop("negative_prompt", "")
     size = {name: value for name, value in (("height", height), ("width", width)) if value is not None}
-    with module.ema_weights:
-        output = module.pipeline()(
-            prompt_states=module.encode_prompts(prompts),
-            negative_prompt_states=module.encode_prompts([negative_prompt]),
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-            output_type=output_type,
-            **(arguments | size),
-        )
+    try:
+        with module.ema_weights:
+            output = module.pipeline()(
+                prompt_states=module.encode_prompts(prompts),
+                negative_prompt_states=module.encode_prompts([negative_prompt]),
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+                output_type=output_type,
+                **(arguments | size),
+            )
+    except NonFiniteImages as error:
+        raise NonFiniteImages(error.images, error.origins, prompts, seeds) from None
     return output.images

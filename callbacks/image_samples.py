@@ -6,8 +6,10 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_warn
 
 from nami_lightning.callbacks.generation import generate
+from nami_lightning.models.pipeline_checks import NonFiniteImages
 from nami_lightning.models.sampler_settings import SamplerSettings
 from nami_lightning.training.module import NamiModule
 from nami_lightning.utils.image_grid import caption_grid, save_image
@@ -15,6 +17,8 @@ from nami_lightning.utils.image_grid import caption_grid, save_image
 
 class ImageSamples(L.Callback):
     """Writes a grid of generated images every ``every_n_steps`` steps and at the end, with the EMA's weights if any.
+
+    If an image is not finite, there is a warning and no grid, and the training goes on.
 
     Args:
         prompts: one an image.
@@ -57,10 +61,17 @@ class ImageSamples(L.Callback):
     def generate(self, trainer: L.Trainer, module: NamiModule) -> None:
         """Generate on every rank (a sharded network needs them all), and write on the first."""
         seeds = range(self.seed, self.seed + len(self.prompts))
-        images = []
+        images: list[Any] = []
+        failures = []
         for first in range(0, len(self.prompts), self.batch_size):
             some = slice(first, first + self.batch_size)
-            images += generate(module, self.sampler, self.prompts[some], seeds[some])
+            try:
+                images += generate(module, self.sampler, self.prompts[some], seeds[some])
+            except NonFiniteImages as error:  # the other batches run all the same: a sharded network needs all ranks
+                failures.append(str(error))
+        if failures:
+            rank_zero_warn(f"No grid of samples at step {module.step}: {failures[0]}.")
+            return
         if not trainer.is_global_zero:
             return
         grid = caption_grid(images, self.prompts, self.columns)

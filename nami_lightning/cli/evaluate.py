@@ -34,7 +34,7 @@ examples:
 
 If models need different settings, run one command for each of them first, and then one command for all of them
 without settings: each model keeps the settings of its images.
-All files are written to OUT/BENCHMARK: the images and results.json of each model, and what the options below write.
+All files are written to OUTPUT/BENCHMARK: the images and results.json of each model, and what the options below write.
 """
 
 
@@ -63,7 +63,7 @@ def evaluate(options: Namespace) -> None:
     from nami_lightning.evaluation.side_by_side import evenly_spaced
 
     check_options(options)
-    out = Path(options.out) / options.benchmark
+    out = Path(options.output) / options.benchmark
     if options.describe:
         print("\n".join(describe_prompts(_prompt_lists(options), out, options.topic_encoder)))
     elif options.ratings:
@@ -112,7 +112,8 @@ def generate_all(
         steps, options.guidance_scale, options.solver, options.negative_prompt, options.height, options.width
     )
     batch_size = options.batch_size or GenerationSettings.batch_size
-    settings = GenerationSettings(sampler, options.seed, options.dtype, batch_size)
+    ema = options.ema is not False
+    settings = GenerationSettings(sampler, options.seed, options.dtype, batch_size, options.step, ema, options.device)
     folders = [GeneratedImages(out / name, name) for name in model_names(options.runs, options.names)]
     for run, folder in zip(options.runs, folders, strict=True):
         generate(run, folder, all_items, chosen, _images_per_prompt(options), settings)
@@ -124,17 +125,24 @@ def generate_all(
 def model_names(runs: Sequence[str], names: Sequence[str] | None) -> list[str]:
     """Return the names of the models: as given, or else the last part of their paths.
 
+    An export in its run's own folder is named after both: ``openmoji-step=0001050``.
+
     Raises:
         ValueError: there are more or fewer names than models, two names are equal, or a name can't name a folder.
     """
     if names is not None and len(names) != len(runs):
         raise ValueError(f"--names gives {len(names)} names for {len(runs)} models")
-    chosen = list(names or (Path(run).name for run in runs))
+    chosen = list(names or map(_own_name, runs))
     if len(set(chosen)) < len(chosen):
         raise ValueError(f"two models have the same name: {', '.join(chosen)}; give them different ones with --names")
-    if wrong := [name for name in chosen if not re.fullmatch(r"\w[\w .+-]*", name) or name == RATINGS]:
+    if wrong := [name for name in chosen if not re.fullmatch(r"\w[^/\\\x00-\x1f]*", name) or name == RATINGS]:
         raise ValueError(f"{wrong[0]!r} can't be the name of a model's folder: give another name with --names")
     return chosen
+
+
+def _own_name(run: str) -> str:
+    path = Path(run).resolve() if Path(run).exists() else Path(run)
+    return f"{path.parent.parent.name}-{path.name}" if path.parent.name == "pipelines" else path.name
 
 
 def judge(options: Namespace, out: Path, folders: Sequence[GeneratedImages], items: Sequence[Item]) -> None:
@@ -153,10 +161,18 @@ def judge(options: Namespace, out: Path, folders: Sequence[GeneratedImages], ite
     file = f"results-first-{options.limit}.json" if options.limit else "results.json"
     results: dict[str, Any] = {}
     for folder in folders:
+        not_finite = [str(folder.path(*image)) for image in folder.missing(items, _images_per_prompt(options))]
+        if len(not_finite) == len(items) * _images_per_prompt(options):
+            print(f"{folder.name} has no image to judge: all have NaN or infinite values")
+            continue
         results[folder.name] = score(folder, items)
-        header = {"benchmark": options.benchmark, "model": folder.name, "judge": names}
+        header = {"benchmark": options.benchmark, "model": folder.name, "judge": names, "not_finite": not_finite}
         generation = {"images_a_prompt": _images_per_prompt(options), "drawing": folder.recorded_settings}
+        if not_finite:
+            print(f"{folder.name}: {len(not_finite)} image(s) with NaN or infinite values don't count in its scores")
         write_json(folder.folder / file, header | generation | {"scores": results[folder.name]})
+    if not results:
+        raise ValueError("no model has an image to judge")
     print("\n".join(lines(results)))
     machines = sorted({machine for scores in results.values() for machine in scores["judged_on"]})
     print(f"{len(items):,} prompts, {_images_per_prompt(options)} image(s) each. Judged by", end=" ")
@@ -168,9 +184,9 @@ def _load_judge(
     options: Namespace,
 ) -> tuple[Callable[[GeneratedImages, Sequence[Item]], dict[str, Any]], dict[str, str], Callable[[Any], list[str]]]:
     """Return the judge of a benchmark, the names of its models, and the function that makes its table."""
-    import torch
+    from nami_lightning.runs.load import find_device
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = str(find_device(options.device))
     images = _images_per_prompt(options)
     if options.benchmark == "dpg":
         from nami_lightning.evaluation.dpg import judge as dpg
@@ -211,7 +227,7 @@ def annotate(options: Namespace, out: Path, folders: Sequence[GeneratedImages], 
     plan = RatingSettings(**settings, each=raters if options.raters_each is None else options.raters_each)
     pages = write_pages(folders, items, _images_per_prompt(options), plan, out / RATINGS)
     print(f"{len(pages)} pages are in {out / RATINGS / 'pages'}: give rater N only the files rater-N-part-*.html")
-    print(f"Then: lightning evaluate --benchmark nami1k --out {options.out} --ratings answers-*.json")
+    print(f"Then: lightning evaluate --benchmark nami1k --output {options.output} --ratings answers-*.json")
 
 
 def summarize_ratings(options: Namespace, out: Path) -> None:

@@ -3,7 +3,12 @@
 import argparse
 from argparse import Namespace
 
-from nami_lightning.cli.argument_types import positive_int
+from nami_lightning.cli.argument_types import (
+    add_checkpoint_options,
+    add_device_options,
+    add_size_options,
+    positive_int,
+)
 
 IMAGES_PER_PROMPT = {"geneval": 4, "dpg": 4, "nami1k": 1}
 """Number of images of each prompt, by the benchmarks' own rules."""
@@ -18,7 +23,8 @@ OWN_OPTIONS = {
 PROMPT_OPTIONS = ("prompts", "questions")
 GENERATION_OPTIONS = (
     *("names", "limit", "batch_size"),
-    *("steps", "guidance_scale", "negative_prompt", "solver", "height", "width", "seed", "dtype"),
+    *("steps", "guidance_scale", "negative_prompt", "solver", "height", "width", "seed"),
+    *("step", "ema", "dtype", "device"),
 )
 OPTIONS_OF_ACTIONS = {
     "describe": (*PROMPT_OPTIONS, "topic_encoder"),
@@ -34,7 +40,7 @@ OPTIONS_OF_ACTIONS = {
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add all options of ``evaluate`` to its parser.
 
-    An option that is not given has the value None, or False.
+    An option that is not given has the value None.
     """
     parser.add_argument("runs", nargs="*", metavar="RUN", help="models to evaluate")
     parser.add_argument("--benchmark", required=True, choices=list(IMAGES_PER_PROMPT), help="the benchmark to use")
@@ -45,7 +51,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="names of the models in tables and folders (default: each RUN's own name)",
     )
     parser.add_argument(
-        "--out", default="evaluation", metavar="DIR", help="folder of all files that are written (default: evaluation)"
+        "--output",
+        default="evaluation",
+        metavar="DIR",
+        help="folder of all files that are written (default: evaluation)",
     )
     parser.add_argument(
         "--limit", type=positive_int, metavar="N", help="use only the first N prompts of each kind, for a quick look"
@@ -72,16 +81,21 @@ def _add_generation_options(parser: argparse.ArgumentParser) -> None:
     generation.add_argument("--guidance_scale", type=float, help="weight of classifier-free guidance; 1 is off")
     generation.add_argument("--negative_prompt", metavar="TEXT", help="prompt that guidance leads away from")
     generation.add_argument("--solver", choices=["euler", "heun", "multistep"], help="ODE solver of a NAMI")
-    generation.add_argument("--height", type=positive_int, metavar="PX", help="height of the images in px")
-    generation.add_argument("--width", type=positive_int, metavar="PX", help="width of the images in px")
+    add_size_options(generation)
     generation.add_argument(
         "--seed", type=int, help="seed of each prompt's first image; image i uses seed + i (default 42)"
     )
     generation.add_argument(
-        "--dtype", choices=["float32", "bfloat16", "float16"], help="dtype of the network's weights"
+        "--batch_size",
+        type=positive_int,
+        help="number of images generated at once (default 4). It does not change the noise of an image; rounding may "
+        "change a pixel by 1 of 255 levels in float32, by more in half precision",
     )
-    generation.add_argument("--batch_size", type=positive_int, help="number of images generated at once (default 4)")
-    generation.add_argument("--draw_only", action="store_true", help="generate the images, but don't judge them")
+    add_checkpoint_options(generation)
+    add_device_options(generation)
+    generation.add_argument(
+        "--draw_only", action="store_true", default=None, help="generate the images, but don't judge them"
+    )
 
 
 def _add_judge_options(parser: argparse.ArgumentParser) -> None:
@@ -106,7 +120,9 @@ def _add_rating_options(parser: argparse.ArgumentParser) -> None:
         help='file of prompts, JSON lines with "id", "kind" (open, human, long), "prompt" and "topic" (default: the '
         "paper's 15 examples); for dpg a folder of ITEM.txt that replaces the prompts of the question file",
     )
-    nami1k.add_argument("--annotate", action="store_true", help="write pages on which people rate the images")
+    nami1k.add_argument(
+        "--annotate", action="store_true", default=None, help="write pages on which people rate the images"
+    )
     nami1k.add_argument("--raters", type=positive_int, metavar="N", help="number of people who rate (default 5)")
     nami1k.add_argument(
         "--raters_each", type=positive_int, metavar="N", help="number of raters for each image (default: all)"
@@ -131,7 +147,10 @@ def _add_picture_options(parser: argparse.ArgumentParser) -> None:
         "--grid_side", type=positive_int, metavar="PX", help="longest side of an image in the grid (default 384)"
     )
     pictures.add_argument(
-        "--describe", action="store_true", help="print and plot how long the prompts are, and their topics"
+        "--describe",
+        action="store_true",
+        default=None,
+        help="print and plot how long the prompts are, and their topics",
     )
     pictures.add_argument(
         "--topic_encoder",
@@ -174,6 +193,5 @@ def check_options(options: Namespace) -> None:
 
 
 def _refuse_option(options: Namespace, name: str, why: str) -> None:
-    value = getattr(options, name)
-    if value is not None and value is not False:
+    if getattr(options, name) is not None:
         raise ValueError(f"--{name} {why}")

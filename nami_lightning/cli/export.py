@@ -1,11 +1,10 @@
 """``lightning export``: write a checkpoint as a folder for NamiPipeline.from_pretrained."""
 
-import argparse
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from nami_lightning.cli.argument_types import RUN_HELP
+from nami_lightning.cli.argument_types import RUN_HELP, add_checkpoint_options
 
 SHARD_SIZE = "2GB"
 """Largest size of a file of weights; writing needs this much memory in addition to the model."""
@@ -20,14 +19,8 @@ def add_command(commands: Any) -> None:
         "This needs no GPU, and only as much memory as the model itself.",
     )
     parser.add_argument("run", metavar="RUN", help=RUN_HELP)
-    parser.add_argument("--step", type=int, help="step of the checkpoint (default: the newest)")
+    add_checkpoint_options(parser)
     parser.add_argument("--output", metavar="DIR", help="folder to create (default: RUN/pipelines/step=NNNNNNN)")
-    parser.add_argument(
-        "--ema",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="export the EMA's weights instead of the trained ones",
-    )
     parser.set_defaults(execute=export)
 
 
@@ -36,7 +29,7 @@ def export(options: Namespace) -> None:
 
     Args:
         options: ``run``; ``step``, or None for the newest checkpoint; ``output``, or None for a folder in the run;
-            ``ema``.
+            ``ema``: False for the trained weights in place of the EMA's.
 
     Raises:
         FileNotFoundError: the run or the checkpoint does not exist.
@@ -46,12 +39,13 @@ def export(options: Namespace) -> None:
     from nami_lightning.runs.run_dir import find_run, remove, step_of
 
     run = find_run(options.run)
+    ema = options.ema is not False
     step = step_of(run.checkpoint(options.step))
-    target = Path(options.output or run.folder / "pipelines" / f"step={step:07d}{'' if options.ema else '_no_ema'}")
+    target = Path(options.output or run.folder / "pipelines" / f"step={step:07d}{'' if ema else '_no_ema'}")
     if target.exists():
         raise FileExistsError(f"{target} exists: remove it, or give another --output")
     partial = target.with_name(f"{target.name}.partial")
     remove(partial)
-    load_module(run, step, options.ema).pipeline().save_pretrained(partial, max_shard_size=SHARD_SIZE)
+    load_module(run, step, ema).pipeline().save_pretrained(partial, max_shard_size=SHARD_SIZE)
     partial.rename(target)
     print(f"{target}: load it with NamiPipeline.from_pretrained, or use: lightning sample {target} --prompt '...'")

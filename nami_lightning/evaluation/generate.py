@@ -4,7 +4,7 @@ OUT/BENCHMARK/MODEL/drawing.json             how images are generated: model, we
 OUT/BENCHMARK/MODEL/ITEM/metadata.jsonl      one line: the prompt, and what the judge needs to know about it
 OUT/BENCHMARK/MODEL/ITEM/samples/00000.png   its images; the noise of image i comes from seed + i
 
-GenEval's own judge reads this layout too.
+GenEval's own judge reads this layout too. An image that is not finite (NaN or infinite values) has no file.
 """
 
 import hashlib
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
@@ -22,6 +23,7 @@ from tqdm import tqdm
 
 from nami_lightning.evaluation.prompts import Item, prompts_hash
 from nami_lightning.models.pipeline import NamiPipeline
+from nami_lightning.models.pipeline_checks import NonFiniteImages
 from nami_lightning.models.sampler_settings import SamplerSettings
 from nami_lightning.runs.load import load_pipeline
 from nami_lightning.runs.run_dir import find_run, is_run
@@ -31,7 +33,8 @@ from nami_lightning.utils.image_grid import save_image
 SETTINGS_FILE = "drawing.json"
 DEFAULT_SEED = 42
 """GenEval's seed. Its script seeds every prompt with it, and takes the noise of all images of a prompt from one
-generator. Here each image has a seed of its own, so that neither the batch size nor an interruption changes an image.
+generator. Here each image has a seed of its own, so that neither the batch size nor an interruption changes its noise.
+The batch size changes how floating-point sums are rounded: in float32 a pixel may differ by 1 of 255 levels.
 """
 
 
@@ -64,6 +67,10 @@ class GeneratedImages:
                 f"{path} is damaged ({error}): remove it, and the same command generates it again"
             ) from error
 
+    def samples(self, item: Item, images: int) -> list[int]:
+        """Return which of an item's first ``images`` images there are."""
+        return [i for i in range(images) if self.path(item, i).exists()]
+
     def missing(self, items: Sequence[Item], images: int) -> list[tuple[Item, int]]:
         """Return the items and image numbers still missing among the first ``images`` images of each item."""
         return [(item, i) for item in items for i in range(images) if not self.path(item, i).exists()]
@@ -94,29 +101,38 @@ class GenerationSettings:
         sampler: settings of the pipeline.
         seed: seed of each prompt's first image; image i uses seed + i. None: 42, as in GenEval.
         dtype: dtype of the network's weights. None: as it was saved for a run, float32 for other pipelines.
-        batch_size: number of images generated at once; it changes no image.
+        batch_size: number of images generated at once; it changes images by rounding alone, see :data:`DEFAULT_SEED`.
+        step: step of a run's checkpoint. None: the newest.
+        ema: use the EMA's weights of a run's checkpoint, if it has them.
+        device: device of torch. None: a GPU if there is one.
     """
 
     sampler: SamplerSettings = SamplerSettings()
     seed: int | None = None
     dtype: str | None = None
     batch_size: int = 4
+    step: int | None = None
+    ema: bool = True
+    device: str | None = None
 
 
-def identify_weights(source: str) -> str:
+def identify_weights(source: str, step: int | None = None, ema: bool = True) -> str:
     """Return a name of the weights that ``source`` has now.
 
-    It is the file name of a run's newest checkpoint, or a digest of a folder's files by their sizes and times, or
-    ``source`` itself.
+    It is the file name of a run's checkpoint, or a digest of a folder's files by their sizes and times, or ``source``
+    itself.
+
+    Args:
+        source: a run, the folder of a pipeline, or its Hugging Face name.
+        step: step of a run's checkpoint; None: the newest.
+        ema: whether the EMA's weights are used.
 
     Raises:
-        FileNotFoundError: the run has no checkpoint, or the local path does not exist.
+        FileNotFoundError: the run has no such checkpoint, or the local path does not exist.
     """
     if is_run(source):
-        run = find_run(source)
-        if not run.checkpoints:
-            raise FileNotFoundError(f"{run.folder} has no checkpoint yet")
-        return run.checkpoints[-1].name
+        name = find_run(source).checkpoint(step).name
+        return name if ema else f"{name} without EMA"
     files = sorted(path for path in Path(source).rglob("*") if path.is_file()) if Path(source).is_dir() else []
     stats = [(str(path.relative_to(source)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     return hashlib.sha256(repr(stats).encode()).hexdigest()[:16] if stats else source
@@ -131,6 +147,8 @@ def generate(
     settings: GenerationSettings,
 ) -> None:
     """Generate the images that are missing; the model is loaded only if there are any.
+
+    Images that are not finite are not written: they are counted, named and left missing.
 
     Args:
         source: a run, the folder of a pipeline, or its Hugging Face name.
@@ -149,7 +167,7 @@ def generate(
     missing = folder.missing(chosen, images)
     if not missing:
         return
-    pipeline = load_pipeline(source, record["dtype"])
+    pipeline = load_pipeline(source, record["dtype"], settings.step, settings.ema, settings.device)
     pipeline.set_progress_bar_config(disable=True)
     known = inspect.signature(pipeline.__call__).parameters
     if unknown := [name for name in record["settings"] if name not in known]:
@@ -159,27 +177,48 @@ def generate(
     if isinstance(record["settings"].get("num_inference_steps"), list) and not isinstance(pipeline, NamiPipeline):
         raise ValueError(f"{source} has only one stage: give --steps a single number")
     write_json(folder.folder / SETTINGS_FILE, record)
+    failures: list[str] = []
     with tqdm(total=len(chosen) * images, initial=len(chosen) * images - len(missing), desc=folder.name) as bar:
         for first in range(0, len(missing), settings.batch_size):
             batch = missing[first : first + settings.batch_size]
-            pictures = _generate_batch(pipeline, batch, record)
-            for (item, sample), picture in zip(batch, pictures, strict=True):
+            pictures, origins = _generate_batch(pipeline, batch, record)
+            for i, ((item, sample), picture) in enumerate(zip(batch, pictures, strict=True)):
+                if i in origins:
+                    seed = record["seed"] + sample
+                    failures.append(f"{item.id}, image {sample} (seed {seed}, prompt {item.prompt!r}, {origins[i]})")
+                    continue
                 _write_metadata(folder, item)
                 save_image(picture, folder.path(item, sample))
             bar.update(len(batch))
+    if failures:
+        print(
+            f"{folder.name}: {len(failures)} of {len(missing)} images have NaN or infinite values, and are not written:"
+        )
+        print("\n".join(f"  {failure}" for failure in failures))
 
 
 def _generate_batch(
     pipeline: DiffusionPipeline, batch: Sequence[tuple[Item, int]], record: Mapping[str, Any]
-) -> list[Image.Image]:
+) -> tuple[list[Image.Image], dict[int, str]]:
+    """Return the images of a batch, and where those that are not finite stopped being so, by their number."""
     settings = dict(record["settings"])
     if "negative_prompt" in settings:
         settings["negative_prompt"] = [settings["negative_prompt"]] * len(batch)
-    return pipeline(
-        prompt=[item.prompt for item, _ in batch],
-        generator=[torch.Generator().manual_seed(record["seed"] + sample) for _, sample in batch],
-        **settings,
-    ).images
+    origins: dict[int, str] = {}
+    try:
+        output = pipeline(
+            prompt=[item.prompt for item, _ in batch],
+            generator=[torch.Generator().manual_seed(record["seed"] + sample) for _, sample in batch],
+            output_type="np",
+            **settings,
+        ).images
+    except NonFiniteImages as error:
+        output = error.images
+        origins = {i: f"since {origin}" for i, origin in error.origins.items()}
+    arrays = np.asarray(output)
+    finite = np.isfinite(arrays).reshape(len(arrays), -1).all(1)  # other pipelines than ours don't say it
+    origins |= {int(i): "in the result" for i in np.flatnonzero(~finite)}
+    return DiffusionPipeline.numpy_to_pil(np.nan_to_num(arrays)), origins
 
 
 def _agreed_settings(
@@ -191,7 +230,8 @@ def _agreed_settings(
         ValueError: the two contradict each other.
     """
     asked = settings.sampler.arguments()
-    fixed = {"source": source, "weights": identify_weights(source), "prompts": prompts_hash(items)}
+    weights = identify_weights(source, settings.step, settings.ema)
+    fixed = {"source": source, "weights": weights, "prompts": prompts_hash(items)}
     earlier = folder.recorded_settings
     if earlier is None:
         seed = DEFAULT_SEED if settings.seed is None else settings.seed
@@ -203,7 +243,7 @@ def _agreed_settings(
             raise ValueError(
                 f"{folder.folder} has images that were generated with {key} "
                 f"{recorded.get(key, 'left to the pipeline')}, not {value}: "
-                "ask for the same, or choose another --out or --names"
+                "ask for the same, or choose another --output or --names"
             )
     return earlier
 

@@ -4,7 +4,6 @@ import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 
@@ -34,19 +33,6 @@ def check_id(name: str, where: str) -> str:
     if not re.fullmatch(r"[\w.-]*\w[\w.-]*", name):
         raise ValueError(f"{where}: id {name!r} can't name a folder: use only letters, digits, dots, _ and -")
     return name
-
-
-def read_text(path: Path) -> str:
-    """Return the text of a UTF-8 file, without a byte order mark.
-
-    Raises:
-        ValueError: the file is not UTF-8.
-        OSError: the file can't be read.
-    """
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8: {error}") from error
 
 
 def prompts_hash(items: Sequence[Item]) -> str:

@@ -40,7 +40,7 @@ class VerdictLog:
         self.verdicts: dict[str, tuple[Any, str]] = {}
         self.judged_on: set[str] = set()
         if path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
+            for line in path.read_text(encoding="utf-8").split("\n"):
                 try:
                     entry = json.loads(line)
                 except json.JSONDecodeError:  # an interrupted process wrote only a part of this line

@@ -3,10 +3,11 @@
 import textwrap
 from collections.abc import Sequence
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from nami_lightning.evaluation.generate import GeneratedImages
 from nami_lightning.evaluation.prompts import Item
+from nami_lightning.utils.fonts import draw_text
 from nami_lightning.utils.image_grid import caption_grid
 
 FONT_SIZE = 14
@@ -37,16 +38,18 @@ def side_by_side(folders: Sequence[GeneratedImages], items: Sequence[Item], side
 
 
 def _row(folders: Sequence[GeneratedImages], item: Item, side: int) -> Image.Image:
-    images = []
+    images, names = [], []
     for folder in folders:
-        image = folder.open(item, 0)
+        exists = bool(folder.samples(item, 1))
+        image = folder.open(item, 0) if exists else Image.new("RGB", (side, side), "lightgray")
         image.thumbnail((side, side), Image.Resampling.LANCZOS)
         images.append(image)
-    row = caption_grid(images, [folder.name for folder in folders], len(folders))
-    font = ImageFont.load_default(FONT_SIZE)
+        names.append(folder.name if exists else f"{folder.name}: not finite")
+    row = caption_grid(images, names, len(folders))
     lines = textwrap.wrap(item.prompt, max(16, int(1.9 * row.width / FONT_SIZE)))
     below = Image.new("RGB", (row.width, (len(lines) + 1) * (FONT_SIZE + 4)), "white")
-    ImageDraw.Draw(below).multiline_text((MARGIN, 0), "\n".join(lines), fill="black", font=font, spacing=4)
+    for number, line in enumerate(lines):
+        draw_text(ImageDraw.Draw(below), (MARGIN, number * (FONT_SIZE + 4)), line, "black", FONT_SIZE)
     return _stack([row, below])
 
 

@@ -4,9 +4,11 @@
 - ``bridge``: the windows of the stages, and the linear maps from one stage to the next.
 - ``transformer``: the nested network, made of diffusers' FLUX blocks.
 - ``pipeline``: sampling, as a diffusers pipeline.
+- ``pipeline_checks``: what it checks: its inputs, and whether its images are finite.
 - ``sampler_settings``: the settings of a pipeline's sampler.
 - ``text_encoder``: prompts to text states, by frozen models of transformers.
 - ``autoencoder``: images to latents and back, by a frozen model of diffusers, or pixels.
+- ``float32_model``: a model that stays float32 in a pipeline of half precision.
 - ``encoder_revisions``: which encoders made a data set's encodings, and whether they are a recipe's.
 """
 
@@ -17,6 +19,7 @@ _HOMES = {
     "ModelMixin": "transformer",  # diffusers' own: it looks for a part's base class beside the part
     "NamiPipeline": "pipeline",
     "NamiTransformer2DModel": "transformer",
+    "NonFiniteImages": "pipeline_checks",
     "PixelCodec": "autoencoder",
 }
 

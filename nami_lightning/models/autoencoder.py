@@ -5,15 +5,16 @@ when something is to be encoded or decoded.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from diffusers import AutoencoderKL
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
-from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
+
+from nami_lightning.models.float32_model import Float32Model
 
 PIXELS = "pixels"
 """The name of :class:`PixelCodec` where an autoencoder's is asked for."""
@@ -35,13 +36,18 @@ class AutoencoderConfig:
     name: str = PIXELS
     subfolder: str | None = None
     factor: int = 1
-    dtype: str = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     scaling_factor: float = 1.0
     shift_factor: float = 0.0
 
 
-class PixelCodec(ModelMixin, ConfigMixin):
-    """Takes pixels as latents: no autoencoder, with ``AutoencoderKL``'s interface."""
+class PixelCodec(Float32Model, ConfigMixin):
+    """Takes pixels as latents: no autoencoder, with ``AutoencoderKL``'s interface.
+
+    It stays float32 in half precision: bfloat16 has too few bits for a pixel.
+    """
+
+    _keep_in_fp32_modules = ["anchor"]
 
     @register_to_config
     def __init__(self, scaling_factor: float = 1.0, shift_factor: float = 0.0) -> None:
@@ -114,6 +120,7 @@ def encode_posterior(vae: Autoencoder, images: Tensor) -> Posterior:
 
 @torch.no_grad()
 def decode_latents(vae: Autoencoder, latents: Tensor) -> Tensor:
-    """Decode normalised latents to images in [-1, 1], float32."""
+    """Decode normalised latents to images in [-1, 1], float32; infinite values become NaN."""
     latents = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
-    return vae.decode(latents.to(vae.dtype)).sample.float().clamp(-1, 1)
+    images = vae.decode(latents.to(vae.dtype)).sample.float()
+    return images.clamp(-1, 1).where(images.isfinite(), torch.nan)

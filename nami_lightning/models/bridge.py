@@ -13,16 +13,16 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from nami_lightning.models import flow
+from nami_lightning.models.float32_model import Float32Model
 
 BridgeKind = Literal["shuffle", "channels", "matched"]
 
 
-class BridgeFlow(ModelMixin, ConfigMixin):
-    """The K windows of the flow and the K-1 bridges between them.
+class BridgeFlow(Float32Model, ConfigMixin):
+    """The K windows of the flow and the K-1 bridges between them; it stays float32 in half precision.
 
     Args:
         window_ratios: relative widths of the stages' windows, coarsest first; their number is K.
@@ -39,6 +39,8 @@ class BridgeFlow(ModelMixin, ConfigMixin):
     Raises:
         ValueError: a bad window ratio, an unknown kind, a kernel that is not 1 or 3.
     """
+
+    _keep_in_fp32_modules = ["maps"]
 
     @register_to_config
     def __init__(

@@ -5,8 +5,9 @@ not on this machine, since training on encodings needs none, its name must do.
 """
 
 import hashlib
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from nami_lightning.models.autoencoder import PIXELS, AutoencoderConfig
 from nami_lightning.models.text_encoder import TextEncoderConfig, resolve_name
@@ -47,22 +48,47 @@ def check_encoders(made_with: EncoderDescriptions, text: TextEncoderConfig, vae:
     Raises:
         ValueError: naming the recipe key, and both values.
     """
-    for key, wanted in describe_encoders(text, vae).items():
-        made = made_with.get(key)
-        if differing := _first_difference(made, wanted):
-            was, now = (_describe(of, differing) for of in (made, wanted))
-            raise ValueError(
-                f"{key} is {now} in the recipe, but the encodings in {where} were made by {was}: encode the data set "
-                "again (lightning data encode), or train with the encoder that they were made by"
-            )
+    if difference := first_difference(made_with, describe_encoders(text, vae)):
+        raise ValueError(
+            f"{difference.key} is {difference.now} in the recipe, but the encodings in {where} were made by "
+            f"{difference.was}: encode the data set again (lightning data encode), or train with the encoder that they "
+            "were made by"
+        )
 
 
-def _first_difference(made: dict[str, Any] | None, wanted: dict[str, Any] | None) -> str:
+class EncoderDifference(NamedTuple):
+    """In what two descriptions differ: the recipe ``key``, and what it ``was`` and is ``now``, for people."""
+
+    key: str
+    was: str
+    now: str
+
+
+def first_difference(
+    was: EncoderDescriptions, now: EncoderDescriptions, ignored: Collection[str] = ()
+) -> EncoderDifference | None:
+    """Return the first difference between two descriptions of encoders; None if they are the same.
+
+    Encoders whose revisions are both known are told apart by them, so that a folder may move; others by their names.
+
+    Args:
+        was: what :func:`describe_encoders` returned then.
+        now: what it returns now.
+        ignored: settings that may differ.
+    """
+    for key, wanted in now.items():
+        made = was.get(key)
+        if differing := _differing_setting(made, wanted, ignored):
+            return EncoderDifference(key, *(_describe(of, differing) for of in (made, wanted)))
+    return None
+
+
+def _differing_setting(made: dict[str, Any] | None, wanted: dict[str, Any] | None, ignored: Collection[str]) -> str:
     """Return the first key in which two encoders differ; empty if they are the same."""
     if made is None or wanted is None:
         return "name" if made is not wanted else ""
     known = made["revision"] is not None and wanted["revision"] is not None
-    settings = sorted((made.keys() | wanted.keys()) - set(IDENTIFIED_BY))
+    settings = sorted((made.keys() | wanted.keys()) - set(IDENTIFIED_BY) - set(ignored))
     names = ["revision" if known else "name", *settings]
     return next((name for name in names if made.get(name) != wanted.get(name)), "")
 

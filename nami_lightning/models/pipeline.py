@@ -18,6 +18,21 @@ from nami_lightning.models import flow
 from nami_lightning.models.autoencoder import Autoencoder, autoencoder_factor, decode_latents
 from nami_lightning.models.bridge import BridgeFlow
 from nami_lightning.models.flow import SolverKind
+from nami_lightning.models.pipeline_checks import (
+    DECODING,
+    NonFiniteImages,
+    check_choices,
+    check_count,
+    check_generator,
+    check_guidance,
+    check_prompts,
+    check_size,
+    check_states,
+    check_steps,
+    find_non_finite,
+    finite_rows,
+    seeds_of,
+)
 from nami_lightning.models.text_encoder import PromptEncoder, TextStates
 from nami_lightning.models.transformer import NamiTransformer2DModel
 
@@ -49,7 +64,9 @@ class NamiPipeline(DiffusionPipeline):
         ValueError: parts of different numbers of stages, or bridges that were never fitted.
     """
 
-    model_cpu_offload_seq = "text_encoder->text_encoder_2->transformer->bridge->vae"
+    # The order of use. The bridge is small, and runs between calls of the transformer: it stays where they compute.
+    model_cpu_offload_seq = "text_encoder_2->text_encoder->transformer->vae"
+    _exclude_from_cpu_offload = ["bridge"]
     _optional_components = ["text_encoder", "tokenizer"]
 
     def __init__(
@@ -97,22 +114,28 @@ class NamiPipeline(DiffusionPipeline):
         coarsest = 2 ** (self.bridge.num_stages - 1)
         return autoencoder_factor(self.vae) * self.transformer.config.patch_size * coarsest
 
-    def encode_prompt(self, prompts: Sequence[str]) -> TextStates:
-        """Return the token states and pooled states of ``prompts``."""
+    def encode_prompt(self, prompt: str | Sequence[str]) -> TextStates:
+        """Return the token states and pooled states of one or several prompts, one row a prompt.
+
+        Raises:
+            ValueError: no prompt, or one that is not a string.
+        """
+        check_prompts("prompt", prompt)
         encoder = PromptEncoder(
             self.text_encoder_2,
             self.tokenizer_2,
             self.text_encoder,
             self.tokenizer,
             self.config.max_sequence_length,
+            device=self._execution_device,
         )
-        return encoder(prompts)
+        return encoder([prompt] if isinstance(prompt, str) else prompt)
 
     @torch.no_grad()
     def __call__(
         self,
         prompt: str | list[str] | None = None,
-        negative_prompt: str | list[str] = "",
+        negative_prompt: str | list[str] | None = None,
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int | Sequence[int] = 10,
@@ -130,14 +153,15 @@ class NamiPipeline(DiffusionPipeline):
 
         Args:
             prompt: one or several; or give ``prompt_states``.
-            negative_prompt: what guidance leads away from; one for all or one a prompt.
+            negative_prompt: what guidance leads away from; one for all or one a prompt. None: the empty prompt.
             height: px, a multiple of the coarsest stage's token; the model's resolution if None.
             width: likewise.
             num_inference_steps: steps a stage: one number for all stages, or one a stage, coarsest first.
             guidance_scale: classifier-free guidance; 1 or less is off, and halves the work.
             solver: ``euler``, ``heun`` (two calls a step) or ``multistep`` (second order at Euler's cost).
             num_images_per_prompt: images of each prompt.
-            generator: one, or one an image; the same generator gives the same image.
+            generator: one, or one an image. With one an image, an image does not depend on the others of its batch,
+                but for the rounding of floating-point sums: at most 1 of 255 levels of a pixel in float32.
             prompt_states: encoded prompts, one row a prompt, instead of ``prompt``.
             negative_prompt_states: the same for ``negative_prompt``; one row for all, or one a prompt.
             output_type: ``pil``, ``np``, ``pt`` (``(B, 3, H, W)`` in [0, 1]) or ``latent``.
@@ -146,30 +170,42 @@ class NamiPipeline(DiffusionPipeline):
                 latents in the dictionary that it returns replace the current ones.
 
         Raises:
-            ValueError: sizes or numbers that don't fit the model.
+            ValueError: inputs that don't fit the model or each other; nothing has run then.
+            NonFiniteImages: images that are NaN or infinite.
         """
         # 1. What is to be drawn
-        height, width = height or self.config.resolution, width or self.config.resolution
-        steps = self._steps_per_stage(num_inference_steps)
-        if height % self._multiple or width % self._multiple:
-            raise ValueError(
-                f"height {height} and width {width} must be multiples of {self._multiple} px for this model"
-            )
+        height = self.config.resolution if height is None else height
+        width = self.config.resolution if width is None else width
+        self.check_inputs(
+            prompt,
+            negative_prompt,
+            height,
+            width,
+            num_inference_steps,
+            guidance_scale,
+            solver,
+            num_images_per_prompt,
+            generator,
+            prompt_states,
+            negative_prompt_states,
+            output_type,
+        )
+        stages = self.bridge.num_stages
+        steps = [num_inference_steps] * stages if isinstance(num_inference_steps, int) else list(num_inference_steps)
+        generator = list(generator) if isinstance(generator, tuple) else generator
 
         # 2. Encode the prompts
         device = self._execution_device
         if prompt_states is None:
-            if prompt is None:
-                raise ValueError("give a prompt, or prompt_states")
-            prompt_states = self.encode_prompt([prompt] if isinstance(prompt, str) else prompt)
-        states = _repeat(prompt_states, num_images_per_prompt)
+            assert prompt is not None
+            prompt_states = self.encode_prompt(prompt)
+        states = _repeat(_to(prompt_states, device), num_images_per_prompt)
         batch = len(states.pooled)
         guided = guidance_scale > 1
         if guided:
             if negative_prompt_states is None:
-                negatives = [negative_prompt] if isinstance(negative_prompt, str) else negative_prompt
-                negative_prompt_states = self.encode_prompt(negatives)
-            negative = _one_row_an_image(negative_prompt_states, len(prompt_states.pooled), num_images_per_prompt)
+                negative_prompt_states = self.encode_prompt(negative_prompt or "")
+            negative = _repeat(_to(negative_prompt_states, device), batch // len(negative_prompt_states.pooled))
             states = TextStates(*map(torch.cat, zip(negative, states, strict=True)))
 
         # 3. Noise of the coarsest stage
@@ -182,7 +218,7 @@ class NamiPipeline(DiffusionPipeline):
         latents = randn_tensor((batch, channels, *sides[0]), generator, device, torch.float32)
 
         # 4. Stage by stage: solve the window, then cross the bridge with fresh residual noise
-        done = 0
+        done, finite = 0, []
         with self.progress_bar(total=sum(steps)) as progress:
             for stage, window in enumerate(self.bridge.windows):
                 if stage > 0:
@@ -211,40 +247,80 @@ class NamiPipeline(DiffusionPipeline):
                         latents = (changed or {}).get("latents", latents)
                     done += 1
                     progress.update()
+                finite.append((f"stage {stage + 1}", finite_rows(latents)))
 
         # 5. Decode
-        if output_type == "latent":
-            images: Any = latents
-        else:
-            images = self.image_processor.postprocess(decode_latents(self.vae, latents), output_type)
+        images: Any = latents
+        if output_type != "latent":
+            decoded = decode_latents(self.vae, latents)
+            finite.append((DECODING, finite_rows(decoded)))
+            images = self.image_processor.postprocess(decoded.nan_to_num(), output_type)
         self.maybe_free_model_hooks()
+
+        # 6. Never return what is not an image
+        if origins := find_non_finite(finite):
+            prompts = None if prompt is None else [prompt] if isinstance(prompt, str) else prompt
+            names = prompts and [one for one in prompts for _ in range(num_images_per_prompt)]
+            raise NonFiniteImages(images, origins, names, seeds_of(generator, batch))
         return NamiPipelineOutput(images=images) if return_dict else (images,)
 
-    def _steps_per_stage(self, num_inference_steps: int | Sequence[int]) -> list[int]:
-        stages = self.bridge.num_stages
-        steps = [num_inference_steps] * stages if isinstance(num_inference_steps, int) else list(num_inference_steps)
-        if len(steps) != stages or min(steps) < 1:
+    def check_inputs(
+        self,
+        prompt: str | list[str] | None,
+        negative_prompt: str | list[str] | None,
+        height: int,
+        width: int,
+        num_inference_steps: int | Sequence[int],
+        guidance_scale: float,
+        solver: SolverKind,
+        num_images_per_prompt: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+        prompt_states: TextStates | None,
+        negative_prompt_states: TextStates | None,
+        output_type: str,
+    ) -> None:
+        """Check the arguments of a call, before anything runs.
+
+        Raises:
+            ValueError: one is wrong, or two don't fit together; the message names them.
+        """
+        if (prompt is None) == (prompt_states is None):
+            raise ValueError("give either a prompt or prompt_states" + (", not both" if prompt is not None else ""))
+        if negative_prompt is not None and negative_prompt_states is not None:
+            raise ValueError("give either a negative_prompt or negative_prompt_states, not both")
+        config = self.transformer.config
+        prompts = {}
+        for name, texts, states in (
+            ("prompt", prompt, prompt_states),
+            ("negative_prompt", negative_prompt, negative_prompt_states),
+        ):
+            if states is not None:
+                check_states(f"{name}_states", states, config.joint_attention_dim, config.pooled_projection_dim)
+                prompts[name] = len(states[1])
+            elif texts is not None:
+                check_prompts(name, texts)
+                prompts[name] = 1 if isinstance(texts, str) else len(texts)
+        rows = prompts["prompt"]
+        if prompts.get("negative_prompt", 1) not in (1, rows):
             raise ValueError(
-                f"num_inference_steps {num_inference_steps} must be one number, or {stages} (one a stage), all >= 1"
+                f"{prompts['negative_prompt']} negative prompts for {rows} prompts: give one, or one a prompt"
             )
-        return steps
+        check_count("num_images_per_prompt", num_images_per_prompt)
+        check_generator(generator, rows * num_images_per_prompt)
+        check_size(height, width, self._multiple)
+        check_steps(num_inference_steps, self.bridge.num_stages)
+        check_guidance(guidance_scale)
+        check_choices(solver, output_type)
+
+
+def _to(states: TextStates, device: torch.device) -> TextStates:
+    """Return the states on a device."""
+    return TextStates(*(field.to(device) for field in states))
 
 
 def _repeat(states: TextStates, times: int) -> TextStates:
     """Repeat each row ``times`` times."""
     return TextStates(*(field.repeat_interleave(times, 0) for field in states))
-
-
-def _one_row_an_image(states: TextStates, prompts: int, images_per_prompt: int) -> TextStates:
-    """Repeat states of which there is one row for all, or one a prompt, to one row an image.
-
-    Raises:
-        ValueError: another number of rows.
-    """
-    rows = len(states.pooled)
-    if rows not in (1, prompts):
-        raise ValueError(f"{rows} negative prompts for {prompts} prompts: give one, or one a prompt")
-    return _repeat(states, prompts * images_per_prompt // rows)
 
 
 def _by_package(config: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ when something is to be encoded.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ class TextEncoderConfig:
     sequence: str
     pooled: str | None = None
     max_length: int = 256
-    dtype: str = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     cache: bool = False
 
 
@@ -69,6 +69,7 @@ class PromptEncoder:
         max_length: tokens a prompt, or what the tokenizer knows as its model's limit if that is less.
         cache: remember encodings. Missing ones are then computed in batches of one fixed shape, so that a prompt's
             encoding does not depend on the other prompts of its batch.
+        device: where the models compute, if their weights are kept elsewhere (offloading); None: where those are.
     """
 
     def __init__(
@@ -79,11 +80,13 @@ class PromptEncoder:
         pooled_tokenizer: Any = None,
         max_length: int = 256,
         cache: bool = False,
+        device: torch.device | None = None,
     ) -> None:
         self.sequence, self.sequence_tokenizer = sequence, sequence_tokenizer
         self.pooled, self.pooled_tokenizer = pooled, pooled_tokenizer
         self.max_length = max_length
         self.cache: dict[str, TextStates] | None = {} if cache else None
+        self.device = device
 
     @classmethod
     def load(cls, config: TextEncoderConfig) -> Self:
@@ -139,7 +142,7 @@ class PromptEncoder:
         """Return the model's output and the mask ``(B, L, 1)``; L is the same for all prompts."""
         length = min(self.max_length, tokenizer.model_max_length)
         tokens = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-        tokens = tokens.to(model.device)
+        tokens = tokens.to(self.device or model.device)
         output = model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
         return output, tokens.attention_mask[..., None].float()
 

@@ -7,9 +7,10 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from nami_lightning.utils.atomic_write import replacing
+from nami_lightning.utils.fonts import draw_text, font_files, text_width
 
 MIN_CELL = 128
 FONT_SIZE = 12
@@ -38,7 +39,7 @@ def caption_grid(
     columns = min(columns, len(images))
     size = (columns * (width + margin) + margin, rows * (height + label + text + margin) + margin)
     grid = Image.new("RGB", size, "white")
-    drawing, font = ImageDraw.Draw(grid), ImageFont.load_default(FONT_SIZE)
+    drawing = ImageDraw.Draw(grid)
     for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
         x = margin + i % columns * (width + margin)
         y = margin + i // columns * (height + label + text + margin)
@@ -47,19 +48,20 @@ def caption_grid(
         grid.paste(shown, (left, top))
         drawing.rectangle((left - 1, top - 1, left + shown.width, top + shown.height), outline="lightgray")
         if labels:
-            drawing.text((x, y + height + 2), labels[i], fill="gray", font=font)
-        below = (x, y + height + label + 2)
-        drawing.multiline_text(below, _wrap(caption, width, font), fill="black", font=font, spacing=2)
+            draw_text(drawing, (x, y + height + 2), labels[i], "gray", FONT_SIZE)
+        for number, part in enumerate(_wrap(caption, width)):
+            draw_text(drawing, (x, y + height + label + 2 + number * line), part, "black", FONT_SIZE)
     return grid
 
 
-def _wrap(caption: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    """Return as much of a caption as fits into its lines."""
+def _wrap(caption: str, width: int) -> list[str]:
+    """Return the lines of as much of a caption as fits into them."""
+    lines: list[str] = []
     for characters in range(max(8, width * 2 // FONT_SIZE), 7, -1):
         lines = textwrap.wrap(caption, characters, max_lines=LINES, placeholder="...")
-        if all(font.getlength(line) <= width for line in lines):
+        if all(text_width(line, FONT_SIZE) <= width for line in lines):
             break
-    return "\n".join(lines)
+    return lines
 
 
 def save_image(image: Image.Image, path: Path) -> None:
@@ -84,8 +86,16 @@ def data_url(image: Image.Image, kind: str, **options: Any) -> str:
 def save_figure(figure: Any, stem: Path) -> Path:
     """Write a matplotlib figure as ``stem.png`` and ``stem.svg``, and return the SVG's path.
 
-    Each file is written completely or not at all.
+    Each file is written completely or not at all. Texts get fonts that have their characters.
     """
+    from matplotlib.font_manager import FontProperties, fontManager
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        files = font_files(text.get_text())
+        for file in files:
+            fontManager.addfont(file)
+        text.set_fontfamily([*text.get_fontfamily(), *(FontProperties(fname=file).get_name() for file in files)])
     for kind in ("png", "svg"):
         path = stem.with_name(f"{stem.name}.{kind}")
         with replacing(path) as partial:

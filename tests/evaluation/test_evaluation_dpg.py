@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.tiny_judges import FILE, make_llava, make_vilt
 from PIL import Image
-from tiny_judges import FILE, make_llava, make_vilt
 
 from nami_lightning.evaluation import results as reports
 from nami_lightning.evaluation.dpg.judge import (

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from helpers.tiny_judges import FILE, make_clip, make_detector, make_vilt
+from helpers.tiny_models import MakeFlux, TextModel
 from PIL import Image
-from tiny_judges import FILE, make_clip, make_detector, make_vilt
-from tiny_models import MakeFlux, TextModel
 
 from nami_lightning.cli.evaluate import model_names
 from nami_lightning.cli.main import main
@@ -27,7 +27,7 @@ from nami_lightning.models.sampler_settings import SamplerSettings
 from nami_lightning.models.transformer import NamiTransformer2DModel
 from nami_lightning.utils.image_grid import save_image
 
-pytest_plugins = "tiny_models"
+pytest_plugins = "helpers.tiny_models"
 
 ITEMS = [Item("one", "a red cat", "open", {"kind": "open"}), Item("two", "the big tree", "open", {"kind": "open"})]
 SAMPLING = GenerationSettings(SamplerSettings(num_inference_steps=2, guidance_scale=2.0))
@@ -175,7 +175,7 @@ def test_geneval_from_drawing_to_table(
     nami: str, flux: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = str(tmp_path / "evaluation")
-    common = ["--benchmark", "geneval", "--limit", "1", "--images", "1", "--out", out]
+    common = ["--benchmark", "geneval", "--limit", "1", "--images", "1", "--output", out]
     small = ["--steps", "1", "--height", "16", "--width", "16", "--batch_size", "6"]
     assert main(["evaluate", nami, *common, *small, "--draw_only"]) == 0
     assert main(["evaluate", flux, *common, *small, "--draw_only"]) == 0
@@ -194,7 +194,16 @@ def test_geneval_from_drawing_to_table(
 def test_dpg_from_questions_to_table(nami: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     questions = tmp_path / "dpg.csv"
     questions.write_text(FILE)
-    arguments = ["evaluate", nami, "--benchmark", "dpg", "--questions", str(questions), "--out", str(tmp_path / "out")]
+    arguments = [
+        "evaluate",
+        nami,
+        "--benchmark",
+        "dpg",
+        "--questions",
+        str(questions),
+        "--output",
+        str(tmp_path / "out"),
+    ]
     arguments += ["--images", "1", "--steps", "1"]
     assert main([*arguments]) == 2
     assert "the images are generated; to judge them, give --judge" in capsys.readouterr().err
@@ -206,15 +215,15 @@ def test_nami1k_from_drawing_to_pages_grid_and_description(
     nami: str, flux: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    common = ["--benchmark", "nami1k", "--out", str(out), "--limit", "1"]
+    common = ["--benchmark", "nami1k", "--output", str(out), "--limit", "1"]
     small = ["--steps", "1", "--height", "16", "--width", "16"]
     assert main(["evaluate", nami, flux, *common, *small, "--annotate", "--raters", "2"]) == 0
     assert sorted(path.name for path in out.rglob("*.html")) == ["rater-1-part-01.html", "rater-2-part-01.html"]
     assert main(["evaluate", nami, flux, *common, "--grid", "2"]) == 0
     assert Image.open(out / "nami1k" / "grid.png").width > 2 * 128
-    assert main(["evaluate", "--benchmark", "nami1k", "--out", str(out), "--describe"]) == 0
+    assert main(["evaluate", "--benchmark", "nami1k", "--output", str(out), "--describe"]) == 0
     assert (out / "nami1k" / "prompts.svg").exists()
-    assert main(["evaluate", "--benchmark", "nami1k", "--out", str(out), "--ratings", "nothing.json"]) == 2
+    assert main(["evaluate", "--benchmark", "nami1k", "--output", str(out), "--ratings", "nothing.json"]) == 2
     assert "nothing.json" in capsys.readouterr().err
 
 
@@ -256,7 +265,7 @@ def test_an_attempt_that_drew_nothing_binds_nothing(nami: str, tmp_path: Path, c
         nami,
         "--benchmark",
         "nami1k",
-        "--out",
+        "--output",
         str(tmp_path / "out"),
         "--limit",
         "1",
@@ -272,7 +281,7 @@ def test_another_model_in_the_same_folder_is_noticed(nami: str, tmp_path: Path, 
     model = tmp_path / "model"
     shutil.copytree(nami, model)
     small = ["--limit", "1", "--steps", "1", "--height", "16", "--width", "16"]
-    arguments = ["evaluate", str(model), "--benchmark", "nami1k", "--out", str(tmp_path / "out"), *small]
+    arguments = ["evaluate", str(model), "--benchmark", "nami1k", "--output", str(tmp_path / "out"), *small]
     assert main(arguments) == 0
     os.utime(model / "model_index.json", (1, 1))
     assert main(arguments) == 2
@@ -285,7 +294,7 @@ def test_a_run_is_drawn_with_its_newest_checkpoint(
     phases = "[{steps: 4, ratio: [1, 1, 1], learning_rate: 1.0e-3}]"
     assert main(["run", *tiny, "--curriculum.phases", phases]) == 0
     run = str(tmp_path / "runs" / "tiny")
-    arguments: list[Any] = ["evaluate", run, "--benchmark", "nami1k", "--limit", "1", "--out", str(tmp_path / "out")]
+    arguments: list[Any] = ["evaluate", run, "--benchmark", "nami1k", "--limit", "1", "--output", str(tmp_path / "out")]
     assert main([*arguments, "--steps", "1", "2", "1", "--solver", "multistep"]) == 0
     folder = tmp_path / "out" / "nami1k" / "tiny"
     drawing = json.loads((folder / "drawing.json").read_text())
@@ -297,3 +306,90 @@ def test_a_run_is_drawn_with_its_newest_checkpoint(
     )
     assert main(arguments) == 2
     assert "generated with weights step=0000004.ckpt, not step=0000009.ckpt" in capsys.readouterr().err
+
+
+# --- images that are not finite --------------------------------------------------------------------
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, pipeline_class: Any) -> None:
+    """Let a transformer give NaN for the first image of every batch."""
+    forward = pipeline_class.forward
+
+    def spoilt(*arguments: Any, **named: Any) -> Any:
+        output = forward(*arguments, **named)
+        (output[0] if isinstance(output, tuple) else output)[0] = float("nan")
+        return output
+
+    monkeypatch.setattr(pipeline_class, "forward", spoilt)
+
+
+def test_images_that_are_not_finite_are_named_and_not_written(
+    nami: str, flux: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    poison(monkeypatch, NamiTransformer2DModel)
+    poison(monkeypatch, FluxTransformer2DModel)
+    sampler = SamplerSettings(num_inference_steps=1, height=16, width=16, guidance_scale=1.0)
+    for name, source, origin in (("nami", nami, "since stage 1"), ("flux", flux, "in the result")):
+        folder = GeneratedImages(tmp_path / "images" / name, name)
+        generate(source, folder, ITEMS, ITEMS, 2, GenerationSettings(sampler, batch_size=2))
+        assert folder.missing(ITEMS, 2) == [(ITEMS[0], 0), (ITEMS[1], 0)]
+        assert folder.samples(ITEMS[0], 2) == [1]
+        shown = capsys.readouterr().out
+        assert f"{name}: 2 of 4 images have NaN or infinite values, and are not written" in shown
+        assert f"one, image 0 (seed 42, prompt 'a red cat', {origin})" in shown
+    folders = [GeneratedImages(tmp_path / "images" / name, name) for name in ("nami", "flux")]
+    assert side_by_side(folders, ITEMS, 64).height > 2 * 64
+
+
+def test_judges_leave_out_what_is_not_finite(
+    nami: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    poison(monkeypatch, NamiTransformer2DModel)
+    questions = tmp_path / "dpg.csv"
+    questions.write_text(FILE)
+    arguments = ["evaluate", nami, "--benchmark", "dpg", "--questions", str(questions), "--guidance_scale", "1"]
+    arguments += ["--steps", "1", "--judge", str(make_vilt(tmp_path / "vilt", 1)), "--output", str(tmp_path / "out")]
+    assert main([*arguments, "--images", "2"]) == 0
+    shown = capsys.readouterr().out
+    saved = json.loads((tmp_path / "out" / "dpg" / "nami" / "results.json").read_text())
+    assert saved["not_finite"]
+    assert not any(Path(path).exists() for path in saved["not_finite"])
+    assert f"nami: {len(saved['not_finite'])} image(s) with NaN or infinite values don't count" in shown
+    assert main([*arguments, "--images", "1", "--batch_size", "1", "--names", "other"]) == 2
+    assert "no model has an image to judge" in capsys.readouterr().err
+
+
+def test_raters_see_no_image_that_is_not_finite(
+    nami: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    poison(monkeypatch, NamiTransformer2DModel)
+    arguments = ["evaluate", nami, "--benchmark", "nami1k", "--limit", "1", "--steps", "1", "--guidance_scale", "1"]
+    assert main([*arguments, "--annotate", "--raters", "1", "--output", str(tmp_path)]) == 0
+    key = json.loads((tmp_path / "nami1k" / "ratings" / "key.json").read_text())
+    assert len(key["images"]) == 2, "three prompts in one batch, of which the first failed"
+    assert "1 of 3 images have NaN" in capsys.readouterr().out
+
+
+# --- names and options -------------------------------------------------------------------------------
+
+
+def test_an_export_in_its_runs_folder_has_a_name(tmp_path: Path) -> None:
+    assert model_names(["runs/openmoji/pipelines/step=0001050"], None) == ["openmoji-step=0001050"]
+    both = model_names(["runs/a/pipelines/step=0001050", "runs/b/pipelines/step=0001050/"], None)
+    assert both == ["a-step=0001050", "b-step=0001050"]
+    for name in ("step=0001050", "my model (2)", "модель", "a@b"):
+        assert model_names(["x"], [name]) == [name]
+    for name in ("a/b", ".hidden", "a\nb", ""):
+        with pytest.raises(ValueError, match="can't be the name"):
+            model_names(["x"], [name])
+
+
+def test_a_step_and_the_trained_weights_belong_to_a_run(nami: str, tmp_path: Path, capsys: Any) -> None:
+    arguments = ["evaluate", nami, "--benchmark", "nami1k", "--limit", "1", "--output", str(tmp_path)]
+    for option in (["--step", "4"], ["--no-ema"]):
+        assert main([*arguments, *option]) == 2
+        assert "is not a run: --step and --no-ema choose among" in capsys.readouterr().err
+    assert main([*arguments, "--device", "cuda:77"]) == 2
+    assert "--device cuda:77 can't be used on this machine" in capsys.readouterr().err
+    assert main(["evaluate", "--benchmark", "nami1k", "--describe", "--no-ema"]) == 2
+    assert "--ema can't be used with --describe" in capsys.readouterr().err

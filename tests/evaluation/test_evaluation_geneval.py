@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.tiny_judges import make_clip, make_detector
 from PIL import Image
-from tiny_judges import make_clip, make_detector
 from torchvision.ops import box_iou
 from transformers import CLIPModel, CLIPProcessor
 

@@ -20,7 +20,7 @@ from nami_lightning.models.autoencoder import (
 )
 from nami_lightning.models.text_encoder import MINILM, PromptEncoder, TextEncoderConfig
 
-pytest_plugins = "tiny_models"
+pytest_plugins = "helpers.tiny_models"
 
 TextModel = tuple[Any, PreTrainedTokenizerFast]
 PROMPTS = ["the red cat", "a small green tree and the big blue house", ""]

@@ -18,7 +18,7 @@ from nami_lightning.models.pipeline import NamiPipeline
 from nami_lightning.models.text_encoder import TextStates
 from nami_lightning.models.transformer import NamiTransformer2DModel
 
-pytest_plugins = "tiny_models"
+pytest_plugins = "helpers.tiny_models"
 
 TextModel = tuple[Any, PreTrainedTokenizerFast]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nami_lightning.models.transformer import NamiTransformer2DModel, RopePositions, patchify, unpatchify
 
-pytest_plugins = "tiny_models"
+pytest_plugins = "helpers.tiny_models"
 
 MakeFlux = Callable[..., FluxTransformer2DModel]
 SPLIT: dict[str, Any] = {"num_layers": [2, 0, 0], "num_single_layers": [1, 1, 2]}

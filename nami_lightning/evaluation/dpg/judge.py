@@ -30,8 +30,9 @@ import numpy as np
 from tqdm import tqdm
 
 from nami_lightning.evaluation.generate import GeneratedImages
-from nami_lightning.evaluation.prompts import Item, check_id, read_text
+from nami_lightning.evaluation.prompts import Item, check_id
 from nami_lightning.evaluation.results import VerdictLog, bootstrap_interval, format_interval, format_percent
+from nami_lightning.utils.text_files import read_text
 from nami_lightning.utils.text_table import table
 
 VERDICTS = "verdicts.jsonl"
@@ -121,6 +122,8 @@ def judge_images(
 ) -> dict[str, Any]:
     """Ask about the images of a model that were not judged yet, and return the scores; see :func:`scores`.
 
+    Images that were not finite don't exist; prompts without any image are left out.
+
     Args:
         folder: the images.
         items: items to judge.
@@ -132,7 +135,7 @@ def judge_images(
     answers: dict[str, list[list[str]]] = {}
     for item in tqdm(items, desc=f"judging {folder.name}"):
         texts = [question["question"] for question in item.metadata["questions"]]
-        for i in range(images):
+        for i in folder.samples(item, images):
             path = folder.path(item, i)
             if (answered := log.get(path, texts)) is None:
                 image = folder.open(item, i)
@@ -142,7 +145,10 @@ def judge_images(
     all_answers = (text for in_item in answers.values() for answered in in_item for text in answered)
     unclear = sum(not is_yes(text) and not is_no(text) for text in all_answers)
     yes = {name: [[is_yes(text) for text in answered] for answered in in_item] for name, in_item in answers.items()}
-    return scores(items, yes) | {"unclear_answers": unclear, "judged_on": sorted(log.judged_on)}
+    return scores([item for item in items if item.id in yes], yes) | {
+        "unclear_answers": unclear,
+        "judged_on": sorted(log.judged_on),
+    }
 
 
 def is_yes(answer: str) -> bool:

@@ -47,13 +47,15 @@ class Judge:
 def judge_images(folder: GeneratedImages, items: Sequence[Item], images: int, judge: Judge) -> dict[str, Any]:
     """Judge the images of a model that were not judged yet, and return the scores; see :func:`scores`.
 
-    ``judged_on`` in the result names the machines that judged.
+    Images that were not finite don't exist; prompts without any image are left out. ``judged_on`` in the result names
+    the machines that judged.
     """
     log = VerdictLog(folder.folder / VERDICTS, judge.names)
     correct: dict[str, list[float]] = {}
     for item in tqdm(items, desc=f"judging {folder.name}"):
-        verdicts = [_judge_image(log, folder, item, i, judge) for i in range(images)]
-        correct.setdefault(item.kind, []).append(float(np.mean([verdict["correct"] for verdict in verdicts])))
+        verdicts = [_judge_image(log, folder, item, i, judge) for i in folder.samples(item, images)]
+        if verdicts:
+            correct.setdefault(item.kind, []).append(float(np.mean([verdict["correct"] for verdict in verdicts])))
     return scores(correct) | {"judged_on": sorted(log.judged_on)}
 
 

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from importlib.resources import as_file, files
 from pathlib import Path
 
-from nami_lightning.evaluation.prompts import Item, check_id, read_text
+from nami_lightning.evaluation.prompts import Item, check_id
+from nami_lightning.utils.text_files import read_lines
 
 KINDS = {"open": 360, "human": 320, "long": 320}
 """The kinds of prompts, and how many the paper has of each."""
@@ -49,7 +50,7 @@ def read_prompts(path: Path | None = None) -> list[Item]:
         with as_file(files("nami_lightning.evaluation.nami1k").joinpath("examples.jsonl")) as examples:
             return read_prompts(examples)
     items: dict[str, Item] = {}
-    for number, line in enumerate(read_text(path).split("\n"), 1):
+    for number, line in enumerate(read_lines(path), 1):
         if line.strip():
             item = _item(line, f"{path}, line {number}")
             if item.id in items:

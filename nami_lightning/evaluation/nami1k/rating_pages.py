@@ -131,7 +131,7 @@ def _read_or_make_key(
         if any(key.get(name) != value for name, value in study_settings.items()):
             raise ValueError(
                 f"{path} belongs to another rating (other models, prompts, images or raters), whose answers need it: "
-                "choose another --out, or move it away"
+                "choose another --output, or move it away"
             )
         return key
     salt = secrets.token_hex(16)
@@ -139,7 +139,7 @@ def _read_or_make_key(
         {"model": folder.name, "item": item.id, "kind": item.kind, "sample": i}
         for item in items
         for folder in folders
-        for i in range(images)
+        for i in folder.samples(item, images)
     ]
     random.Random(salt).shuffle(all_images)
     digits = len(str(len(all_images)))
@@ -154,7 +154,7 @@ def _fingerprint(folders: Sequence[GeneratedImages], items: Sequence[Item], imag
     for folder in folders:
         for item in items:
             digest.update(item.prompt.encode())
-            for i in range(images):
+            for i in folder.samples(item, images):
                 digest.update(hashlib.sha256(folder.path(item, i).read_bytes()).digest())
     return digest.hexdigest()
 

@@ -10,8 +10,8 @@ import numpy as np
 
 from nami_lightning.evaluation.nami1k.prompts import KINDS
 from nami_lightning.evaluation.nami1k.rating_pages import DIMENSIONS, FORMAT, KEY
-from nami_lightning.evaluation.prompts import read_text
 from nami_lightning.evaluation.results import bootstrap_interval, format_interval
+from nami_lightning.utils.text_files import read_text
 from nami_lightning.utils.text_table import table
 
 WEIGHTS = {"relevance": 0.3, "coherence": 0.3, "aesthetic": 0.2, "realism": 0.2}

@@ -1,0 +1,179 @@
+"""What the pipeline checks: its inputs before anything runs, and whether its images are finite."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from nami_lightning.models.flow import SolverKind
+from nami_lightning.models.text_encoder import TextStates
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+DECODING = "decoding"
+SHOWN = 3
+
+
+class NonFiniteImages(RuntimeError):
+    """An error for generated images that are NaN or infinite.
+
+    All stages have run for all images when it is raised, so that ranks that share a network stay in step.
+
+    Args:
+        images: all images of the call, by its ``output_type``; those in ``origins`` are of no use.
+        origins: what first gave values that are not finite, by the image's number: ``stage 1``, ``decoding``.
+        prompts: the prompt of each image; None if they are not known.
+        seeds: the seed of each image; None if they are not known.
+    """
+
+    def __init__(
+        self,
+        images: Any,
+        origins: Mapping[int, str],
+        prompts: Sequence[str] | None = None,
+        seeds: Sequence[int] | None = None,
+    ) -> None:
+        self.images, self.origins = images, dict(origins)
+        shown = []
+        for number, origin in list(self.origins.items())[:SHOWN]:
+            facts = [] if prompts is None else [f"prompt {prompts[number]!r}"]
+            facts += [] if seeds is None else [f"seed {seeds[number]}"]
+            shown.append(f"image {number} ({', '.join([*facts, f'since {origin}'])})")
+        more = len(self.origins) - len(shown)
+        super().__init__(
+            f"NaN or infinite values in {', '.join(shown)}{f' and {more} more' if more else ''}. If the network gives "
+            "them, the checkpoint's weights may be damaged; if only half precision gives them, use float32 or bfloat16"
+        )
+
+
+def find_non_finite(finite: Sequence[tuple[str, Tensor]]) -> dict[int, str]:
+    """Return what first gave values that are not finite, by the image's number.
+
+    Args:
+        finite: in the order of the work, what was done, and whether each image was finite after it, bool ``(B,)``.
+    """
+    flags = torch.stack([flag for _, flag in finite]).cpu()
+    return {
+        image: finite[int(flags[:, image].int().argmin())][0]
+        for image in range(flags.shape[1])
+        if not flags[:, image].all()
+    }
+
+
+def finite_rows(tensor: Tensor) -> Tensor:
+    """Tell for each row of a batch whether all its values are finite, bool ``(B,)``."""
+    return tensor.isfinite().flatten(1).all(1)
+
+
+# --- inputs --------------------------------------------------------------------------------------
+
+
+def check_prompts(name: str, prompts: Any) -> None:
+    """Check that prompts are a text or a list of texts.
+
+    Raises:
+        ValueError: they are something else, or the list is empty.
+    """
+    if isinstance(prompts, str):
+        return
+    if not isinstance(prompts, list | tuple):
+        raise ValueError(f"{name} must be a string or a list of strings; got {type(prompts).__name__}")
+    if not prompts:
+        raise ValueError(f"{name} is an empty list: give at least one prompt")
+    for i, prompt in enumerate(prompts):
+        if not isinstance(prompt, str):
+            raise ValueError(f"{name}[{i}] must be a string; got {type(prompt).__name__}")
+
+
+def check_states(name: str, states: Any, sequence_dim: int, pooled_dim: int) -> None:
+    """Check that encoded prompts are of the text encoders that the network was trained with.
+
+    Raises:
+        ValueError: they have other shapes.
+    """
+    if not isinstance(states, tuple) or len(states) != 2:
+        raise ValueError(f"{name} must be what encode_prompt returns; got {type(states).__name__}")
+    shapes = [tuple(state.shape) for state in TextStates(*states)]
+    fits = [len(shape) for shape in shapes] == [3, 2] and [shape[-1] for shape in shapes] == [sequence_dim, pooled_dim]
+    if not fits or shapes[0][0] != shapes[1][0] or not shapes[0][0]:
+        raise ValueError(
+            f"{name} must have the shapes (prompts, tokens, {sequence_dim}) and (prompts, {pooled_dim}); "
+            f"got {shapes[0]} and {shapes[1]}"
+        )
+
+
+def check_count(name: str, value: Any) -> None:
+    """Check that a number is whole and at least 1.
+
+    Raises:
+        ValueError: it isn't.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1; got {value!r}")
+
+
+def check_size(height: Any, width: Any, multiple: int) -> None:
+    """Check that an image's sides are multiples of the coarsest stage's token.
+
+    Raises:
+        ValueError: one isn't.
+    """
+    for side in (height, width):
+        if isinstance(side, bool) or not isinstance(side, int) or side < 1 or side % multiple:
+            raise ValueError(f"height {height} and width {width} must be multiples of {multiple} px for this model")
+
+
+def check_steps(steps: Any, stages: int) -> None:
+    """Check that the numbers of solver steps are one for all stages, or one a stage.
+
+    Raises:
+        ValueError: they aren't, or one is below 1.
+    """
+    listed = list(steps) if isinstance(steps, list | tuple) else [steps] * stages
+    whole = all(isinstance(number, int) and not isinstance(number, bool) and number >= 1 for number in listed)
+    if len(listed) != stages or not whole:
+        raise ValueError(f"num_inference_steps {steps!r} must be one number, or {stages} (one a stage), all >= 1")
+
+
+def check_guidance(scale: Any) -> None:
+    """Check that a guidance scale is a finite number.
+
+    Raises:
+        ValueError: it isn't.
+    """
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
+        raise ValueError(f"guidance_scale must be a number; got {scale!r}")
+
+
+def check_generator(generator: Any, images: int) -> None:
+    """Check that there is one generator for all images, one an image, or none.
+
+    Raises:
+        ValueError: there are more or fewer, or one is something else.
+    """
+    several = isinstance(generator, list | tuple)
+    for one in generator if several else [generator]:
+        if not isinstance(one, torch.Generator) and (several or one is not None):
+            raise ValueError(f"generator must be a torch.Generator or a list of them; got {type(one).__name__}")
+    if several and len(generator) != images:
+        raise ValueError(f"{len(generator)} generators for {images} images: give one for all, or one an image")
+
+
+def check_choices(solver: Any, output_type: Any) -> None:
+    """Check the settings of which there are a few.
+
+    Raises:
+        ValueError: one is none of its choices.
+    """
+    for name, value, choices in (("solver", solver, get_args(SolverKind)), ("output_type", output_type, OUTPUT_TYPES)):
+        if value not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
+
+
+def seeds_of(generator: Any, images: int) -> list[int] | None:
+    """Return the seed of each image's generator; None without generators."""
+    if generator is None:
+        return None
+    generators = list(generator) if isinstance(generator, list | tuple) else [generator] * images
+    return [one.initial_seed() for one in generators]
