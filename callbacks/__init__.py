@@ -1,6 +1,6 @@
 """Callbacks: they watch or steer a run.
 
-- ``curriculum``: each step's learning rate.
+- ``curriculum``: logs the phase, the ratio and the learning rate.
 - ``fit_bridges``: fits the bridges before training starts.
 - ``ema``: an exponential moving average of the weights.
 - ``checkpoint``: checkpoints, and a clean end when the run is asked to stop.
@@ -8,6 +8,7 @@
 - ``image_metrics``: distances and agreement of generated images.
 - ``generation``: how the callbacks generate images.
 - ``throughput``: speed, memory, and time waiting for data.
+- ``terminal``: the progress bar, and the summary of the model.
 - ``watchdog``: ends a run that hangs, and says where.
 """
 
@@ -17,6 +18,7 @@ from nami_lightning.callbacks.ema import EMA
 from nami_lightning.callbacks.fit_bridges import BridgePretraining
 from nami_lightning.callbacks.image_metrics import Metrics
 from nami_lightning.callbacks.image_samples import ImageSamples
+from nami_lightning.callbacks.terminal import ProgressBar
 from nami_lightning.callbacks.throughput import Throughput
 from nami_lightning.callbacks.watchdog import Watchdog
 from nami_lightning.models.sampler_settings import SamplerSettings
@@ -27,6 +29,7 @@ __all__ = [
     "CurriculumCallback",
     "ImageSamples",
     "Metrics",
+    "ProgressBar",
     "RunCheckpoint",
     "SamplerSettings",
     "Throughput",

@@ -1,10 +1,13 @@
 """Checkpoints of a run: the newest few, some for good, the last step's, and one when the run is asked to stop."""
 
+import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info
 from lightning_utilities.core.apply_func import apply_to_collection
@@ -48,10 +51,18 @@ class RunCheckpoint(Checkpoint):
         self._writer = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
         self.stop = StopRequest()
         self._writing: Future[None] | None = None
+        self._saved_step = 0
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Listen for signals."""
+        """Listen for signals, and write checkpoint files directly."""
         self.stop.listen(trainer)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = DirectCheckpointIO()
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Note the step that the run resumes from: it has its checkpoint."""
+        assert isinstance(pl_module, NamiModule)
+        self._saved_step = pl_module.step
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Put the former signal handlers back."""
@@ -89,12 +100,31 @@ class RunCheckpoint(Checkpoint):
             raise preempted(trainer, status)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Wait for the checkpoint that is being written."""
+        """Write a checkpoint of the last step, whatever ended the training, and wait until it is written."""
+        assert isinstance(pl_module, NamiModule)
+        if pl_module.step != self._saved_step and not pl_module.skipped.in_row:
+            pl_module.heartbeat.beat("writing a checkpoint")
+            self.save(trainer, pl_module.step)
         self.finish(trainer)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Write a checkpoint of the last whole step before an error, in a process that is alone.
+
+        Of several ranks the others may not have failed, and all must take part: then the last checkpoint is the one
+        before the error. So it is after an error in an update, which may have changed a part of the weights.
+        """
+        assert isinstance(pl_module, NamiModule)
+        untouched = pl_module.heartbeat.activity not in ("the update", "writing a checkpoint")
+        new = pl_module.step != self._saved_step and not pl_module.skipped.in_row
+        if isinstance(exception, Exception) and trainer.world_size == 1 and untouched and new:
+            self.save(trainer, pl_module.step)
+            self.finish(trainer)
+            print(f"Saved step {pl_module.step} before the error.", file=sys.stderr)
 
     def save(self, trainer: L.Trainer, step: int) -> None:
         """Write a checkpoint of ``step`` (all ranks take part), then remove the oldest."""
         self.finish(trainer)
+        self._saved_step = step
         folder = Run(Path(trainer.default_root_dir)).folder / "checkpoints"
         partial = folder / f"step={step:07d}.partial"
         if trainer.is_global_zero:
@@ -125,6 +155,19 @@ class RunCheckpoint(Checkpoint):
         for old in Run(Path(trainer.default_root_dir)).checkpoints[: -self.keep]:
             if not self.keep_every or step_of(old) % (self.keep_every * self.every_n_steps):
                 remove(old)
+
+
+class DirectCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint straight to its file.
+
+    Lightning's own makes a second copy of it in memory and a third in the system's folder for temporary files, which
+    may be too small, and where a kill leaves it. Nobody sees a half-written file here: it has a temporary name.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write the checkpoint to ``path``; its folder is made if it isn't there."""
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        torch.save(checkpoint, path)
 
 
 def copy_to_host(tensor: Tensor) -> Tensor:

@@ -21,17 +21,23 @@ from tqdm.auto import tqdm
 from nami_lightning.callbacks.fit_bridges import BridgePretraining
 from nami_lightning.callbacks.generation import generate
 from nami_lightning.datamodules.multi_resolution import MultiResolutionDataModule
+from nami_lightning.errors import first_line
 from nami_lightning.metrics import distances
 from nami_lightning.metrics.budget import sample_flops
-from nami_lightning.metrics.caption_agreement import ClipScore, Probe
+from nami_lightning.metrics.caption_agreement import ClipScore, Probe, check_clip
 from nami_lightning.metrics.features import EfficientNetLite0, metric_name
 from nami_lightning.metrics.record import Entry, Evaluation, read_entries, write_entries
+from nami_lightning.models.pipeline_checks import NonFiniteImages
 from nami_lightning.models.sampler_settings import SamplerSettings
 from nami_lightning.training.module import NamiModule
 from nami_lightning.utils.collectives import gather_objects
 
 COPIES = 0.05
 """A generated image counts as a copy if it is nearer to a training image than this share of held-out images."""
+
+
+FEWEST = 4
+"""Images on either side of a distance."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,8 @@ class Metrics(L.Callback):
     depend on the numbers of images: compare equal ones only. Agreement with the captions is
     ``metrics/clip_score_MODEL``, or ``probe/retrieval_at_1_FEATURES`` and ``_at_5``, the share of generated images
     whose caption a probe finds among all of them.
+
+    If a generated image is not finite, there is a warning and no measurement, and the training goes on.
 
     ``..._of_real`` is the same for real images in place of the generated ones: held-out ones for the probe, at most as
     many training images for the distances. It is about what a perfect model would get.
@@ -93,7 +101,7 @@ class Metrics(L.Callback):
         seed: int = 0,
         shown: int = 16,
     ) -> None:
-        if samples < 4 or training_images < 4 or every_n_steps < 0 or batch_size < 1 or shown < 0:
+        if samples < FEWEST or training_images < FEWEST or every_n_steps < 0 or batch_size < 1 or shown < 0:
             raise ValueError(
                 "Metrics needs samples and training_images of at least 4, batch_size of at least 1, and "
                 "every_n_steps and shown not below 0"
@@ -105,6 +113,7 @@ class Metrics(L.Callback):
         self.probe: Probe | None = None
         self.clip: ClipScore | None = None
         self.seconds_before: float | None = None
+        self.failures: list[str] = []
 
     # --- what the training has used --------------------------------------------------------------
 
@@ -117,8 +126,14 @@ class Metrics(L.Callback):
         self.seconds_before = state_dict["seconds"]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start counting, and forget what was measured after the checkpoint that this run goes on from."""
+        """Start counting, forget what was measured after the checkpoint, and check what measuring will need.
+
+        Raises:
+            ValueError: too few images are held out.
+            FileNotFoundError: the CLIP of ``agreement`` can be neither found nor fetched.
+        """
         assert isinstance(pl_module, NamiModule)
+        self._check(trainer)
         self.trainer, self.module = trainer, pl_module
         self.flops = [sample_flops(pl_module, stage).model for stage in range(pl_module.num_stages)]
         if pl_module.step == 0:
@@ -152,7 +167,34 @@ class Metrics(L.Callback):
         step = pl_module.step
         due = self.every_n_steps and step % self.every_n_steps == 0
         if due or step == pl_module.curriculum.total_steps:
-            self.measure(trainer, pl_module)
+            try:
+                self.measure(trainer, pl_module)
+            except Exception as error:  # whatever a measurement meets, the training goes on and is saved
+                self.failures.append(f"step {step}: {first_line(error)}")
+                rank_zero_warn(f"Metrics failed at {self.failures[-1]}. The training goes on.")
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """End the program with an error if a measurement failed, now that the training is saved.
+
+        Raises:
+            RuntimeError: naming the steps.
+        """
+        failures, self.failures = self.failures, []
+        if failures and stage == "fit":
+            raise RuntimeError(f"the training is saved, but Metrics failed at {'; '.join(failures)}")
+
+    def _check(self, trainer: L.Trainer) -> None:
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        assert isinstance(data, MultiResolutionDataModule)
+        last = len(data.resolutions) - 1
+        images = sum(len(part[2]) for part in data.heldout(self.samples).parts if part[0] == last)
+        if images < FEWEST:
+            raise ValueError(
+                f"Metrics needs at least {FEWEST} held-out images of the finest stage, but there are {images}: raise "
+                "data.preparation.heldout_percent, or remove the callback"
+            )
+        if self.agreement not in (None, "probe"):
+            check_clip(self.agreement)
 
     @torch.no_grad()
     def measure(self, trainer: L.Trainer, module: NamiModule) -> None:
@@ -163,7 +205,13 @@ class Metrics(L.Callback):
         assert isinstance(data, MultiResolutionDataModule)
         self.reference = reference = self.reference or self._reference(trainer, data)
         rows = gather_rows(self._generate(trainer, module, data))
-        if not trainer.is_global_zero:
+        failures = [row["failed"] for row in rows if "failed" in row]
+        if failures:
+            rank_zero_warn(
+                f"No metrics at step {module.step}, since {len(failures)} of {len(rows)} images are not finite: "
+                f"{failures[0]}."
+            )
+        if failures or not trainer.is_global_zero:
             return
         evaluation = self._evaluate(module.step, reference, rows)
         values = self._summary(evaluation, reference)
@@ -191,7 +239,15 @@ class Metrics(L.Callback):
         for micro in tqdm(self._heldout(trainer, data), "generating", leave=False, disable=not trainer.is_global_zero):
             seeds = [self.seed + index for index in micro.global_indices]
             height, width = micro.images.shape[-2:]
-            images = generate(module, self.sampler, micro.captions, seeds, "pt", height, width)
+            try:
+                images = generate(module, self.sampler, micro.captions, seeds, "pt", height, width)
+            except NonFiniteImages as error:
+                failed = {"failed": str(error)}
+                rows += [
+                    {"index": index} | (failed if i in error.origins else {})
+                    for i, index in enumerate(micro.global_indices)
+                ]
+                continue
             images = (images * 255).round().byte()
             features = self.features(images).float().cpu()
             scores = self.clip(images, micro.captions) if self.clip else [0.0] * len(micro)
@@ -269,8 +325,6 @@ class Metrics(L.Callback):
         real = gather_rows(
             self._rows(tqdm(self._heldout(trainer, data), "held-out images", leave=False, disable=quiet))
         )
-        if len(real) < 4:
-            raise ValueError(f"Metrics needs at least 4 held-out images of the finest stage, but there are {len(real)}")
         last = len(data.resolutions) - 1
         steps = data.steps(trainer.global_rank, trainer.world_size, self.seed)  # the same images whatever a run's seed
         there = sum(sum(steps.images.sizes(last, aspect)) for aspect in steps.images.aspects[last])

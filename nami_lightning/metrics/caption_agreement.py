@@ -69,6 +69,20 @@ def _whitening(centred: Tensor) -> Tensor:
     return vectors * (values + RIDGE * values.mean()).rsqrt() @ vectors.T
 
 
+def check_clip(model: str) -> None:
+    """Refuse a CLIP that can't be loaded, without loading its weights.
+
+    Raises:
+        FileNotFoundError: the model can be neither found nor downloaded.
+    """
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(f"CLIP {model} can't be loaded: {first_line(error)}") from error
+
+
 class ClipScore:
     """torchmetrics' CLIP score of each image: 100 times the cosine with its caption, but at least 0.
 

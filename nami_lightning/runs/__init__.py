@@ -3,8 +3,10 @@
 - ``recipe``: one YAML file that describes a whole run: read, checked, made into objects.
 - ``old_recipes``: class paths and keys of earlier versions, and their names now.
 - ``run_dir``: the folder of a run: its checkpoints, and how they are read and written.
+- ``tensorboard``: the logger that writes a run's TensorBoard events, and how they are read.
 - ``load``: a trained model from a run or from a pipeline's folder.
 - ``lock``: one process at a time trains a run.
 - ``preemption``: signals that ask a run to stop.
-- ``rank_logs``: where each rank prints, and how ranks meet again after a restart.
+- ``rank_logs``: where each rank prints.
+- ``rank_start``: rank 0 decides what all ranks start from.
 """

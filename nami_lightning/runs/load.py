@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from nami_lightning.errors import first_line
 from nami_lightning.models.pipeline import NamiPipeline
 from nami_lightning.runs.recipe import Recipe
-from nami_lightning.runs.run_dir import Run, find_run, is_run, load_weights, read_metadata
+from nami_lightning.runs.run_dir import Run, describe_runs, find_run, is_run, load_weights, read_metadata
 from nami_lightning.training.module import NamiModule
 
 
@@ -38,20 +38,28 @@ def load_module(run: Run, step: int | None = None, ema: bool = True) -> NamiModu
     return model.eval().requires_grad_(False)
 
 
-def load_pipeline(source: str, dtype: str | None = None) -> DiffusionPipeline:
-    """Load a run's newest checkpoint, a saved NAMI pipeline, or any text-to-image pipeline of diffusers.
+def load_pipeline(
+    source: str, dtype: str | None = None, step: int | None = None, ema: bool = True, device: str | None = None
+) -> DiffusionPipeline:
+    """Load a run's checkpoint, a saved NAMI pipeline, or any text-to-image pipeline of diffusers.
 
     Args:
         source: a run, a pipeline's folder, or its Hugging Face name.
         dtype: of the network's weights, ``bfloat16`` say; None: as it was saved for a NAMI, float32 for others.
+        step: of a run's checkpoint; None: the newest.
+        ema: use the EMA's weights of a run's checkpoint, if it has them.
+        device: of torch, ``cuda:1`` say; None: a GPU if there is one.
 
     Raises:
-        FileNotFoundError: it is none of these, or can't be fetched.
-        ValueError: a pipeline that takes no prompt.
+        FileNotFoundError: it is none of these, or can't be fetched; or the run has no such checkpoint.
+        ValueError: a pipeline that takes no prompt, a step or weights without EMA of what is no run, a wrong device.
     """
     torch_dtype = getattr(torch, dtype) if dtype else None
+    place = find_device(device)
     if is_run(source):
-        pipeline: Any = load_module(find_run(source)).pipeline()
+        pipeline: Any = load_module(find_run(source), step, ema).pipeline()
+    elif step is not None or not ema:
+        raise ValueError(f"{source} is not a run: --step and --no-ema choose among the weights of a run's checkpoints")
     else:
         try:
             ours = DiffusionPipeline.load_config(source)["_class_name"] == NamiPipeline.__name__
@@ -60,10 +68,24 @@ def load_pipeline(source: str, dtype: str | None = None) -> DiffusionPipeline:
         except (OSError, AttributeError, KeyError, ValueError, SafetensorError) as error:
             raise FileNotFoundError(
                 f"{source} is neither a run (a folder, or a name below runs/) nor a pipeline that diffusers can load: "
-                f"{first_line(error)}"
+                f"{first_line(error)}; {describe_runs(source)}"
             ) from error
     if torch_dtype and isinstance(pipeline, NamiPipeline):
         pipeline.transformer.to(torch_dtype)  # the bridges stay float32: they are small, and joints must be exact
     if "prompt" not in inspect.signature(pipeline.__call__).parameters:
         raise ValueError(f"{source} is a {type(pipeline).__name__}, which takes no prompt")
-    return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+    return pipeline.to(place)
+
+
+def find_device(name: str | None = None) -> torch.device:
+    """Return the device of that name; without a name a GPU if there is one, else the CPU.
+
+    Raises:
+        ValueError: this machine has no such device.
+    """
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name} can't be used on this machine: {first_line(error)}") from error
+    return device

@@ -4,16 +4,21 @@ Any key can be overridden on the command line. Every unknown key is refused. Wha
 agree on (resolutions, curriculum, seed, latent pyramid) is stated once and handed to both.
 """
 
-from collections.abc import Sequence
+import hashlib
+import sys
+from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
-from lightning.pytorch.loggers import TensorBoardLogger
 
 from nami_lightning.errors import explain
 from nami_lightning.runs.old_recipes import upgraded_arguments, upgraded_layer
+from nami_lightning.runs.tensorboard import RunTensorBoard
 from nami_lightning.training.curriculum import Curriculum
 from nami_lightning.training.module import NamiModule
 
@@ -36,13 +41,25 @@ def make_parser() -> ArgumentParser:
         description="Train what RECIPE describes; run again to resume.",
         parser_mode="omegaconf+",
         exit_on_error=False,
+        allow_abbrev=False,
     )
     parser.add_argument("--config", action=ActionConfigFile, help="A recipe laid over the ones before it.")
-    parser.add_argument("--base", type=str, help="A recipe beside this one, over which this one is laid.")
+    parser.add_argument(
+        "--base",
+        type=str,
+        help="The recipe over which this one is laid: a file beside it, or a packaged recipe's name.",
+    )
     parser.add_argument("--name", type=str, required=True, help="Name of the run: its folder below output_dir.")
     parser.add_argument("--output_dir", type=str, default="runs", help="Where runs live.")
     parser.add_argument(
         "--seed", type=int, default=0, help="Seed of the weights, the order of samples, and all random numbers."
+    )
+    parser.add_argument(
+        "--import_from",
+        type=list[str],
+        default=[],
+        help="More folders in which Python looks for classes that the recipe names. The folders of the recipe's files "
+        "and the current folder are always searched; a run's resolved recipe lists those that were needed.",
     )
     parser.add_argument(
         "--resolutions", type=list[int], required=True, help="Side in px of each stage's images, coarsest first."
@@ -51,6 +68,7 @@ def make_parser() -> ArgumentParser:
     parser.add_class_arguments(NamiModule, "model")
     parser.add_subclass_arguments(L.LightningDataModule, "data", required=True)
     parser.add_class_arguments(L.Trainer, "trainer", skip=SET_BY_THE_RUN, instantiate=False)
+    parser.set_defaults({"trainer.logger": [{"class_path": "nami_lightning.RunTensorBoard"}]})
     for part in ("model", "data.init_args"):
         parser.link_arguments("curriculum", f"{part}.curriculum", apply_on="instantiate")
         parser.link_arguments("resolutions", f"{part}.resolutions")
@@ -73,12 +91,21 @@ class Recipe:
 
     def __init__(self, path: str | Path, overrides: Sequence[str] = ()) -> None:
         self.parser = make_parser()
-        layers = [part for layer in with_bases(find_recipe(path)) for part in ("--config", upgraded_layer(layer))]
+        files = with_bases(find_recipe(path))
+        folders = import_folders([*files, *overlays(overrides)])
+        sys.path += [folder for folder in folders if folder not in sys.path]
+        layers = [part for file in files for part in ("--config", upgraded_layer(file))]
         try:
             self.config = self.parser.parse_args([*layers, *upgraded_arguments(list(overrides))])
         except ArgumentError as error:
-            raise ValueError(f"{path}: {explain(error, keys(self.parser))}") from error
+            message = explain(error, keys(self.parser))
+            if "No module named" in message:
+                message += f"; Python looked among the installed packages and in {', '.join(folders)}"
+            raise ValueError(f"{path}: {message}") from error
+        if self.config.base != read_layer(files[-1]).get("base"):
+            raise ValueError(f"base: {self.config.base} in an overlay: only RECIPE itself can name its base")
         self.config.base = None  # resolved: the recipe now stands alone
+        self.config.import_from = [folder for folder in folders if holds_a_class(folder, self.config.as_dict())]
 
     @property
     def folder(self) -> Path:
@@ -88,6 +115,15 @@ class Recipe:
     def dump(self) -> str:
         """Return the resolved recipe as YAML."""
         return str(self.parser.dump(self.config, skip_none=False))
+
+    def values(self) -> dict[str, Any]:
+        """Return the resolved recipe as plain values, which loggers take as hyperparameters."""
+        values: dict[str, Any] = yaml.safe_load(self.dump())
+        return values
+
+    def digest(self) -> str:
+        """Return a short hash of the resolved recipe."""
+        return hashlib.blake2b(self.dump().encode(), digest_size=8).hexdigest()
 
     def make_model(self) -> NamiModule:
         """Make the model alone; it needs nothing of the data or the trainer."""
@@ -110,7 +146,7 @@ class Recipe:
         objects = self.parser.instantiate(self.config)
         settings = dict(objects.trainer)
         if settings["logger"] in (None, True):
-            settings["logger"] = TensorBoardLogger(self.config.output_dir, self.config.name, version="")
+            settings["logger"] = RunTensorBoard()
         trainer = L.Trainer(
             **settings,
             default_root_dir=self.folder,
@@ -118,6 +154,9 @@ class Recipe:
             check_val_every_n_epoch=None,
             use_distributed_sampler=False,
         )
+        for logger in trainer.loggers:
+            if isinstance(logger, RunTensorBoard):
+                logger.place(self.folder)
         return objects.model, objects.data, trainer
 
 
@@ -134,31 +173,88 @@ def with_bases(path: Path) -> list[Path]:
         FileNotFoundError: a base that isn't there.
     """
     layers = [path]
-    while True:
+    while (base := read_layer(layers[0]).get("base")) is not None:
         try:
-            content = yaml.safe_load(layers[0].read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            raise ValueError(f"{layers[0]} is not YAML: {' '.join(str(error).split())}") from error
-        base = content.get("base") if isinstance(content, dict) else None
-        if base is None:
-            return layers
-        following = layers[0].parent / base
-        if not following.is_file():
-            raise FileNotFoundError(f"{layers[0]}: its base {following} isn't there")
+            following = find_recipe(str(base), layers[0].parent)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{layers[0]}: its base {base} isn't there: {error}") from error
         if following in layers:
             raise ValueError(f"{layers[0]}: its base {base} leads back to itself")
         layers.insert(0, following)
+    return layers
 
 
-def find_recipe(path: str | Path) -> Path:
+def read_layer(path: Path) -> dict[str, Any]:
+    """Return the keys of one file of a recipe; none if it is not a mapping, which the parser refuses later.
+
+    Raises:
+        ValueError: the file is not YAML.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    return content if isinstance(content, dict) else {}
+
+
+def overlays(arguments: Sequence[str]) -> list[Path]:
+    """Return the files that command-line arguments lay over a recipe by ``--config``."""
+    following = [path for option, path in pairwise(arguments) if option == "--config"]
+    following += [argument.removeprefix("--config=") for argument in arguments if argument.startswith("--config=")]
+    return [path for path in map(Path, following) if path.is_file()]
+
+
+def import_folders(files: Sequence[Path]) -> list[str]:
+    """Return where Python looks for the classes that a recipe names, besides the installed packages.
+
+    These are the folders of the recipe's files, the current folder, and what the files list as ``import_from``.
+    """
+    listed = [folder for file in files for folder in read_layer(file).get("import_from") or []]
+    folders = [*(file.parent for file in reversed(files)), Path.cwd(), *listed]
+    return list(dict.fromkeys(str(Path(folder).resolve()) for folder in folders))
+
+
+def holds_a_class(folder: str, values: Any) -> bool:
+    """Tell whether a class that the recipe names was imported from ``folder``; the project's own don't count."""
+    modules = {path.partition(".")[0] for path in class_paths(values)} - {__name__.partition(".")[0]}
+    for module in filter(None, map(sys.modules.get, modules)):
+        origins = [module.__file__] if getattr(module, "__file__", None) else [*getattr(module, "__path__", [])]
+        for origin in origins:
+            path = Path(str(origin)).resolve()
+            if folder == str((path.parent if path.name == "__init__.py" else path).parent):
+                return True
+    return False
+
+
+def class_paths(values: Any) -> Iterator[str]:
+    """Yield every class path in a recipe's values."""
+    if isinstance(values, dict):
+        if isinstance(values.get("class_path"), str):
+            yield values["class_path"]
+        values = list(values.values())
+    if isinstance(values, list):
+        for value in values:
+            yield from class_paths(value)
+
+
+def find_recipe(path: str | Path, folder: Path = Path()) -> Path:
     """Return the recipe at ``path``, or the packaged one of that name.
+
+    Args:
+        path: a file, or a packaged recipe's name with or without ``.yaml``.
+        folder: the folder from which a relative path leads.
 
     Raises:
         FileNotFoundError: naming the recipes that there are.
     """
     path = Path(path)
-    for candidate in (path, RECIPES / path.name, RECIPES / f"{path.name}.yaml"):
+    packaged = [RECIPES / path.name, RECIPES / f"{path.name}.yaml"] if str(path.parent) in (".", "recipes") else []
+    for candidate in (folder / path, *packaged):
         if candidate.is_file():
             return candidate
-    known = ", ".join(sorted(recipe.stem for recipe in RECIPES.glob("*.yaml")))
-    raise FileNotFoundError(f"no recipe {path}; give a YAML file, or one of: {known}; options and keys come after it")
+    known = sorted(recipe.stem for recipe in RECIPES.glob("*.yaml"))
+    nearest = get_close_matches(path.stem, known, n=1)
+    raise FileNotFoundError(
+        f"no recipe {path}{f', did you mean {nearest[0]}?' if nearest else ';'} give a YAML file, or one of: "
+        f"{', '.join(known)}; options and keys come after it"
+    )

@@ -11,6 +11,7 @@ import re
 import shutil
 from dataclasses import dataclass
 from datetime import datetime
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,13 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 
 from nami_lightning.runs.lock import hold
+from nami_lightning.runs.tensorboard import describe_curves
 from nami_lightning.utils.atomic_write import replacing
 
 RECIPE_FILE = "recipe.yaml"
+
+SHOWN_RUNS = 20
+"""Most runs that a message lists, the newest first."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,13 @@ class Run:
     def load_newest(self) -> tuple[Path, dict[str, Any]] | None:
         """Return the newest checkpoint and what :func:`read_metadata` reads of it; None if there is none."""
         return (self.checkpoints[-1], read_metadata(self.checkpoints[-1])) if self.checkpoints else None
+
+    def describe_results(self) -> str:
+        """Return where the run's samples are and how to see its curves, if it has any; its folder if it has neither."""
+        samples, curves = self.folder / "samples", describe_curves([self.folder])
+        lines = [f"Samples: {samples}"] if samples.is_dir() else []
+        lines += [f"Curves: {curves}"] if curves else []
+        return "  ".join(lines) or f"Files: {self.folder}"
 
     def set_aside(self) -> Path | None:
         """Give the folder another name, so that a new run can take its place; None if there was no run.
@@ -137,7 +149,25 @@ def find_run(name: str) -> Run:
     for folder in _folders(name):
         if (folder / RECIPE_FILE).exists():
             return Run(folder)
-    raise FileNotFoundError(f"{name} is not a run: neither {name} nor runs/{name} holds a {RECIPE_FILE}")
+    raise FileNotFoundError(
+        f"{name} is not a run: neither {name} nor runs/{name} holds a {RECIPE_FILE}; {describe_runs(name)}"
+    )
+
+
+def describe_runs(name: str) -> str:
+    """Return the runs that there are where ``name`` was looked for, the newest first, and the one nearest to it."""
+    named = Path(name)
+    folder = Path("runs") if str(named.parent) == "." else named.parent
+    recipes = {path for pattern in (f"*/{RECIPE_FILE}", f"*/*/{RECIPE_FILE}") for path in folder.glob(pattern)}
+    runs = [path.parent for path in sorted(recipes, key=lambda path: -path.stat().st_mtime)]
+    if not runs:
+        return f"there is no run in {folder}"
+    nearest = get_close_matches(named.name, [run.name for run in runs], n=1)
+    guess = [f"; did you mean {run}?" for run in runs if [run.name] == nearest][:1]
+    more = f" and {len(runs) - SHOWN_RUNS} more" if len(runs) > SHOWN_RUNS else ""
+    return (
+        f"{folder} holds {', '.join(str(run.relative_to(folder)) for run in runs[:SHOWN_RUNS])}{more}{''.join(guess)}"
+    )
 
 
 def _folders(name: str) -> tuple[Path, Path]:

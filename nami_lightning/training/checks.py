@@ -1,13 +1,14 @@
 """Checks across the parts of a recipe: all describe the same stages, and a checkpoint belongs to them."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
 from typing import Any
 
 from nami_lightning.models.autoencoder import AutoencoderConfig
 from nami_lightning.models.bridge import BridgeFlow
-from nami_lightning.models.text_encoder import TextEncoderConfig
+from nami_lightning.models.encoder_revisions import EncoderDescriptions, first_difference
 from nami_lightning.training.curriculum import Curriculum
 
 
@@ -70,13 +71,7 @@ def check_shapes(
         )
 
 
-def model_settings(
-    transformer: dict[str, Any],
-    bridge: BridgeFlow,
-    resolutions: list[int],
-    text: TextEncoderConfig,
-    vae: AutoencoderConfig,
-) -> dict[str, Any]:
+def model_settings(transformer: dict[str, Any], bridge: BridgeFlow, resolutions: list[int]) -> dict[str, Any]:
     """Return the settings without which a checkpoint's weights mean something else, as plain values."""
     parts = {"transformer": transformer, "bridge": dict(bridge.config)}
     settings = {
@@ -85,30 +80,72 @@ def model_settings(
         for key, value in config.items()
         if not key.startswith("_")
     }
-    return settings | {
-        "text_encoder.sequence": text.sequence,
-        "text_encoder.pooled": text.pooled,
-        "autoencoder.name": vae.name,
-        "resolutions": list(resolutions),
-    }
+    return settings | {"resolutions": list(resolutions)}
 
 
-def check_checkpoint(checkpoint: dict[str, Any], settings: dict[str, Any], curriculum: Curriculum) -> None:
-    """Refuse a checkpoint of another model, or of a training that went otherwise.
+@dataclass(frozen=True)
+class TrainingIdentity:
+    """What a checkpoint and the recipe that goes on from it must have in common.
 
-    Raises:
-        ValueError: saying which setting differs.
+    Attributes:
+        model: the settings without which the weights mean something else.
+        encoders: what :func:`~nami_lightning.models.encoder_revisions.describe_encoders` says of the frozen encoders.
+        seed: of the run.
+        curriculum: its past must be the checkpoint's.
     """
-    if "nami" not in checkpoint:
-        raise ValueError("this checkpoint was not written by nami_lightning")
-    saved = checkpoint["nami"]
-    for key, value in settings.items():
-        if saved["model"].get(key) != value:
+
+    model: dict[str, Any]
+    encoders: EncoderDescriptions
+    seed: int
+    curriculum: Curriculum
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint holds of it, as plain values."""
+        curriculum = self.curriculum.state_dict()
+        return {"model": self.model, "encoders": self.encoders, "seed": self.seed, "curriculum": curriculum}
+
+    def check(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another model, or of a training that went otherwise.
+
+        The dtype of the frozen encoders may differ: another machine may need another one. What a checkpoint of an
+        earlier version does not hold is not compared.
+
+        Raises:
+            ValueError: saying which setting differs.
+        """
+        if "nami" not in checkpoint:
+            raise ValueError("this checkpoint was not written by nami_lightning")
+        saved = checkpoint["nami"]
+        settings = self.model | ({} if "encoders" in saved else self._encoders_by_name(saved["model"]))
+        for key, value in settings.items():
+            if saved["model"].get(key) != value:
+                raise _of_another_model(key, saved["model"].get(key), value)
+        encoders = saved.get("encoders", self.encoders)
+        if difference := first_difference(encoders, self.encoders, ignored=("dtype",)):
+            raise _of_another_model(*difference)
+        if saved.get("seed", self.seed) != self.seed:
             raise ValueError(
-                f"the checkpoint is of another model: its {key} is {saved['model'].get(key)}, "
-                f"this recipe's {value}. Resume with the recipe it was made with, or start over with --fresh"
+                f"the checkpoint's seed is {saved['seed']}, this recipe's {self.seed}: its samples and random numbers "
+                "would be others. Restore the seed, or start over with --fresh"
             )
-    curriculum.check_past(saved["curriculum"], saved["step"])
+        self.curriculum.check_past(saved["curriculum"], saved["step"])
+
+    def _encoders_by_name(self, saved: dict[str, Any]) -> dict[str, Any]:
+        """Return the encoders' names as earlier versions saved them among the model's settings, without subfolders."""
+        names = {key: encoder and str(encoder["name"]) for key, encoder in self.encoders.items()}
+        vae, saved_vae = names["model.autoencoder"], saved.get("autoencoder.name")
+        return {
+            "text_encoder.sequence": names["model.text_encoder.sequence"],
+            "text_encoder.pooled": names["model.text_encoder.pooled"],
+            "autoencoder.name": saved_vae if vae and vae.startswith(f"{saved_vae}/") else vae,
+        }
+
+
+def _of_another_model(key: str, was: Any, now: Any) -> ValueError:
+    return ValueError(
+        f"the checkpoint is of another model: its {key} is {was}, this recipe's {now}. Resume with the recipe it was "
+        "made with, or start over with --fresh"
+    )
 
 
 def per_stage(value: float | list[float], stages: int) -> list[float]:

@@ -38,6 +38,20 @@ def make_ema_model(
     return ema
 
 
+def adapt_ema(weights: dict[str, torch.Tensor], wanted: bool) -> None:
+    """Give a checkpoint's weights an EMA, or take it from them, in place, as the module that loads them has one or not.
+
+    An EMA that is new to a run starts from the trained weights.
+    """
+    has_ema = any(name.startswith("ema.") for name in weights)
+    if wanted and not has_ema:
+        trained = [name for name in weights if name.startswith("transformer.")]
+        weights |= {name.replace("transformer.", "ema.", 1): weights[name].clone() for name in trained}
+    if has_ema and not wanted:
+        for name in [name for name in weights if name.startswith("ema.")]:
+            del weights[name]
+
+
 @torch.no_grad()
 def swap_weights(first: NamiTransformer2DModel, second: NamiTransformer2DModel) -> None:
     """Swap the weights of two networks, each staying on its device; this needs memory for one more tensor."""

@@ -1,7 +1,8 @@
 """The frozen encoders of a model in training: they make latents and text states of a step's samples."""
 
+from collections.abc import Callable
 from functools import cached_property
-from typing import Literal
+from typing import Literal, TypeVar
 
 import lightning as L
 import torch
@@ -23,6 +24,7 @@ from nami_lightning.training.batch import MicroBatch, pixels
 from nami_lightning.training.strategies import shard_text_encoder
 
 LatentPyramid = Literal["encode", "pool"]
+T = TypeVar("T")
 
 
 class EncodingModule(L.LightningModule):
@@ -58,9 +60,14 @@ class EncodingModule(L.LightningModule):
 
     @cached_property
     def text_encoder(self) -> PromptEncoder:
-        """The text encoder, loaded at its first use.
+        """The text encoder, loaded at its first use; see :meth:`load_text_encoder`."""
+        return _without_attribute_errors(self.load_text_encoder)
+
+    def load_text_encoder(self) -> PromptEncoder:
+        """Load the text encoder.
 
         Raises:
+            FileNotFoundError: it can be neither found nor fetched.
             ValueError: its widths are not those that the transformer takes, or the strategy can't shard it.
         """
         encoder = PromptEncoder.load(self.text_encoder_config)
@@ -81,7 +88,7 @@ class EncodingModule(L.LightningModule):
     @cached_property
     def vae(self) -> Autoencoder:
         """The autoencoder, loaded at its first use."""
-        return load_autoencoder(self.autoencoder_config).to(self.device)
+        return _without_attribute_errors(lambda: load_autoencoder(self.autoencoder_config).to(self.device))
 
     def latents(self, micro: MicroBatch, seed_key: int | str) -> tuple[Tensor, Tensor]:
         """Return clean latents of the micro-batch at its stage and at the one before it (which stage 0 does not use).
@@ -131,3 +138,14 @@ class EncodingModule(L.LightningModule):
         """Return text states of ``prompts``; where ``drop`` (bool, ``(n,)``) is set, those of the empty prompt."""
         states = self.text_encoder(prompts)
         return states if drop is None else states.replaced(drop, self._empty_prompt)
+
+
+def _without_attribute_errors(load: Callable[[], T]) -> T:
+    """Load what a property holds, with an AttributeError turned into another error.
+
+    torch takes an AttributeError inside a module's property for a missing property, and hides its message.
+    """
+    try:
+        return load()
+    except AttributeError as error:
+        raise RuntimeError(f"a frozen encoder can't be loaded: {error}") from error

@@ -9,22 +9,24 @@ from typing import Any
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from nami_lightning.models import flow
 from nami_lightning.models.autoencoder import AutoencoderConfig
 from nami_lightning.models.bridge import BridgeFlow
+from nami_lightning.models.encoder_revisions import describe_encoders
 from nami_lightning.models.flow import LossWeighting, TauKind
 from nami_lightning.models.pipeline import NamiPipeline
 from nami_lightning.models.text_encoder import TextEncoderConfig
 from nami_lightning.models.transformer import NamiTransformer2DModel
 from nami_lightning.training.batch import MicroBatch
-from nami_lightning.training.checks import check_checkpoint, check_stages, model_settings, per_stage
+from nami_lightning.training.checks import TrainingIdentity, check_stages, model_settings, per_stage
 from nami_lightning.training.curriculum import Curriculum
-from nami_lightning.training.ema import SwapWeights, make_ema_model
+from nami_lightning.training.ema import SwapWeights, adapt_ema, make_ema_model
 from nami_lightning.training.frozen_encoders import EncodingModule, LatentPyramid
 from nami_lightning.training.loss import FlowLoss, LossByTau, TauDistribution
-from nami_lightning.training.step_sync import SkippedSteps, agree
+from nami_lightning.training.step_sync import SkippedSteps, agree, require_same_start
 from nami_lightning.training.strategies import full_tensor, parallelize, reduce_gradients
 from nami_lightning.utils.heartbeat import Heartbeat
 
@@ -118,6 +120,11 @@ class NamiModule(EncodingModule):
         self.stop_requested = self.stop_agreed = False
         """Whether this rank was asked to stop; whether all ranks agreed to stop after this step."""
         self.heartbeat = Heartbeat()
+        self.same_on_all_ranks: dict[str, Any] = {}
+        """What all ranks must have in common when training starts, besides the step and the data set."""
+        self.data_before: str | None = None
+        self.accept_changed_data = False
+        """The data set that the checkpoint was trained on; whether to go on with another one."""
         self.use_ema = self.ema_on_host = False
         self._ratios: dict[tuple[int, ...], Tensor] = {}
         self.transformer: NamiTransformer2DModel
@@ -178,6 +185,13 @@ class NamiModule(EncodingModule):
 
     # --- training ----------------------------------------------------------------------------
 
+    def on_train_batch_start(self, batch: list[MicroBatch], batch_idx: int) -> None:
+        """Set the learning rate that the curriculum has for this step."""
+        rate = self.curriculum.learning_rate(self.step)
+        for optimizer in self.trainer.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+
     def training_step(self, batch: list[MicroBatch], batch_idx: int) -> None:
         """Make one optimizer step from the micro-batches of one global batch."""
         begin = perf_counter()
@@ -210,7 +224,7 @@ class NamiModule(EncodingModule):
             self.skipped.add(self.step - 1, batch, micro_losses)
             self._log_metrics({"train/skipped": self.skipped.total})
         optimizer.zero_grad()
-
+        self.heartbeat.beat("the end of a step")
         self.seconds_in_steps += perf_counter() - begin
 
     def ratio(self) -> Tensor:
@@ -221,11 +235,15 @@ class NamiModule(EncodingModule):
         return self._ratios[parts]
 
     def on_train_start(self) -> None:
-        """Refuse bridges that are not fitted.
+        """Refuse bridges that are not fitted, and ranks that start from different things.
 
         Raises:
-            ValueError: naming the callback that does.
+            ValueError: the bridges are not fitted (it names the callback that fits them), or the data set is another
+                one than the checkpoint's.
+            RuntimeError: the ranks differ; it names in what.
         """
+        require_same_start(self.same_on_all_ranks | {"step": self.step, "data set": self.data_identity()})
+        self._check_data()
         if not self.bridge.fitted:
             raise ValueError(
                 "the bridges are not fitted: trainer.callbacks needs nami_lightning.callbacks.BridgePretraining"
@@ -313,23 +331,45 @@ class NamiModule(EncodingModule):
 
     # --- checkpoints -------------------------------------------------------------------------
 
+    @cached_property
+    def identity(self) -> TrainingIdentity:
+        """What a checkpoint must have in common with this module to be resumed by it."""
+        settings = model_settings(self.transformer_config, self.bridge, self.resolutions)
+        encoders = describe_encoders(self.text_encoder_config, self.autoencoder_config)
+        return TrainingIdentity(settings, encoders, self.seed, self.curriculum)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add to the checkpoint what a resume needs, and the settings that it must have."""
-        checkpoint["nami"] = {
+        """Add to the checkpoint what a resume needs, and what it must have in common with it."""
+        checkpoint["nami"] = self.identity.state_dict() | {
             "step": self.step,
             "skipped": asdict(self.skipped),
-            "curriculum": self.curriculum.state_dict(),
-            "model": self._model_settings(),
             "ema": self.ema is not None,
+            "data": self.data_identity(),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on from the checkpoint's step."""
-        self.check_checkpoint(checkpoint)
-        self.step = checkpoint["nami"]["step"]
-        self.skipped = SkippedSteps(**checkpoint["nami"].get("skipped", {}))
-        # The curriculum may have been made longer: whether this was the last batch is for the loader to say.
-        checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"] = False
+        self.identity.check(checkpoint)
+        saved = checkpoint["nami"]
+        self.step = saved["step"]
+        self.skipped = SkippedSteps(**saved.get("skipped", {}))
+        self.data_before = saved.get("data")
+        if "state_dict" in checkpoint:
+            adapt_ema(checkpoint["state_dict"], self.ema is not None)
+        if saved["ema"] != (self.ema is not None):
+            rank_zero_info(
+                f"The checkpoint has no EMA: it starts from the weights of step {self.step}."
+                if self.ema is not None
+                else "The recipe has no EMA callback any more: the checkpoint's EMA is dropped."
+            )
+        # A budget of time (trainer.max_time) is a start's: what earlier starts used is forgotten.
+        for name in [name for name in checkpoint.get("callbacks", {}) if name.startswith("Timer")]:
+            del checkpoint["callbacks"][name]
+        # All steps are one epoch. A run that was stopped, or a curriculum that was made longer, goes on in it: whether
+        # there is another batch is for the loader to say.
+        loops = checkpoint["loops"]["fit_loop"]
+        loops["epoch_loop.batch_progress"]["is_last_batch"] = False
+        loops["epoch_progress"]["current"] |= {"processed": 0, "completed": 0}
 
     def check_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint that this recipe can't go on from.
@@ -337,8 +377,17 @@ class NamiModule(EncodingModule):
         Raises:
             ValueError: it is of another model, or its past is not this recipe's.
         """
-        check_checkpoint(checkpoint, self._model_settings(), self.curriculum)
+        self.identity.check(checkpoint)
 
-    def _model_settings(self) -> dict[str, Any]:
-        text, vae = self.text_encoder_config, self.autoencoder_config
-        return model_settings(self.transformer_config, self.bridge, self.resolutions, text, vae)
+    def data_identity(self) -> str | None:
+        """Return what tells the data set from others, if its DataModule says it."""
+        return getattr(getattr(self.trainer, "datamodule", None), "identity", None)
+
+    def _check_data(self) -> None:
+        now = self.data_identity()
+        if None in (self.data_before, now) or self.data_before == now or self.accept_changed_data:
+            return
+        raise ValueError(
+            f"the data set is not the one that this run was trained on so far ({now}, not {self.data_before}): restore "
+            "it, go on with the new one by --accept_changed_data, or start over with --fresh"
+        )

@@ -10,6 +10,7 @@ alone. Workers read ahead meanwhile, and only the few launches of the optimizer'
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from lightning.pytorch.strategies import Strategy
@@ -107,3 +108,22 @@ def names(micro_batches: list[MicroBatch]) -> str:
     rows = [(micro.stage, name) for micro in micro_batches for name in micro.ids]
     shown = ", ".join(f"{name} (stage {stage + 1})" for stage, name in rows[:NAMED])
     return shown + (f" and {len(rows) - NAMED} more" if len(rows) > NAMED else "")
+
+
+def require_same_start(values: dict[str, Any]) -> None:
+    """Refuse to train if the ranks start from different things; all ranks take part.
+
+    Args:
+        values: what must be the same on all ranks, by a name for people.
+
+    Raises:
+        RuntimeError: on all ranks at once, naming the first thing in which they differ.
+    """
+    ranks = gather_objects(values)
+    for name in values:
+        found = [rank.get(name) for rank in ranks]
+        if other := next((number for number, value in enumerate(found) if value != found[0]), None):
+            raise RuntimeError(
+                f"the ranks don't start from the same {name}: rank 0 has {found[0]}, rank {other} has {found[other]}. "
+                "Start all ranks again, with one command and one data set"
+            )

@@ -102,6 +102,22 @@ class FSDP2Strategy(ModelParallelStrategy):
         fill_state(getattr(optimizer, "_optimizer", optimizer))
         return super().optimizer_state(optimizer)
 
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """Load a checkpoint's shards; an EMA that is new to the run starts from the weights that are loaded."""
+        module: Any = self.lightning_module
+        path = Path(self.broadcast(checkpoint_path))
+        metadata = torch.load(path / "meta.pt", weights_only=True)
+        if getattr(module, "ema", None) is None or metadata["nami"]["ema"]:
+            return super().load_checkpoint(path, weights_only)
+        ema, module.ema = module.ema, None
+        try:
+            metadata = super().load_checkpoint(path, weights_only)
+        finally:
+            module.ema = ema
+        for average, weight in zip(local_shards(ema), local_shards(module.transformer), strict=True):
+            average.copy_(weight)
+        return metadata
+
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         """Write a checkpoint folder, every rank its shards; ``filepath`` is the same on all ranks."""
         state = {"state_dict": checkpoint.pop("state_dict")}

@@ -2,9 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -16,7 +13,8 @@ import pytest
 import scipy.linalg
 import scipy.spatial
 import torch
-from tiny_models import MeanColours
+from helpers.processes import run
+from helpers.tiny_models import MeanColours
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -24,7 +22,7 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from nami_lightning.callbacks import BridgePretraining, Metrics, RunCheckpoint, SamplerSettings
+from nami_lightning.callbacks import BridgePretraining, Metrics, RunCheckpoint, SamplerSettings, image_metrics
 from nami_lightning.callbacks.generation import generate
 from nami_lightning.datamodules import MultiResolutionDataModule
 from nami_lightning.metrics import distances
@@ -426,21 +424,17 @@ def test_two_processes_measure_what_one_does(tiny: list[str], tmp_path: Path) ->
             "samples": 8,
             "training_images": 20,
             "agreement": None,
-            "features": {"class_path": "tiny_models.MeanColours"},
+            "features": {"class_path": "helpers.tiny_models.MeanColours"},
             "sampler": {"num_inference_steps": 1, "guidance_scale": 1.0},
             "batch_size": 2,
         },
     }
     callbacks = [{"class_path": "nami_lightning.callbacks.BridgePretraining", "init_args": {"samples": 64}}, callback]
     settings = ["--curriculum.phases", "[{steps: 2, ratio: [2, 1, 1], learning_rate: 0.002}]"]
-    settings += ["--trainer.callbacks", json.dumps(callbacks), "--data.init_args.num_workers", "0"]
+    settings += ["--trainer.callbacks", json.dumps(callbacks)]
     two = ["--trainer.devices", "2", "--trainer.strategy", "fsdp2", "--name", "two"]
-    path = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     for more in (["--name", "one"], two):
-        command = [sys.executable, "-m", "nami_lightning.cli", "run", *tiny, *settings, *more]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
+        run([*tiny, *settings, *more])
     one, other = (read_entries(tmp_path / "runs" / name)[-1] for name in ("one", "two"))
     assert other.metrics == pytest.approx(one.metrics, rel=1e-3)
     assert (other.samples, other.flops, other.drawn) == (one.samples, one.flops, one.drawn)
@@ -467,3 +461,31 @@ def test_lines_are_plain_json(tmp_path: Path) -> None:
         "metrics": {"metrics/frechet_x": 1.0},
     }
     assert math.isfinite(line["flops"])
+
+
+# --- early checks, late errors ---------------------------------------------------------------------
+
+
+class Broken(MeanColours):
+    """Features of a network that fails."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        raise RuntimeError("no kernel for this image")
+
+
+def test_a_measurement_that_fails_loses_no_training_and_is_an_error_at_the_end(tiny: list[str], tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"training is saved, but Metrics failed at step 3: no kernel .*; step 6"):
+        fit(tiny, every_n_steps=3, features=Broken())
+    names = [path.stem for path in (tmp_path / "runs" / "tiny" / "checkpoints").iterdir()]
+    assert sorted(names) == ["step=0000002", "step=0000004", "step=0000006"]
+
+
+def test_what_measuring_needs_is_checked_before_the_first_step(
+    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(FileNotFoundError, match="CLIP no/such-clip can't be loaded"):
+        fit(tiny, agreement="no/such-clip")
+    monkeypatch.setattr(image_metrics, "FEWEST", 50)
+    with pytest.raises(ValueError, match="at least 50 held-out images of the finest stage, but there are"):
+        fit(tiny, samples=50, training_images=50)
+    assert not list((tmp_path / "runs" / "tiny").glob("checkpoints/*"))

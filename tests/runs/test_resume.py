@@ -1,7 +1,6 @@
 """Resuming: against the uninterrupted run, bit for bit, after kill -9 at random points."""
 
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -12,15 +11,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from helpers.processes import execute, start
 
 from nami_lightning.callbacks import RunCheckpoint
-from nami_lightning.cli.main import main
 from nami_lightning.runs.run_dir import Run
 
-# A server process that has imported everything: each run starts at once, in a process of its own.
-SPAWN = multiprocessing.get_context("forkserver")
-SPAWN.set_forkserver_preload(["nami_lightning.commands", "nami_lightning.callbacks", "nami_lightning.datamodules"])
-KILLS = int(os.environ.get("NAMI_KILLS", "10"))
+KILLS = int(os.environ.get("NAMI_KILLS", "5"))
 
 
 class RecordIds(RunCheckpoint):
@@ -33,16 +29,8 @@ class RecordIds(RunCheckpoint):
             file.write(json.dumps(line) + "\n")
 
 
-def train(arguments: list[str]) -> None:
-    """In a process of its own: one thread, so that sums are done in one order."""
-    torch.set_num_threads(1)
-    multiprocessing.set_start_method("fork", force=True)  # so that workers see it when their parent is killed
-    raise SystemExit(main(["run", *arguments]))
-
-
-def start(arguments: list[str]) -> Any:
-    process = SPAWN.Process(target=train, args=(arguments,))
-    process.start()
+def start_run(arguments: list[str], output: Path) -> Any:
+    (process,) = start(execute, (["run", *arguments],), 1, output)
     return process
 
 
@@ -66,13 +54,14 @@ def recording(tiny: list[str], tmp_path: Path) -> list[str]:
 
 
 def test_kill_9_at_random_points_ends_with_the_same_bits(recording: list[str], tmp_path: Path) -> None:
-    whole = start([*recording, "--name", "whole"])
+    output = tmp_path / "output"
+    whole = start_run([*recording, "--name", "whole"], output)
     whole.join()
-    assert whole.exitcode == 0
+    assert whole.exitcode == 0, output.read_text()
 
     chance, killed = random.Random(0), tmp_path / "runs" / "killed" / "ids.jsonl"
     for _ in range(KILLS):
-        process = start([*recording, "--name", "killed"])
+        process = start_run([*recording, "--name", "killed"], output)
         steps = lines_of(killed) + chance.randint(1, 10)  # fewer than are left, so that none of the runs ends by itself
         while lines_of(killed) < steps and process.is_alive():
             time.sleep(0.002)
@@ -80,9 +69,9 @@ def test_kill_9_at_random_points_ends_with_the_same_bits(recording: list[str], t
         assert process.is_alive()
         os.kill(process.pid, signal.SIGKILL)
         process.join()
-    last = start([*recording, "--name", "killed"])
+    last = start_run([*recording, "--name", "killed"], output)
     last.join()
-    assert last.exitcode == 0
+    assert last.exitcode == 0, output.read_text()
 
     one, other = Run(tmp_path / "runs" / "whole"), Run(tmp_path / "runs" / "killed")
     assert [path.name for path in other.checkpoints] == ["step=0000056.ckpt", "step=0000060.ckpt"]
