@@ -12,10 +12,10 @@ demo: install
 	$(BIN)/lightning show openmoji
 
 test: install
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 faults: install
-	$(BIN)/python tests/faults/kill_ranks.py --kills 20
+	PYTHONPATH=tests $(BIN)/python tests/faults/kill_ranks.py --kills 20
 	NAMI_KILLS=20 $(BIN)/python -m pytest tests -k kill_9_at_random_points
 
 lint: install

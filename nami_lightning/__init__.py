@@ -17,6 +17,7 @@ _HOMES = {
     "NamiTransformer2DModel": "models.transformer",
     "Phase": "training.curriculum",
     "PixelCodec": "models.autoencoder",
+    "RunTensorBoard": "runs.tensorboard",
 }
 
 __all__, __getattr__, __dir__ = lazy(__name__, _HOMES)

@@ -4,7 +4,7 @@ import argparse
 from argparse import Namespace
 from typing import Any
 
-from nami_lightning.cli.argument_types import positive_int
+from nami_lightning.cli.argument_types import positive_int, whole_number
 
 RECIPE_HELP = "a recipe file, or the name of a packaged recipe (default openmoji); any recipe key may follow"
 
@@ -46,7 +46,12 @@ def add_command(commands: Any) -> None:
         "a prepared data set, or a recipe",
     )
     data.add_argument("--images", metavar="DIR", help="folder of the same images for torchvision's ImageFolder")
-    data.add_argument("--workers", type=int, default=2, help="number of worker processes of each loader (default 2)")
+    data.add_argument(
+        "--workers",
+        type=whole_number,
+        default=2,
+        help="number of worker processes of each loader (default 2)",
+    )
     data.add_argument("--batch_size", type=positive_int, default=32, help="number of images per batch (default 32)")
     data.add_argument(
         "--samples",

@@ -15,8 +15,8 @@ def add_command(commands: Any) -> None:
         "compare",
         help="compare runs by tables, plots and images",
         description="Compare runs: final values, values at an equal budget, the budget that one needs to reach the "
-        "best value of another, and which differences are more than the metric's noise. The runs' recipes need the "
-        "callback Metrics.",
+        "best value of another, and which differences are more than the metric's noise. These need the callback "
+        "Metrics in the runs' recipes; validation losses and the differences of the recipes are shown without it.",
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help=RUN_HELP)
     parser.add_argument(
@@ -62,4 +62,5 @@ def write_comparison(folders: Sequence[Path], by: str, resamples: int, output: P
     records = load_records(folders)
     tables = write_page(records, by, output, differences(records, resamples) if resamples else [])
     print("\n\n".join(table.text() for table in tables))
-    print(f"\nPage: {output / 'index.html'}  TensorBoard: tensorboard --logdir {output / 'tensorboard'}")
+    events = output / "tensorboard"
+    print(f"\nPage: {output / 'index.html'}" + (f"  TensorBoard: tensorboard --logdir {events}" * events.is_dir()))

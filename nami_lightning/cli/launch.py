@@ -5,13 +5,19 @@ itself requeues a job whose node failed. The script requeues a job that ran out 
 before the end every process gets SIGUSR1, saves a checkpoint, and ends with the status REQUEUE.
 """
 
+from __future__ import annotations
+
 import shlex
 import sys
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-SECONDS_TO_SAVE = 120
+from nami_lightning.cli.argument_types import SECONDS_TO_SAVE, positive_int, time_limit
+
+if TYPE_CHECKING:
+    from nami_lightning.runs.recipe import Recipe
+
 SECONDS_TO_FOLLOW = 300
 """Seconds that the other processes may go on after the first has ended, for whatever reason."""
 
@@ -33,14 +39,16 @@ def add_command(commands: Any) -> None:
         allow_abbrev=False,
     )
     slurm.add_argument("recipe", metavar="RECIPE", help="a recipe file, or the name of a packaged recipe")
-    slurm.add_argument("--nodes", type=int, required=True, help="number of nodes")
-    slurm.add_argument("--gpus", type=int, required=True, help="number of GPUs of each node")
+    slurm.add_argument("--nodes", type=positive_int, required=True, help="number of nodes")
+    slurm.add_argument("--gpus", type=positive_int, required=True, help="number of GPUs of each node")
     slurm.add_argument(
-        "--cpus", type=int, help="number of cores for each GPU (default: the recipe's data workers plus one)"
+        "--cpus", type=positive_int, help="number of cores for each GPU (default: the recipe's data workers plus one)"
     )
     slurm.add_argument("--partition", help="partition of the cluster, as sbatch takes it")
     slurm.add_argument("--account", help="account to charge, as sbatch takes it")
-    slurm.add_argument("--time", help="time limit of the job, as sbatch takes it: 24:00:00 or 2-00:00:00")
+    slurm.add_argument(
+        "--time", type=time_limit, help="time limit of the job, as sbatch takes it: 24:00:00 or 2-00:00:00"
+    )
     slurm.add_argument("--output", metavar="FILE", help="file of the script (default: print it)")
     slurm.set_defaults(execute=launch_slurm, takes_keys=True)
 
@@ -51,6 +59,7 @@ def launch_slurm(options: Namespace) -> None:
     if options.output is None:
         print(script, end="")
     else:
+        Path(options.output).parent.mkdir(parents=True, exist_ok=True)
         Path(options.output).write_text(script)
         print(f"Submit it with: sbatch {options.output}")
 
@@ -63,12 +72,16 @@ def slurm_script(options: Namespace) -> str:
     Args:
         options: ``recipe``; ``overrides``; ``nodes``; ``gpus`` of each node; ``cpus`` for each GPU, or None for the
             recipe's data workers plus one; ``partition``, ``account`` and ``time``, or None for the cluster's defaults.
+
+    Raises:
+        ValueError: the run would refuse the recipe on so many GPUs.
     """
     from nami_lightning.runs.preemption import REQUEUE
     from nami_lightning.runs.recipe import Recipe
 
     sizes = ["--trainer.num_nodes", str(options.nodes), "--trainer.devices", str(options.gpus)]
     recipe = Recipe(options.recipe, [*options.overrides, *sizes])
+    check_on_ranks(recipe, options.nodes * options.gpus)
     logs = recipe.folder.resolve() / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     workers = recipe.config.data.init_args.get("num_workers", 0)
@@ -89,7 +102,7 @@ def slurm_script(options: Namespace) -> str:
         "output": logs / "slurm_%j.log",
         "open-mode": "append",
     }
-    lines = [f"#SBATCH --{key}={value}" for key, value in settings.items() if value is not None]
+    lines = [f"#SBATCH --{key}={shlex.quote(str(value))}" for key, value in settings.items() if value is not None]
     return "\n".join(
         [
             "#!/bin/bash",
@@ -105,3 +118,20 @@ def slurm_script(options: Namespace) -> str:
             "",
         ]
     )
+
+
+def check_on_ranks(recipe: Recipe, ranks: int) -> None:
+    """Refuse now what the run would refuse once it has waited in the queue.
+
+    Raises:
+        ValueError: the model or the data refuses the recipe, or a step's samples can't be split over the ranks.
+    """
+    from nami_lightning.training.curriculum import split_evenly
+
+    objects = recipe.parser.instantiate(recipe.config)
+    limits = getattr(objects.data, "max_micro_batch", None)
+    if limits is None:  # a DataModule of another kind splits its batches by itself
+        return
+    for phase in objects.curriculum.phases:
+        for stage, parts in enumerate(phase.ratio):
+            split_evenly(parts * objects.curriculum.unit, ranks, limits[stage], stage)

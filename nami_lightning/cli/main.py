@@ -5,9 +5,10 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from nami_lightning.cli import bench, compare, data, evaluate, export, launch, plan, run, sample, show, sweep
+from nami_lightning.cli.argument_types import CommandParser
 
 COMMANDS = (run, sample, show, plan, data, export, launch, evaluate, compare, sweep, bench)
 """The commands in the order of ``lightning --help``."""
@@ -33,11 +34,14 @@ NOISE = (
     r".*FSDP2-wrapped module .* returned a view tensor.*",
     r".*Checkpoint directory .* exists and is not empty.*",
     r".*`local_dir_use_symlinks` argument is deprecated.*",
+    r".*Consider setting `persistent_workers=True`.*",  # each loader is read once
+    r".*This DataLoader will create .* worker processes in total.*",  # the run reports how long it waits for data
+    r".*It is recommended to use `self.log\('(train|val|curriculum|throughput)/.*",  # these are sums over all ranks
     r".*your dataloader is not resumable.*",  # the number of the step is the position in the data
 )
 """Warnings of libraries about their own inner workings, which users can't act on."""
 
-ADVERTISEMENTS = ("Tip:", "`max_epochs=1` reached")
+ADVERTISEMENTS = ("Tip:", "`max_epochs=1` reached", "TPU available: False", "HPU available: False")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: unknown option {rest[0]}; see: lightning {options.command} --help", file=sys.stderr)
         return 2
     quieten_libraries()
+    say_loading(os.environ)
     from nami_lightning.errors import explain, is_user_error
 
     try:
@@ -68,7 +73,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     Commands with ``takes_keys`` accept any recipe key in addition to their options.
     """
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="lightning",
         description="Train text-to-image models in stages of rising resolution (NAMI).",
         epilog=EXAMPLES,
@@ -79,6 +84,17 @@ def make_parser() -> argparse.ArgumentParser:
     for command in COMMANDS:
         command.add_command(commands)
     return parser
+
+
+def say_loading(environment: Mapping[str, str]) -> None:
+    """Say on rank 0 that the command loads, before it imports for up to twenty seconds; not if that is done already.
+
+    Args:
+        environment: the process's environment variables.
+    """
+    rank = next((environment[name] for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if name in environment), "0")
+    if "torch" not in sys.modules and rank == "0":
+        print("Loading PyTorch and Lightning ...", file=sys.stderr, flush=True)
 
 
 def quieten_libraries() -> None:

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from nami_lightning.cli.argument_types import positive_int
+
 if TYPE_CHECKING:
     from nami_lightning.datamodules import MultiResolutionDataModule
     from nami_lightning.planning.inputs import Network, Setup, Sharding
@@ -43,7 +45,9 @@ def add_command(commands: Any) -> None:
         "recipe", metavar="RECIPE", help="a recipe file, or the name of a packaged recipe; any recipe key may follow"
     )
     parser.add_argument(
-        "--devices", type=int, help="number of devices (default: the recipe's trainer.devices, or 8 if that is auto)"
+        "--devices",
+        type=positive_int,
+        help="number of devices (default: the recipe's trainer.devices, or 8 if that is auto)",
     )
     parser.add_argument(
         "--device", default="a100-80gb", help="kind of device: a100-40gb, h100, h200, ... (default a100-80gb)"
@@ -56,7 +60,7 @@ def add_command(commands: Any) -> None:
     )
     parser.add_argument(
         "--images",
-        type=int,
+        type=positive_int,
         nargs="+",
         metavar="N",
         help="number of training images: one total, or one number for each resolution",
@@ -132,10 +136,21 @@ def read_setup(name: str, objects: Any, options: Namespace) -> Setup:
 
 
 def count_devices(trainer: Any) -> int:
-    """Return the number of devices that the recipe states; eight on each node if it states none."""
+    """Return the number of devices that the recipe states; eight on each node if it states none.
+
+    Raises:
+        ValueError: a number below 1.
+    """
     each = trainer.devices
+    if isinstance(each, str) and "," in each:  # Lightning's way to list devices: "0,1"
+        each = each.strip(",").split(",")
     number = len(each) if isinstance(each, list) else int(each) if str(each).isdigit() else DEFAULT_DEVICES_PER_NODE
-    return number * int(trainer.num_nodes or 1)
+    nodes = 1 if trainer.num_nodes is None else int(trainer.num_nodes)
+    if number < 1 or nodes < 1:
+        raise ValueError(
+            f"trainer.devices and trainer.num_nodes must be at least 1; got {trainer.devices} and {trainer.num_nodes}"
+        )
+    return number * nodes
 
 
 def read_sharding(strategy: Any) -> Sharding:

@@ -21,6 +21,7 @@ def show(options: Namespace) -> None:
     """Print a run's progress, last losses and files."""
     from nami_lightning.runs.recipe import Recipe
     from nami_lightning.runs.run_dir import find_run
+    from nami_lightning.runs.tensorboard import describe_curves
 
     run = find_run(options.run)
     recipe = Recipe(run.recipe)
@@ -33,7 +34,7 @@ def show(options: Namespace) -> None:
     samples = sorted((run.folder / "samples").glob("*.png"))
     rows["newest samples"] = str(samples[-1]) if samples else "none yet"
     rows["recipe"] = str(run.recipe)
-    rows["curves"] = f"tensorboard --logdir {run.folder.parent}"
+    rows["curves"] = describe_curves([run.folder]) or "none: no TensorBoard events in the run's folder"
     width = min(max(map(len, rows)), shutil.get_terminal_size().columns // 2)
     for key, value in rows.items():
         print(f"{key:{width}}  {value}")
@@ -41,10 +42,8 @@ def show(options: Namespace) -> None:
 
 def last_scalars(folder: Path) -> dict[str, tuple[int, float]]:
     """Return the newest value of each loss and metric in a run's TensorBoard events, as (step, value) by name."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from nami_lightning.runs.tensorboard import read_scalars
 
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 1, "images": 1})
-    events.Reload()
     kinds = ("train/loss", "val/", "metrics/", "probe/")
-    tags = [tag for tag in sorted(events.Tags()["scalars"]) if tag.startswith(kinds) and "_tau_" not in tag]
-    return {tag: (newest.step, newest.value) for tag in tags for newest in events.Scalars(tag)[-1:]}
+    found = read_scalars(folder, lambda tag: tag.startswith(kinds) and "_tau_" not in tag)
+    return {tag: values[-1] for tag, values in found.items()}

@@ -4,7 +4,7 @@ It also computes which differences are more than the noise of the metric. Only n
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +21,7 @@ from nami_lightning.metrics.record import METRICS, Entry, Evaluation, read_entri
 from nami_lightning.runs.lock import is_held
 from nami_lightning.runs.old_recipes import upgrade
 from nami_lightning.runs.run_dir import Run, step_of
+from nami_lightning.runs.tensorboard import read_scalars
 from nami_lightning.training.rng import derive_seed
 
 AXES: Mapping[str, Callable[[Entry], float | None]] = {
@@ -37,8 +38,16 @@ HEADLINE_METRICS = (*distances.DISTANCES, "clip_score", "retrieval_at_1")
 """Metrics for which a table lists what it takes to reach another run's best value."""
 
 IRRELEVANT_KEYS = (
-    *("name", "output_dir", "data.init_args.num_workers", "data.init_args.prefetch_factor", "data.init_args.cache"),
+    *(
+        "name",
+        "output_dir",
+        "import_from",
+        "data.init_args.num_workers",
+        "data.init_args.prefetch_factor",
+        "data.init_args.cache",
+    ),
     *("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.max_time"),
+    *("trainer.logger", "trainer.enable_progress_bar", "trainer.enable_model_summary"),
 )
 """Recipe keys that don't change what is trained; two runs that differ only in these have the same recipe."""
 
@@ -64,6 +73,7 @@ class RunRecord:
         seed: seed of the training; None if the recipe states none.
         entries: evaluations of the run, by step.
         evaluation: data of the newest evaluation; None if there is none.
+        losses: validation losses of the run, as (step, value) by name.
     """
 
     name: str
@@ -73,6 +83,7 @@ class RunRecord:
     seed: int | None
     entries: list[Entry]
     evaluation: Evaluation | None
+    losses: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
 
     def value(self, metric: str) -> float | None:
         """Return the value of a metric at the last evaluation; None if there is none."""
@@ -107,11 +118,17 @@ def load_records(folders: Sequence[Path]) -> list[RunRecord]:
         unique = str(folder) if names.count(name) > 1 else name
         recipe, total = read_resolved_recipe(Run(folder))
         seed = recipe.pop("seed", None)
-        for path in IRRELEVANT_KEYS:
-            _remove(recipe, path.split("."))
+        remove_irrelevant(recipe)
         state = describe_state(Run(folder), total)
-        records.append(RunRecord(unique, folder, state, yaml.safe_dump(recipe), seed, entries, evaluation))
+        losses = read_scalars(folder, lambda tag: tag.startswith("val/") and "_tau_" not in tag)
+        records.append(RunRecord(unique, folder, state, yaml.safe_dump(recipe), seed, entries, evaluation, losses))
     return records
+
+
+def remove_irrelevant(recipe: dict[str, Any]) -> None:
+    """Remove from a recipe the keys that don't change what is trained."""
+    for path in IRRELEVANT_KEYS:
+        _remove(recipe, path.split("."))
 
 
 def _remove(recipe: Any, keys: Sequence[str]) -> None:

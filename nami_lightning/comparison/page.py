@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image
 
 from nami_lightning.comparison.compare import Difference, RunRecord
-from nami_lightning.comparison.plots import image_grid, write_plots, write_tensorboard
+from nami_lightning.comparison.plots import image_grid, write_loss_plots, write_plots, write_tensorboard
 from nami_lightning.comparison.report import Table, make_tables
 from nami_lightning.utils.atomic_write import write_text
 from nami_lightning.utils.image_grid import data_url, save_image
@@ -75,10 +75,12 @@ def write_page(records: Sequence[RunRecord], by: str, output: Path, found: Seque
     remove_comparison(output)
     shown = make_tables(records, by, found)
     title = " · ".join(record.name for record in records)
-    svgs, picture = write_plots(records, by, output), image_grid(records)
+    svgs = [*write_plots(records, by, output), *write_loss_plots(records, output)]
+    picture = image_grid(records)
     if picture is not None:
         save_image(picture, output / "grid.png")
-    write_tensorboard(records, output / "tensorboard")
+    if any(record.entries for record in records):
+        write_tensorboard(records, output / "tensorboard")
     files = {"comparison.md": f"# {title}\n\n" + "\n".join(table.markdown() for table in shown)}
     files["index.html"] = render_page(title, shown, svgs, picture)
     for name, text in files.items():
@@ -91,6 +93,9 @@ def remove_comparison(output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
     if not (output / "comparison.md").is_file():
         return
-    for path in (*output.glob("metrics_*"), *output.glob("probe_*"), output / "grid.png"):
+    for path in (
+        *(path for kind in ("metrics", "probe", "val") for path in output.glob(f"{kind}_*")),
+        output / "grid.png",
+    ):
         path.unlink(missing_ok=True)
     shutil.rmtree(output / "tensorboard", ignore_errors=True)

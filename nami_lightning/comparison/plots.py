@@ -57,6 +57,29 @@ def write_plots(records: Sequence[RunRecord], by: str, folder: Path) -> list[Pat
     return written
 
 
+def write_loss_plots(records: Sequence[RunRecord], folder: Path) -> list[Path]:
+    """Plot each validation loss over the steps with a curve per run, as PNG and SVG, and return the SVGs' paths."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.ticker import EngFormatter
+
+    written = []
+    for name in dict.fromkeys(name for record in records for name in record.losses):
+        figure, axes = pyplot.subplots(figsize=(6.4, 4), layout="constrained")
+        for number, record in enumerate(records):
+            if curve := record.losses.get(name):
+                axes.plot(*zip(*curve, strict=True), label=record.name, color=f"C{number % 10}", marker=".")
+        axes.set(xlabel="steps", ylabel=name.partition("/")[2], title=f"{name} (does not rank runs)")
+        axes.xaxis.set_major_formatter(EngFormatter())
+        axes.grid(alpha=0.3)
+        axes.legend()
+        written.append(save_figure(figure, folder / name.replace("/", "_")))
+        pyplot.close(figure)
+    return written
+
+
 def _title(metric: str) -> str:
     return metric + {-1: " (smaller is better)", 0: "", 1: " (larger is better)"}[direction(metric)]
 

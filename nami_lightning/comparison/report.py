@@ -8,6 +8,7 @@ import numpy as np
 
 from nami_lightning.comparison import compare
 from nami_lightning.comparison.compare import AXES, HEADLINE_METRICS, Difference, RunRecord, direction
+from nami_lightning.comparison.recipe_differences import differing_keys
 from nami_lightning.comparison.seed_variance import group_by_recipe, seed_differences
 from nami_lightning.utils.text_table import table as aligned
 
@@ -28,6 +29,13 @@ SEED_DIFFERENCES_NOTE = (
     "If two recipes were equally good, every order of their seeds would be equally likely. The last column is the "
     "probability that all seeds of one are then better than all of the other (1/3 for two seeds each, 1/10 for three)."
 )
+LOSSES_NOTE = (
+    "A loss tells whether a run goes on learning. It does not rank runs: with another bridge, other windows or another "
+    "distribution of times it measures something else, and a lower loss can go with worse images. Rank by the metrics."
+)
+LONGEST_CELL = 60
+"""Largest number of letters of a recipe's value in a table."""
+
 METRICS_NOTE = (
     "To measure a run, add this to its recipe:  trainer: {callbacks+: [{class_path: nami_lightning.callbacks.Metrics}]}"
 )
@@ -90,11 +98,8 @@ def format_value(value: float | None) -> str:
 
 
 def make_tables(records: Sequence[RunRecord], by: str, found: Sequence[Difference]) -> list[Table]:
-    """Return all tables of a comparison; only the table of runs if none was ever measured."""
-    if not any(record.entries for record in records):
-        return [runs_table(records)]
-    return [
-        runs_table(records),
+    """Return all tables of a comparison; without those of metrics if no run was ever measured."""
+    of_metrics = [
         values_table(records),
         *seed_tables(records),
         budget_table(records, by),
@@ -104,6 +109,12 @@ def make_tables(records: Sequence[RunRecord], by: str, found: Sequence[Differenc
             if _shows_budgets(metric, found)
         ),
         *([differences_table(records, found)] if found else []),
+    ]
+    return [
+        runs_table(records),
+        *(of_metrics if any(record.entries for record in records) else []),
+        *([losses_table(records)] if any(record.losses for record in records) else []),
+        *([recipes_table(records)] if len(records) > 1 else []),
     ]
 
 
@@ -148,6 +159,30 @@ def values_table(records: Sequence[RunRecord]) -> Table:
         rows.append([_arrow(metric), *_starred([record.value(metric) for record in records], direction(metric))])
     note = "* the best. ↓ smaller is better, ↑ larger is better, · neither is better: a check." if rows else ""
     return Table("At each run's last evaluation", ["metric", *(record.name for record in records)], rows, note)
+
+
+def losses_table(records: Sequence[RunRecord]) -> Table:
+    """Return a table of each run's last validation losses, which are in its TensorBoard events."""
+    names = list(dict.fromkeys(name for record in records for name in record.losses))
+    rows = []
+    for name in names:
+        last = [record.losses[name][-1] if name in record.losses else None for record in records]
+        rows.append([name, *(MISSING if one is None else f"{format_value(one[1])} (step {one[0]:,})" for one in last)])
+    return Table("Last validation losses", ["loss", *(record.name for record in records)], rows, LOSSES_NOTE)
+
+
+def recipes_table(records: Sequence[RunRecord]) -> Table:
+    """Return a table of the recipe keys in which the runs differ."""
+    rows = [[key, *map(_short, values)] for key, values in differing_keys(records).items()]
+    note = "Keys that don't change what is trained (name, folders, devices, loggers) are left out."
+    if not rows:
+        note = f"The recipes are the same. {note}"
+    return Table("In what the recipes differ", ["key", *(record.name for record in records)], rows, note)
+
+
+def _short(value: object) -> str:
+    text = MISSING if value is None else str(value)
+    return text if len(text) <= LONGEST_CELL else f"{text[: LONGEST_CELL - 4]} ..."
 
 
 def seed_tables(records: Sequence[RunRecord]) -> list[Table]:

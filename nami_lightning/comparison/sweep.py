@@ -26,11 +26,12 @@ from typing import Any
 
 import yaml
 
-from nami_lightning.comparison.compare import AXES
+from nami_lightning.comparison.compare import AXES, read_resolved_recipe, remove_irrelevant
 from nami_lightning.errors import one_line
 from nami_lightning.runs.preemption import INTERRUPTED, REQUEUE, SIGNALS
 from nami_lightning.runs.recipe import RECIPES, Recipe
 from nami_lightning.runs.run_dir import Run, step_of
+from nami_lightning.utils.text_files import read_text
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,8 @@ def load_sweep(path: Path) -> Sweep:
         ValueError: the file isn't YAML, has an unknown key or lacks one, or two runs have the same name.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        content = yaml.safe_load(read_text(path))
+    except yaml.YAMLError as error:
         raise ValueError(f"{path} is not YAML: {one_line(error)}") from error
     values = _check_keys(Sweep, content, str(path))
     if not isinstance(values["runs"], list) or not values["runs"]:
@@ -206,6 +207,9 @@ def describe_if_finished(recipe: Recipe) -> str:
     total = sum(phase.steps for phase in recipe.config.curriculum.phases)
     if not any(step_of(path) >= total for path in run.checkpoints[-1:]):
         return ""
-    if run.recipe.read_text(encoding="utf-8") != recipe.dump():
+    trained, now = read_resolved_recipe(run)[0], recipe.values()
+    for one in (trained, now):
+        remove_irrelevant(one)
+    if trained != now:
         return ": finished, but with another recipe than now; remove or rename the run to train it again"
     return ": finished"

@@ -155,7 +155,7 @@ def test_a_damaged_checkpoint_is_named(finished: Path, tmp_path: Path, capsys: A
 def test_sample_writes_images_and_a_grid(finished: Path, tmp_path: Path, capsys: Any) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("flag: France\n\nhouse\n", encoding="utf-8")
-    arguments = ["sample", str(finished), *PROMPT, "--prompts", str(prompts), "--out", str(tmp_path / "out")]
+    arguments = ["sample", str(finished), *PROMPT, "--prompts", str(prompts), "--output", str(tmp_path / "out")]
     assert main([*arguments, "--images", "2"]) == 0
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names == [*(f"{i:05d}.png" for i in range(8)), "grid.png"]
@@ -165,7 +165,7 @@ def test_sample_writes_images_and_a_grid(finished: Path, tmp_path: Path, capsys:
 def test_a_saved_pipeline_draws_what_the_run_draws(finished: Path, tmp_path: Path) -> None:
     load_pipeline(str(finished)).save_pretrained(tmp_path / "pipeline")
     for source, out in ((finished, "run"), (tmp_path / "pipeline", "saved")):
-        assert main(["sample", str(source), *PROMPT, "--out", str(tmp_path / out)]) == 0
+        assert main(["sample", str(source), *PROMPT, "--output", str(tmp_path / out)]) == 0
     one, other = (Image.open(tmp_path / out / "00000.png").tobytes() for out in ("run", "saved"))
     assert one == other
     assert isinstance(NamiPipeline.from_pretrained(tmp_path / "pipeline"), NamiPipeline)
@@ -220,7 +220,7 @@ def test_show_tells_what_a_run_is(finished: Path, capsys: Any) -> None:
         (["run", str(TINY), "--curriculum.phases", "[]"], "needs at least one phase"),
         (["run", str(TINY), "--model.bridge.init_args.channels", "4"], "both are the channels of the latents"),
         (["run", str(TINY), "--model.text_encoder.sequence", "no/such-model"], "no/such-model"),
-        (["sample", "nowhere", "--prompt", "x", "--out", "o"], "nowhere is neither a run"),
+        (["sample", "nowhere", "--prompt", "x", "--output", "o"], "nowhere is neither a run"),
         (["show", "nowhere"], "nowhere is not a run"),
     ],
 )

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from nami_lightning.cli.argument_types import time_limit
 from nami_lightning.cli.main import main
 
 # Of sbatch's manual page; all that a script of ours may hold.
@@ -23,7 +24,7 @@ def script(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 def test_the_script_is_bash_and_starts_a_process_a_gpu(
     tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    keys = [*tiny[1:], "--seed", "5"]
+    keys = [*tiny[1:], "--seed", "5", "--curriculum.unit", "32"]
     text = script(capsys, tiny[0], "--nodes", "8", "--gpus", "4", "--partition", "a100", "--time", "1-00:00:00", *keys)
     subprocess.run(["bash", "-n"], input=text, text=True, check=True)
     lines = text.splitlines()
@@ -74,3 +75,46 @@ def test_it_is_queued_again_if_the_run_asks_for_it(
 def test_a_wrong_recipe_is_refused_before_it_is_queued(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["launch", "slurm", *tiny, "--nodes", "1", "--gpus", "1", "--curriculum.units", "2"]) == 2
     assert "did you mean curriculum.unit" in capsys.readouterr().err.replace("--", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gpus", "3"], "stage 1: 8 samples a step can't be split evenly over 3 rank(s)"),
+        (["--gpus", "1", "--nodes", "5"], "can't be split evenly over 5 rank(s)"),
+        (["--gpus", "1", "--model.transformer.init_args.num_layers", "[1, 0]"], "need one number a stage"),
+        (["--gpus", "1", "--resolutions", "[8, 16]"], "must have one number a stage"),
+        (["--gpus", "0"], "0 is not a whole number of at least 1"),
+        (["--gpus", "1", "--nodes", "-1"], "-1 is not a whole number of at least 1"),
+        (["--gpus", "1", "--cpus", "0"], "0 is not a whole number of at least 1"),
+        (["--gpus", "1", "--time", "1 day"], "1 day is no time that sbatch takes: MINUTES, MINUTES:SECONDS"),
+        (["--gpus", "1", "--time", "24h"], "24h is no time that sbatch takes"),
+        (["--gpus", "1", "--time", "1-"], "1- is no time that sbatch takes"),
+        (["--gpus", "1", "--time", "1:00:00:00"], "1:00:00:00 is no time that sbatch takes"),
+        (["--gpus", "1", "--time", "2"], "2 is 120 seconds, but a job is asked to save its checkpoint 120 seconds"),
+        (["--gpus", "1", "--time", "0:01:30"], "0:01:30 is 90 seconds"),
+    ],
+)
+def test_what_the_run_or_sbatch_would_refuse_is_refused_now(
+    tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    nodes = [] if "--nodes" in arguments else ["--nodes", "1"]
+    file = tmp_path / "job.sh"
+    try:
+        code: object = main(["launch", "slurm", *tiny, *nodes, *arguments, "--output", str(file)])
+    except SystemExit as error:  # of argparse
+        code = error.code
+    assert code == 2
+    assert message in capsys.readouterr().err
+    assert not file.exists()
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("time", ["90", "90:30", "24:00:00", "2-00", "2-12:30", "2-12:30:00", "0", "unlimited"])
+def test_every_form_of_time_that_sbatch_takes_is_taken(time: str) -> None:
+    assert time_limit(time) == time
+
+
+def test_words_with_spaces_are_quoted_for_sbatch(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    text = script(capsys, *tiny, "--nodes", "1", "--gpus", "1", "--name", "two words")
+    assert "#SBATCH --job-name='two words'" in text.splitlines()

@@ -4,8 +4,6 @@ import base64
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from itertools import combinations
@@ -15,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from helpers.processes import end, execute, start
 from PIL import Image
 
 from nami_lightning.cli.main import main
@@ -380,18 +379,16 @@ def test_a_sweep_that_is_told_to_stop_lets_its_run_save_and_starts_no_other(
     runs = [{"recipe": tiny[0], "name": run, "overrides": {"data": data}} for run in ("one", "other")]
     file = tmp_path / "sweep.yaml"
     file.write_text(yaml.safe_dump({"output_dir": str(tmp_path / "runs"), "runs": runs}))
-    command = [sys.executable, "-m", "nami_lightning.cli", "sweep", str(file)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(command, start_new_session=True, env=environment, stdout=log, stderr=log)
+    (process,) = start(execute, (["sweep", str(file)],), 1, tmp_path / "log")
     checkpoints = tmp_path / "runs" / "one" / "checkpoints"
-    while process.poll() is None and not list(checkpoints.glob("*.ckpt")):
+    while process.is_alive() and not list(checkpoints.glob("*.ckpt")):
         time.sleep(0.05)
+    assert process.pid
     if name == "SIGINT":
         os.killpg(process.pid, signal.SIGINT)
     else:
         process.terminate()
-    assert process.wait(120) == status
+    assert end([process]) == status
     saved = step_of(Run(tmp_path / "runs" / "one").checkpoints[-1])
     assert f"Told to stop: saved step {saved} of 60" in (tmp_path / "log").read_text()
     assert not (tmp_path / "runs" / "other").exists()
@@ -409,7 +406,7 @@ def test_a_sweep_trains_resumes_skips_and_compares(
                 "training_images": 12,
                 "every_n_steps": 2,
                 "agreement": None,
-                "features": {"class_path": "tiny_models.MeanColours"},
+                "features": {"class_path": "helpers.tiny_models.MeanColours"},
                 "sampler": {"num_inference_steps": 1, "guidance_scale": 1.0},
             },
         },
@@ -436,7 +433,6 @@ def test_a_sweep_trains_resumes_skips_and_compares(
         return real_run(command) if "wrong" in command else main(command[3:])
 
     monkeypatch.setattr(sweep_module, "run_command", run_here)
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]), prepend=os.pathsep)
 
     assert main(["sweep", str(path), "--resamples", "20"]) == 2
     told = capfd.readouterr()

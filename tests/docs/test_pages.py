@@ -48,9 +48,10 @@ def run_shell(code: str) -> None:
             assert main(words[1:]) == 0, line
 
 
-def run_page(page: str, capfd: pytest.CaptureFixture[str]) -> int:
+def run_page(page: str, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> int:
     """Run a page's blocks in the current folder, and return how many were run or compared."""
     namespace: dict[str, object] = {"__name__": "page"}
+    caplog.set_level("INFO", "lightning.pytorch.utilities.rank_zero")
     printed, count = "", 0
     for count, block in enumerate(blocks(page), 1):
         if block.title is not None:
@@ -65,7 +66,8 @@ def run_page(page: str, capfd: pytest.CaptureFixture[str]) -> int:
             continue
         else:
             raise AssertionError(f"{page}: a block of {block.language} has no title and can't be run")
-        printed = "".join(capfd.readouterr())
+        printed = "".join(capfd.readouterr()) + caplog.text
+        caplog.clear()
     return count
 
 
@@ -81,14 +83,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("page", sorted(str(path.relative_to(DOCS)) for path in DOCS.glob("extend/*.md")))
 def test_a_page_runs_as_written(
-    page: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    page: str,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    assert run_page(page, capfd) >= 3
+    assert run_page(page, capfd, caplog) >= 3
 
 
-def test_a_wrong_page_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_page_fails(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys.modules[__name__], "DOCS", tmp_path)
     for text, error in (
@@ -99,7 +110,7 @@ def test_a_wrong_page_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     ):
         Path("page.md").write_text(text)
         with pytest.raises(error):
-            run_page("page.md", capfd)
+            run_page("page.md", capfd, caplog)
 
 
 def test_the_recipes_page_has_every_key() -> None:

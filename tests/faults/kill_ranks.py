@@ -1,6 +1,6 @@
 """Kills one of two ranks again and again, in a step or while a checkpoint is written; torchrun starts both anew.
 
-    python tests/faults/kill_ranks.py --kills 20        # what `make faults` does
+    PYTHONPATH=tests python tests/faults/kill_ranks.py --kills 20        # what `make faults` does
 
 After every kill the newest checkpoint must load. In the end weights, EMA and moments must be those of a run that nobody
 disturbed: equal bit for bit. Prints a line a kill; the exit status is 1 if anything differs.
@@ -20,15 +20,21 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from faults import ENVIRONMENT, numbers, same_numbers
+from helpers.checkpoint_contents import numbers, same_numbers
+from helpers.processes import ENVIRONMENT, end, execute, start
+from torch.distributed.launcher.api import elastic_launch
+from torch.distributed.run import config_from_args, parse_args
 from tqdm import tqdm
 
+from nami_lightning.cli.main import main as lightning
 from nami_lightning.datamodules.preparation.prepare import prepare
 from nami_lightning.datamodules.preparation.prepare_parts import Preparation, fingerprint, settings_of
 from nami_lightning.datamodules.sources import OpenMoji
 from nami_lightning.runs.run_dir import Run, read_metadata, step_of
 
 TINY = Path(__file__).parents[1] / "tiny.yaml"
+ExitCode = Callable[[], int | None]
+Launch = Callable[[list[str], int, Path], ExitCode]
 
 
 def write_recipe(folder: Path, steps: int, data: Path) -> Path:
@@ -52,7 +58,7 @@ def write_recipe(folder: Path, steps: int, data: Path) -> Path:
                 for entry in callbacks
                 if entry["class_path"].endswith(("CurriculumCallback", "Pretraining", "EMA"))
             ],
-            {"class_path": "faults.TellProcess"},
+            {"class_path": "helpers.harmful_callbacks.TellProcess"},
             {
                 "class_path": "nami_lightning.callbacks.RunCheckpoint",
                 "init_args": {"every_n_steps": 2, "asynchronous": True},
@@ -64,15 +70,37 @@ def write_recipe(folder: Path, steps: int, data: Path) -> Path:
     return path
 
 
-def start(recipe: Path, name: str, restarts: int, log: Path) -> "subprocess.Popen[bytes]":
-    """The recipe under torchrun on two processes of this machine."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max-restarts", str(restarts)]
-    command = [sys.executable, *torchrun, "-m", "nami_lightning.cli", "run", str(recipe), "--name", name]
+def torchrun(arguments: list[str], restarts: int, log: Path) -> ExitCode:
+    """Start ``lightning ARGUMENTS`` under torchrun, in two processes that import everything anew at each start."""
+    command = [sys.executable, "-m", "torch.distributed.run", *agent_options(restarts), "-m", "nami_lightning.cli"]
     with log.open("ab") as file:
-        return subprocess.Popen(command, env=ENVIRONMENT, stdout=file, stderr=file)
+        return subprocess.Popen([*command, *arguments], stdout=file, stderr=file).poll
 
 
-def disturb(process: "subprocess.Popen[bytes]", run: Path, kills: int, steps: int, chance: random.Random) -> None:
+def forked_torchrun(arguments: list[str], restarts: int, log: Path) -> ExitCode:
+    """As ``torchrun``, but its agent and the ranks that it starts are forked from one that has imported everything."""
+    (process,) = start(be_agent, (agent_options(restarts), arguments), 1, log)
+    return lambda: process.exitcode
+
+
+def agent_options(restarts: int) -> list[str]:
+    """Two ranks on this machine; what ``--standalone`` sets is written out, since the command alone knows it."""
+    alone = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--rdzv-id", "kill_ranks"]
+    return [*alone, "--nproc_per_node", "2", "--max-restarts", str(restarts)]
+
+
+def be_agent(options: list[str], arguments: list[str]) -> None:
+    """Do what ``python -m torch.distributed.run`` does, with a function in place of a command."""
+    config, _, _ = config_from_args(parse_args([*options, "--start-method", "fork", "a_script"]))
+    elastic_launch(config, entrypoint=be_rank)(arguments)
+
+
+def be_rank(arguments: list[str]) -> None:
+    if status := lightning(arguments):
+        raise SystemExit(status)
+
+
+def disturb(exit_code: ExitCode, run: Path, kills: int, steps: int, chance: random.Random) -> None:
     """Kill a rank ``kills`` times, every second time while a checkpoint is being written, if one still is."""
     hold = run / "hold"
     hold.parent.mkdir()
@@ -80,10 +108,10 @@ def disturb(process: "subprocess.Popen[bytes]", run: Path, kills: int, steps: in
     last = 0.0
     for number in tqdm(range(kills), "kills"):
         rank, in_writing = chance.randrange(2), number % 2 == 1
-        wait_for(process, partial(began, run, last))
+        wait_for(exit_code, partial(began, run, last))
         time.sleep(chance.uniform(0, 0.5))
         if in_writing:
-            wait_for(process, lambda: list(run.glob("checkpoints/*.partial")) or newest_step(run) >= steps - 2)
+            wait_for(exit_code, partial(is_writing, run, steps), pause=0.001)
             in_writing = bool(list(run.glob("checkpoints/*.partial")))
         os.kill(pid_of(run, rank), signal.SIGKILL)
         newest = newest_step(run)
@@ -93,16 +121,22 @@ def disturb(process: "subprocess.Popen[bytes]", run: Path, kills: int, steps: in
             assert numbers(checkpoint)
         tqdm.write(f"killed rank {rank} in {'writing' if in_writing else 'a step'}; the newest is of step {newest}")
         # Not before the other is gone too: what it wrote must not pass for a sign of the next start.
-        wait_for(process, lambda: not any(alive(pid_of(run, rank)) for rank in range(2)))
+        wait_for(exit_code, lambda: not any(alive(pid_of(run, rank)) for rank in range(2)))
         last = time.time()
     hold.unlink()
 
 
-def wait_for(process: "subprocess.Popen[bytes]", done: Callable[[], Any]) -> None:
+def wait_for(exit_code: ExitCode, done: Callable[[], Any], pause: float = 0.01) -> None:
     """Until ``done()``; the run must not end before."""
     while not done():
-        assert process.poll() is None, "the run ended on its own"
-        time.sleep(0.001)
+        assert exit_code() is None, "the run ended on its own"
+        time.sleep(pause)
+
+
+def is_writing(run: Path, steps: int) -> bool:
+    """Whether a checkpoint after the first is being written, or none is left to be."""
+    newest = newest_step(run)
+    return newest >= steps - 2 or (newest > 0 and any(run.glob("checkpoints/*.partial")))
 
 
 def began(run: Path, after: float) -> bool:
@@ -128,15 +162,17 @@ def alive(pid: int) -> bool:
     return True
 
 
-def check(folder: Path, kills: int, steps: int, seed: int, data: Path) -> list[str]:
+def check(folder: Path, kills: int, steps: int, seed: int, data: Path, launch: Launch = torchrun) -> list[str]:
     """What differs between a disturbed run and one that was left alone; nothing should."""
     recipe = write_recipe(folder, steps, data)
     log = folder / "output.log"
-    for name, restarts in (("whole", 0), ("killed", kills)):
-        process = start(recipe, name, restarts, log)
-        if restarts:
-            disturb(process, folder / name, kills, steps, random.Random(seed))
-        assert process.wait() == 0, f"{name} failed: see {log}"
+    assert end(start(execute, (["run", str(recipe), "--name", "whole"],), 2, log)) == 0, log.read_text()
+    exit_code = launch(["run", str(recipe), "--name", "killed"], kills, log)
+    disturb(exit_code, folder / "killed", kills, steps, random.Random(seed))
+    while exit_code() is None:
+        time.sleep(0.05)
+    assert exit_code() == 0, log.read_text()
+    assert f"Resuming {folder / 'killed'}" in log.read_text()
     one, other = (Run(folder / name).checkpoints[-1] for name in ("whole", "killed"))
     assert step_of(one) == step_of(other) == steps
     return same_numbers(numbers(one), numbers(other))
@@ -148,6 +184,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, help="of the run (default: 6 a kill)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default 0)")
     options = parser.parse_args()
+    os.environ.update(ENVIRONMENT)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         source, preparation = OpenMoji(["en", "de"], 80, size=32), Preparation([32], heldout_percent=10.0, format="png")

@@ -1,13 +1,11 @@
 """Several processes over gloo against one: the same global batches, so the same losses and weights, however spread."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers.processes import lightning, run, run_as_command
 from torch import Tensor
 
 from nami_lightning.models.text_encoder import PromptEncoder
@@ -16,12 +14,11 @@ from nami_lightning.runs.run_dir import Run
 from nami_lightning.training.strategies import FSDP2Strategy, shard_text_encoder
 
 PHASES = (
-    "{steps: 6, ratio: [2, 4, 0], learning_rate: 0.002, warmup_steps: 2}",  # stage 3 is not touched yet
-    "{steps: 6, ratio: [4, 2, 2], learning_rate: 0.001, warmup_steps: 0}",
-    "{steps: 8, ratio: [0, 2, 4], learning_rate: 0.001, warmup_steps: 0}",
+    "{steps: 3, ratio: [2, 4, 0], learning_rate: 0.002, warmup_steps: 2}",  # stage 3 is not touched yet
+    "{steps: 3, ratio: [4, 2, 2], learning_rate: 0.001, warmup_steps: 0}",
+    "{steps: 4, ratio: [0, 2, 4], learning_rate: 0.001, warmup_steps: 0}",
 )
-STEPS = 20
-SETTINGS = ["--data.init_args.num_workers", "0", "--trainer.log_every_n_steps", "1"]
+STEPS = 10
 STRATEGIES: dict[str, list[str]] = {
     "ddp": ["--trainer.devices", "2", "--trainer.strategy", "ddp_find_unused_parameters_true"],
     "fsdp2": ["--trainer.devices", "2", "--trainer.strategy", "fsdp2", "--model.activation_checkpointing", "2"],
@@ -36,23 +33,17 @@ STRATEGIES: dict[str, list[str]] = {
         *("--trainer.strategy.init_args.shard_text_encoder", "true", "--model.text_encoder.cache", "false"),
     ],
 }
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
 def phases(*steps: str) -> list[str]:
-    return ["--curriculum.phases", f"[{', '.join(steps)}]"]
-
-
-def run(arguments: list[str]) -> None:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "nami_lightning.cli", "run", *arguments, *SETTINGS]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    return ["--curriculum.phases", f"[{', '.join(steps)}]", "--trainer.val_check_interval", str(STEPS)]
 
 
 @pytest.fixture(scope="module")
 def alone(tiny_module: list[str]) -> Path:
     """The run of one process, which the others are compared with."""
-    run([*tiny_module, *phases(*PHASES), "--name", "alone"])
+    run_as_command([*tiny_module, *phases(*PHASES), "--name", "alone"])
     return Path(tiny_module[2]) / "alone"
 
 
@@ -91,7 +82,12 @@ def assert_same(folder: Path, other: Path) -> None:
 
 @pytest.mark.parametrize("strategy", list(STRATEGIES))
 def test_several_processes_train_as_one(alone: Path, tiny_module: list[str], strategy: str) -> None:
-    run([*tiny_module, *phases(*PHASES), *STRATEGIES[strategy], "--name", strategy])
+    """DDP is started by torchrun, as a user does it."""
+    settings = [*tiny_module, *phases(*PHASES), *STRATEGIES[strategy], "--name", strategy]
+    if strategy == "ddp":
+        run_as_command(settings, launcher=TORCHRUN)
+    else:
+        run(settings)
     assert_same(alone, alone.parent / strategy)
 
 
@@ -115,14 +111,10 @@ def test_muon_trains_on_shards_as_on_one_process(tiny_module: list[str], alone: 
 
 
 def test_bench_step_measures_shards_beside_a_bare_loop(tiny_module: list[str]) -> None:
-    command = [sys.executable, "-m", "nami_lightning.cli", "bench", "step", *tiny_module, "--steps", "1"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    spread = ["--strategy", "fsdp", "--devices", "2"]
-    done = subprocess.run([*command, *spread], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    rows = [line.split() for line in done.stdout.splitlines() if " s  " in line]
+    printed = lightning(["bench", "step", *tiny_module, "--steps", "1", "--strategy", "fsdp", "--devices", "2"])
+    rows = [line.split() for line in printed.splitlines() if " s  " in line]
     assert [row[1] for row in rows] == ["4:2:1", "2:4:1", "0:2:4"]
-    assert "2 process(es)" in done.stdout
+    assert "2 process(es)" in printed
 
 
 def test_a_text_encoder_that_remembers_is_not_sharded() -> None:
@@ -131,23 +123,21 @@ def test_a_text_encoder_that_remembers_is_not_sharded() -> None:
         shard_text_encoder(encoder, FSDP2Strategy(shard_text_encoder=True))
 
 
-def test_kept_gradients_of_another_number_type_are_refused() -> None:
-    with pytest.raises(ValueError, match="reduce_gradients: step needs one number type"):
+def test_kept_gradients_of_another_dtype_are_refused() -> None:
+    with pytest.raises(ValueError, match="reduce_gradients: step needs one dtype"):
         FSDP2Strategy(param_dtype="bfloat16", reduce_gradients="step")
 
 
 def test_two_processes_then_one_then_two_train_as_one_uninterrupted(alone: Path, tiny_module: list[str]) -> None:
     """The first stop is before stage 3 was ever touched."""
     settings = [*tiny_module, "--name", "elastic", "--trainer.strategy", "fsdp2", "--trainer.devices"]
-    run([*settings, "2", *phases(PHASES[0].replace("steps: 6", "steps: 4"))])
-    run([*settings, "1", *phases(PHASES[0], PHASES[1].replace("steps: 6", "steps: 3"))])
+    run([*settings, "2", *phases(PHASES[0].replace("steps: 3", "steps: 2"))])
+    run([*settings, "1", *phases(PHASES[0], PHASES[1].replace("steps: 3", "steps: 1"))])
     run([*settings, "2", *phases(*PHASES)])
     assert_same(alone, alone.parent / "elastic")
 
 
 def test_shards_are_not_resumed_by_another_strategy(tiny_module: list[str], alone: Path) -> None:
-    command = [sys.executable, "-m", "nami_lightning.cli", "run", *tiny_module, "--name", "elastic"]
-    more = phases(*PHASES[:2], PHASES[2].replace("steps: 8", "steps: 9"))
-    done = subprocess.run([*command, *more], capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert "was written by FSDP2Strategy: resume with it as trainer.strategy" in done.stderr
+    more = phases(*PHASES[:2], PHASES[2].replace("steps: 4", "steps: 5"))
+    printed = run([*tiny_module, "--name", "elastic", *more], status=2)
+    assert "was written by FSDP2Strategy: resume with it as trainer.strategy" in printed

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from faults import numbers, run, same_numbers, with_callback
-from kill_ranks import check
+from helpers.checkpoint_contents import numbers, same_numbers
+from helpers.harmful_callbacks import with_callback
+from helpers.processes import run, run_as_command
+from kill_ranks import check, forked_torchrun
 
 from nami_lightning.cli.main import main
 from nami_lightning.models.pipeline import NamiPipeline
@@ -99,7 +101,8 @@ def test_told_to_stop_it_saves_and_the_same_command_goes_on_to_the_same_bits(
     tiny: list[str], whole: Callable[[str], Path], strategy: str, signal_of: dict[str, str], status: int
 ) -> None:
     command = [*tiny, *SHORT, *STRATEGIES[strategy], "--data.init_args.num_workers", "1"]
-    said = run([*command, *with_callback("Signal", step=4, **signal_of)], status)
+    start = run if strategy == "alone" else run_as_command  # Lightning's own launcher hears of each rank's end
+    said = start([*command, *with_callback("Signal", step=4, **signal_of)], status)
     assert "Told to stop: saved step 5 of 12" in said
     assert ("Stopping after the running step" in said) == (status == INTERRUPTED)
     folder = Path(tiny[2]) / "tiny"
@@ -163,7 +166,7 @@ def test_an_exported_pipeline_has_the_runs_weights_and_draws(
 
 def test_a_run_whose_ranks_are_killed_ends_with_the_same_bits(tmp_path: Path, data_root: Path) -> None:
     """The short form of ``make faults``: once in a step, once while a checkpoint is written."""
-    assert check(tmp_path, kills=2, steps=12, seed=1, data=data_root) == []
+    assert check(tmp_path, kills=2, steps=12, seed=1, data=data_root, launch=forked_torchrun) == []
 
 
 def test_a_rank_that_hangs_is_named_with_step_and_stage(tiny: list[str]) -> None:
@@ -173,4 +176,4 @@ def test_a_rank_that_hangs_is_named_with_step_and_stage(tiny: list[str]) -> None
     assert re.search(r"Hung for more than 6 seconds in step 5, stage 1, micro-batch 1 of \d on rank 0", said), said
     other = (Path(tiny[2]) / "tiny" / "logs" / "rank_1.log").read_text()
     assert "Hung for more than 6 seconds in step 5, waiting for data on rank 1" in other
-    assert "faults.py" in other  # the line that it sleeps in
+    assert "harmful_callbacks.py" in other  # the line that it sleeps in

@@ -16,7 +16,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 
 from nami_lightning.cli.main import main, make_parser
-from nami_lightning.cli.plan import read_setup
+from nami_lightning.cli.plan import count_devices, read_setup
 from nami_lightning.models.autoencoder import AutoencoderConfig
 from nami_lightning.models.text_encoder import TextEncoderConfig
 from nami_lightning.planning.encoder_memory import autoencoder, text_encoders
@@ -27,7 +27,7 @@ from nami_lightning.planning.report import TrainingImages, samples_by_resolution
 from nami_lightning.runs.recipe import Recipe
 from nami_lightning.training.strategies import FSDP2Strategy, parallelize
 
-pytest_plugins = "tiny_models"
+pytest_plugins = "helpers.tiny_models"
 
 TINY = Path(__file__).parents[1] / "tiny.yaml"
 SIDES = (8, 16, 32)
@@ -170,6 +170,32 @@ def test_the_table_says_what_it_assumes(capsys: pytest.CaptureFixture[str]) -> N
     assert "can't be split evenly over 5" in capsys.readouterr().err
     assert main(["plan", str(TINY), "--device", "abacus"]) == 2
     assert "--device must be one of a100-40gb" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--devices", "0"], "0 is not a whole number of at least 1"),
+        (["--devices", "-8"], "-8 is not a whole number of at least 1"),
+        (["--images", "0"], "0 is not a whole number of at least 1"),
+        (["--trainer.devices", "0"], "trainer.devices and trainer.num_nodes must be at least 1; got 0 and 1"),
+        (["--trainer.num_nodes", "0"], "must be at least 1; got 1 and 0"),
+    ],
+)
+def test_numbers_below_one_are_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        code: object = main(["plan", str(TINY), *arguments])
+    except SystemExit as error:  # of argparse
+        code = error.code
+    assert code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_devices_are_counted_as_lightning_counts_them() -> None:
+    counts = {"2": 2, "[0, 1, 2]": 3, "0,1,": 2, "auto": 8, "-1": 8}
+    for text, count in counts.items():
+        trainer = Recipe(TINY, ["--trainer.devices", text]).config.trainer
+        assert count_devices(trainer) == count, text
 
 
 # --- devices and frozen models ---------------------------------------------------------------------
