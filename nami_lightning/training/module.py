@@ -381,7 +381,7 @@ class NamiModule(EncodingModule):
 
     def data_identity(self) -> str | None:
         """Return what tells the data set from others, if its DataModule says it."""
-        return getattr(getattr(self.trainer, "datamodule", None), "identity", None)
+        return getattr(getattr(self._trainer, "datamodule", None), "identity", None)
 
     def _check_data(self) -> None:
         now = self.data_identity()

@@ -107,7 +107,7 @@ def test_frozen_parts_are_named_in_the_checkpoint_but_not_in_it() -> None:
     module.latents(micro_batch(0, 8), 0)
     checkpoint: dict[str, Any] = {}
     module.on_save_checkpoint(checkpoint)
-    assert checkpoint["nami"]["model"]["text_encoder.sequence"] == "all-MiniLM-L6-v2"
+    assert checkpoint["nami"]["encoders"]["model.text_encoder.sequence"]["name"] == "all-MiniLM-L6-v2"
     assert {name.split(".")[0] for name in module.state_dict()} == {"bridge", "transformer", "running_losses"}
 
 
