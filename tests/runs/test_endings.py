@@ -76,8 +76,9 @@ def test_a_stop_or_an_error_saves_its_last_step_and_the_run_goes_on_to_the_same_
     assert steps(run) == ["step=0000002"]
     assert main(["run", *tiny, *QUIET, *callbacks(rare), "--name", "ended"]) == 0
     assert steps(run)[-1] == "step=0000004"
+    found = weights(run)
     for name, value in weights(whole).items():
-        assert torch.equal(weights(run)[name].nan_to_num(), value.nan_to_num()), name
+        assert torch.equal(found[name].nan_to_num(), value.nan_to_num()), name
 
 
 def test_without_optional_callbacks_the_weights_are_the_same_and_a_checkpoint_is_left(

@@ -2,64 +2,53 @@
 
 import json
 import os
-import socket
-import subprocess
-import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import lightning as L
 import pytest
+from helpers.processes import end, start
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 
 from nami_lightning.runs.rank_start import DECISION, decided_by_rank_zero
 from nami_lightning.training import step_sync
 
-RANK = """
-import json, os, sys
-import lightning as L
-from nami_lightning.runs.rank_start import decided_by_rank_zero
 
-trainer = L.Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False, enable_progress_bar=False)
-newest = {"0": "step=0000008.ckpt", "1": "step=0000004.ckpt"}[os.environ["RANK"]]
+def decide_on_rank(folder: Path, what: str) -> None:
+    """Be one of the processes that torchrun starts; write what was decided, or the error, to ``rank_N.json``."""
+    rank = os.environ["LOCAL_RANK"]
+    os.environ.update(RANK=rank, GROUP_RANK="0", LOCAL_WORLD_SIZE="2", TORCHELASTIC_RUN_ID="test")
+    trainer = L.Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False, enable_progress_bar=False)
+    newest = {"0": "step=0000008.ckpt", "1": "step=0000004.ckpt"}[rank]
 
-def decide():
-    if sys.argv[1] == "fail":
-        raise ValueError("the run's folder is held by another process")
-    return {"checkpoint": newest}
+    def decide() -> dict[str, Any]:
+        if what == "fail":
+            raise ValueError("the run's folder is held by another process")
+        return {"checkpoint": newest}
 
-try:
-    print(json.dumps(decided_by_rank_zero(trainer, decide)))
-except Exception as error:
-    print(json.dumps(f"{type(error).__name__}: {error}"))
-"""
-
-
-def two_ranks(what: str) -> list[Any]:
-    """Run two processes as torchrun starts them; return what each printed last."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test"}
-    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, what],
-            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    return [json.loads(rank.communicate(timeout=120)[0].splitlines()[-1]) for rank in ranks]
+    decided: Any
+    try:
+        decided = decided_by_rank_zero(trainer, decide)
+    except Exception as error:
+        decided = f"{type(error).__name__}: {error}"
+    (folder / f"rank_{rank}.json").write_text(json.dumps(decided))
 
 
-def test_with_a_checkpoint_published_in_between_both_ranks_start_from_rank_zeros() -> None:
-    assert two_ranks("decide") == [{"checkpoint": "step=0000008.ckpt"}] * 2
+def two_ranks(folder: Path, what: str) -> list[Any]:
+    """Run two processes as torchrun starts them; return what each wrote."""
+    output = folder / "output"
+    assert end(start(decide_on_rank, (folder, what), 2, output)) == 0, output.read_text()
+    return [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in range(2)]
 
 
-def test_what_stops_rank_zero_stops_the_others_with_its_message() -> None:
-    first, second = two_ranks("fail")
+def test_with_a_checkpoint_published_in_between_both_ranks_start_from_rank_zeros(tmp_path: Path) -> None:
+    assert two_ranks(tmp_path, "decide") == [{"checkpoint": "step=0000008.ckpt"}] * 2
+
+
+def test_what_stops_rank_zero_stops_the_others_with_its_message(tmp_path: Path) -> None:
+    first, second = two_ranks(tmp_path, "fail")
     assert first == "ValueError: the run's folder is held by another process"
     assert second == "RuntimeError: rank 0 can't start: the run's folder is held by another process"
 
