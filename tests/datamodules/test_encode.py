@@ -19,8 +19,8 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
 from helpers.squares import Squares, contents
+from helpers.tiny_models import make_vae
 from PIL import Image
 
 from nami_lightning.callbacks import BridgePretraining, CurriculumCallback, Metrics
@@ -62,20 +62,6 @@ RECIPE = [
 ]
 
 
-def save_vae(folder: Path, seed: int) -> None:
-    """An autoencoder with 4 channels that reduces by 2, with random weights."""
-    torch.manual_seed(seed)
-    AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        latent_channels=4,
-        scaling_factor=0.7,
-        shift_factor=0.2,
-    ).save_pretrained(folder)
-
-
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``images``: pictures of three sizes with two captions each, prepared; ``vae``: an autoencoder."""
@@ -89,7 +75,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (root / "source" / f"{number}.txt").write_text(f"picture {number}\nblotches, the {number}th of {COUNT}\n")
     source = ImageFolder(str(root / "source"), one_caption_a_line=True)
     prepare(source, root / "images", Preparation([16, 32], heldout_percent=20), workers=1)
-    save_vae(root / "vae", seed=0)
+    make_vae(seed=0).save_pretrained(root / "vae")
     return root
 
 
@@ -418,9 +404,9 @@ def test_training_with_other_encoders_is_refused(overrides: list[str], message: 
 
 
 def test_another_revision_is_refused_and_another_place_is_not(root: Path, encoded: Path, tmp_path: Path) -> None:
-    save_vae(tmp_path / "elsewhere" / "vae", seed=0)
+    make_vae(seed=0).save_pretrained(tmp_path / "elsewhere" / "vae")
     start(with_vae(tmp_path / "elsewhere"), encoded)
-    save_vae(tmp_path / "vae", seed=1)
+    make_vae(seed=1).save_pretrained(tmp_path / "vae")
     with pytest.raises(ValueError, match=r"model\.autoencoder is .* \(revision \w{32}\) in the recipe, but .* made by"):
         start(with_vae(tmp_path), encoded)
     with pytest.raises(ValueError, match=r"model\.autoencoder is"):

@@ -74,7 +74,12 @@ def clip() -> TextModel:
 @pytest.fixture
 def vae() -> AutoencoderKL:
     """An autoencoder with 4 channels that reduces by 2, with a scale and a shift."""
-    torch.manual_seed(3)
+    return make_vae(3)
+
+
+def make_vae(seed: int) -> AutoencoderKL:
+    """Return an autoencoder with 4 channels that reduces by 2, with random weights, a scale and a shift."""
+    torch.manual_seed(seed)
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
@@ -119,11 +124,10 @@ class MeanColours(nn.Module):
         return torch.cat([images.mean((2, 3)), images.std((2, 3))], 1)
 
 
-def make_pipeline(t5: TextModel, clip: TextModel, stages: int = 2, vae: AutoencoderKL | None = None) -> NamiPipeline:
-    """Return a NAMI pipeline with random weights, of 16 px: of pixels, or with ``vae`` of its latents."""
-    torch.manual_seed(5)
-    channels = 3 if vae is None else 4
-    transformer = NamiTransformer2DModel(
+def make_transformer(stages: int, channels: int = 3, seed: int = 0) -> NamiTransformer2DModel:
+    """Return a network 32 wide with random weights, to which each stage adds a single block."""
+    torch.manual_seed(seed)
+    return NamiTransformer2DModel(
         in_channels=channels,
         num_layers=[1] + [0] * (stages - 1),
         num_single_layers=[1] * stages,
@@ -133,6 +137,12 @@ def make_pipeline(t5: TextModel, clip: TextModel, stages: int = 2, vae: Autoenco
         pooled_projection_dim=12,
         axes_dims_rope=[4, 6, 6],
     ).eval()
+
+
+def make_pipeline(t5: TextModel, clip: TextModel, stages: int = 2, vae: AutoencoderKL | None = None) -> NamiPipeline:
+    """Return a NAMI pipeline with random weights, of 16 px: of pixels, or with ``vae`` of its latents."""
+    channels = 3 if vae is None else 4
+    transformer = make_transformer(stages, channels, seed=5)
     bridge = BridgeFlow([1.0] * stages, channels)
     bridge.fitted.fill_(True)
     codec = PixelCodec() if vae is None else vae

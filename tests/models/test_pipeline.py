@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from helpers.tiny_models import make_transformer
 from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
@@ -23,20 +24,6 @@ pytest_plugins = "helpers.tiny_models"
 TextModel = tuple[Any, PreTrainedTokenizerFast]
 
 
-def _transformer(stages: int, channels: int = 3) -> NamiTransformer2DModel:
-    torch.manual_seed(0)
-    return NamiTransformer2DModel(
-        in_channels=channels,
-        num_layers=[1] + [0] * (stages - 1),
-        num_single_layers=[1] * stages,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=16,
-        pooled_projection_dim=12,
-        axes_dims_rope=[4, 6, 6],
-    ).eval()
-
-
 def _bridge(stages: int, channels: int = 3, **settings: Any) -> BridgeFlow:
     torch.manual_seed(1)
     bridge = BridgeFlow([1.0] * stages, channels, **settings)
@@ -47,7 +34,7 @@ def _bridge(stages: int, channels: int = 3, **settings: Any) -> BridgeFlow:
 def _pipeline(t5: TextModel, clip: TextModel, stages: int = 3, vae: AutoencoderKL | None = None) -> NamiPipeline:
     channels = 3 if vae is None else 4
     pipeline = NamiPipeline(
-        _transformer(stages, channels),
+        make_transformer(stages, channels),
         _bridge(stages, channels),
         PixelCodec() if vae is None else vae,
         t5[0],
@@ -314,7 +301,7 @@ def test_a_saved_pipeline_names_the_package_and_one_that_names_old_files_loads(t
 
 def test_parts_that_do_not_fit_are_refused(t5: TextModel) -> None:
     with pytest.raises(ValueError, match="2 stages, bridge 3"):
-        NamiPipeline(_transformer(2), _bridge(3), PixelCodec(), *t5)
+        NamiPipeline(make_transformer(2), _bridge(3), PixelCodec(), *t5)
     with pytest.raises(ValueError, match="never fitted"):
-        NamiPipeline(_transformer(2), BridgeFlow([1, 1], 3), PixelCodec(), *t5)
-    NamiPipeline(_transformer(2), BridgeFlow([1, 1], 3, "matched"), PixelCodec(), *t5)
+        NamiPipeline(make_transformer(2), BridgeFlow([1, 1], 3), PixelCodec(), *t5)
+    NamiPipeline(make_transformer(2), BridgeFlow([1, 1], 3, "matched"), PixelCodec(), *t5)
