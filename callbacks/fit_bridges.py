@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from nami_lightning.datamodules.multi_resolution import MultiResolutionDataModule, StepDataset
-from nami_lightning.models.bridge import LeastSquares, fit_by_gradient
+from nami_lightning.models.bridge import fit_by_gradient
 from nami_lightning.training import rng
 from nami_lightning.training.batch import MicroBatch
 from nami_lightning.training.module import NamiModule
@@ -70,21 +70,18 @@ class BridgePretraining(L.Callback):
         rank_zero_info(f"Fitted {bridge.num_stages - 1} bridge(s) ({self.method}).")
 
     def _solve(self, module: NamiModule, steps: StepDataset, stage: int, quiet: bool) -> None:
-        sums: LeastSquares | None = None
+        fit = module.bridge.new_fit(stage)
         done = 0
         with tqdm(total=self.samples, desc=f"fitting bridge {stage}", unit="image", disable=quiet) as progress:
             for coarse, target in self._pairs(module, steps, stage):
-                x, y = module.bridge.rows(coarse, target)
-                sums = sums or LeastSquares(x.shape[1], y.shape[1], x.device)
-                sums.update(x, y)
+                fit.update(*module.bridge.rows(stage, coarse, target))
                 count = len(coarse) * steps.ranks
                 done += count
                 progress.update(min(count, self.samples - progress.n))
                 if done >= self.samples:
                     break
-        assert sums is not None
-        sum_over_ranks(sums.xtx, sums.xty)
-        module.bridge.load_solution(stage, *sums.solve())
+        sum_over_ranks(*fit.sums)
+        module.bridge.load_solution(stage, *fit.solve())
 
     @torch.no_grad()
     def _pairs(self, module: NamiModule, steps: StepDataset, stage: int) -> Iterator[tuple[Tensor, Tensor]]:

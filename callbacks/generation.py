@@ -38,10 +38,13 @@ def generate(
     negative_prompt = arguments.pop("negative_prompt", "")
     size = {name: value for name, value in (("height", height), ("width", width)) if value is not None}
     try:
+        states, negative = module.encode_prompts(prompts), module.encode_prompts([negative_prompt])
         with module.ema_weights:
             output = module.pipeline()(
-                prompt_states=module.encode_prompts(prompts),
-                negative_prompt_states=module.encode_prompts([negative_prompt]),
+                prompt_embeds=states.sequence,
+                pooled_prompt_embeds=states.pooled,
+                negative_prompt_embeds=negative.sequence,
+                negative_pooled_prompt_embeds=negative.pooled,
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds],
                 output_type=output_type,
                 **(arguments | size),

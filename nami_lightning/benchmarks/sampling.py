@@ -17,7 +17,6 @@ from tqdm.auto import tqdm
 from nami_lightning.models.autoencoder import PixelCodec
 from nami_lightning.models.bridge import BridgeFlow
 from nami_lightning.models.pipeline import NamiPipeline
-from nami_lightning.models.text_encoder import TextStates
 from nami_lightning.models.transformer import NamiTransformer2DModel
 from nami_lightning.runs.recipe import Recipe
 from nami_lightning.training.module import NamiModule
@@ -114,10 +113,6 @@ def time_sampling(pipeline: NamiPipeline, steps: int, images: int) -> list[float
     """Return the seconds of each stage, its bridge included, of one call without guidance."""
     config, length = pipeline.transformer.config, pipeline.config.max_sequence_length
     device = pipeline.device
-    text = TextStates(
-        torch.randn(images, length, config.joint_attention_dim, device=device),
-        torch.randn(images, config.pooled_projection_dim, device=device),
-    )
     ends = []
 
     def record_end_of_stage(_: Any, step: int, t: float, state: dict[str, Any]) -> None:
@@ -128,7 +123,8 @@ def time_sampling(pipeline: NamiPipeline, steps: int, images: int) -> list[float
 
     begin = perf_counter()
     pipeline(
-        prompt_states=text,
+        prompt_embeds=torch.randn(images, length, config.joint_attention_dim, device=device),
+        pooled_prompt_embeds=torch.randn(images, config.pooled_projection_dim, device=device),
         num_inference_steps=steps,
         guidance_scale=1.0,
         output_type="latent",

@@ -93,8 +93,8 @@ class BareLoop(L.Callback):
 def shard(model: NamiTransformer2DModel, strategy: FSDP2Strategy) -> None:
     """Apply FSDP2 as torch's own tutorial does: to every block, every head, and the root."""
     settings: dict[str, Any] = {"mesh": strategy.device_mesh["shard"], "mp_policy": strategy.policy}
-    for block in (*model.transformer_blocks, *model.single_transformer_blocks, *model.heads):
-        fully_shard(block, **settings)
+    for part in model.parts:
+        fully_shard(part, **settings)
     fully_shard(model, **settings)
 
 

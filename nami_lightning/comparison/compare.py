@@ -19,7 +19,7 @@ from nami_lightning.errors import one_line
 from nami_lightning.metrics import distances
 from nami_lightning.metrics.record import METRICS, Entry, Evaluation, read_entries
 from nami_lightning.runs.lock import is_held
-from nami_lightning.runs.old_recipes import upgrade
+from nami_lightning.runs.old_recipes import upgrade, upgrade_saved
 from nami_lightning.runs.run_dir import Run, step_of
 from nami_lightning.runs.tensorboard import read_scalars
 from nami_lightning.training.rng import derive_seed
@@ -98,6 +98,20 @@ class RunRecord:
         """Return ``(x, value)`` of the evaluations that have both."""
         return list(self.points(metric, by).values())
 
+    def loss_curve(self, name: str, by: str) -> list[tuple[float, float]]:
+        """Return ``(x, value)`` of a validation loss; nothing if the run doesn't know the budget of its steps.
+
+        The budget is known at the evaluations, and interpolated linearly between them. Losses after the last are left
+        out.
+        """
+        losses = self.losses.get(name, [])
+        if by == "steps":
+            return [(float(step), value) for step, value in losses]
+        known = [(0, 0.0), *((entry.step, x) for entry in self.entries if (x := AXES[by](entry)) is not None)]
+        # Lightning logs a validation under the number of the step before it, which starts at 0.
+        found = ((value_at(known, step + 1), value) for step, value in losses) if len(known) > 1 else ()
+        return [(x, value) for x, value in found if x is not None]
+
     def budget_used(self, by: str) -> float | None:
         """Return the budget that the run had used at its last evaluation; None if there is none."""
         return AXES[by](self.entries[-1]) if self.entries else None
@@ -146,7 +160,7 @@ def read_resolved_recipe(run: Run) -> tuple[dict[str, Any], int]:
         ValueError: the file is not a resolved recipe.
     """
     try:
-        recipe = upgrade(yaml.safe_load(run.recipe.read_text(encoding="utf-8")))
+        recipe = upgrade_saved(upgrade(yaml.safe_load(run.recipe.read_text(encoding="utf-8"))))
         return recipe, sum(phase["steps"] for phase in recipe["curriculum"]["phases"])
     except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{run.recipe} is not a resolved recipe: {one_line(error)}") from error

@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nami_lightning.models.autoencoder import PIXELS, AutoencoderConfig
-from nami_lightning.models.text_encoder import TextEncoderConfig, resolve_name
+from nami_lightning.models.text_encoder import TextEncoderConfig, resolve_name, subfolder_in_pipeline
 
 MODEL_FILES = {".json", ".txt", ".model", ".safetensors", ".bin"}
 """Kinds of files by which a model's folder is hashed: settings, tokenizer and weights."""
+
+BEFORE = {"attention_mask": True, "zero_padding": True, "pooling": None}
+"""Settings that descriptions of earlier versions lack, and what they were then."""
 
 IDENTIFIED_BY = ("name", "revision", "class")
 """The keys of a description that are not settings of the encoder."""
@@ -23,14 +26,25 @@ EncoderDescriptions = dict[str, dict[str, Any] | None]
 
 def describe_encoders(text: TextEncoderConfig, vae: AutoencoderConfig) -> EncoderDescriptions:
     """Describe each encoder under its recipe key: its name, revision (None: not on this machine) and settings."""
-    shared: dict[str, Any] = {"max_length": text.max_length, "dtype": text.dtype}
-    pooled = None if text.pooled is None else _name_and_revision(text.pooled) | shared
+    sequence: dict[str, Any] = {
+        "max_length": text.max_length,
+        "attention_mask": text.attention_mask,
+        "zero_padding": text.zero_padding,
+        "dtype": text.dtype,
+    }
+    pooled: dict[str, Any] | None = None
+    if text.pooled is None:
+        sequence["pooling"] = text.pooling
+    else:
+        length = text.pooled_max_length or text.max_length
+        pooled = _text_model(text.pooled, "text_encoder")
+        pooled |= {"max_length": length, "pooling": text.pooling, "dtype": text.dtype}
     if vae.name == PIXELS:
         of_vae: dict[str, Any] = {"scaling_factor": vae.scaling_factor, "shift_factor": vae.shift_factor}
     else:
         of_vae = {"factor": vae.factor, "dtype": vae.dtype}
     return {
-        "model.text_encoder.sequence": _name_and_revision(text.sequence) | shared,
+        "model.text_encoder.sequence": _text_model(text.sequence, "text_encoder_2") | sequence,
         "model.text_encoder.pooled": pooled,
         "model.autoencoder": _name_and_revision(vae.name, vae.subfolder) | of_vae,
     }
@@ -90,13 +104,21 @@ def _differing_setting(made: dict[str, Any] | None, wanted: dict[str, Any] | Non
     known = made["revision"] is not None and wanted["revision"] is not None
     settings = sorted((made.keys() | wanted.keys()) - set(IDENTIFIED_BY) - set(ignored))
     names = ["revision" if known else "name", *settings]
-    return next((name for name in names if made.get(name) != wanted.get(name)), "")
+    return next((name for name in names if _setting(made, name) != _setting(wanted, name)), "")
 
 
 def _describe(of: dict[str, Any] | None, differing: str) -> str:
     if of is None:
         return "none"
-    return str(of["name"]) if differing == "name" else f"{of['name']} ({differing} {of.get(differing)})"
+    return str(of["name"]) if differing == "name" else f"{of['name']} ({differing} {_setting(of, differing)})"
+
+
+def _setting(of: dict[str, Any], name: str) -> Any:
+    return of.get(name, BEFORE.get(name))
+
+
+def _text_model(name: str, part: str) -> dict[str, Any]:
+    return _name_and_revision(name, subfolder_in_pipeline(name, part))
 
 
 def _name_and_revision(name: str, subfolder: str | None = None) -> dict[str, Any]:

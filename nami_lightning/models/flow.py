@@ -3,52 +3,118 @@
 Noise level ``sigma``: 1 is noise, 0 is data. Stage k = 0..K-1 (coarsest first) covers one window of
 noise levels. Inside a window the local time ``tau`` runs from 1 (start) to 0 (end) and
 
-    x_tau = tau * start + (1 - tau) * end,      velocity = (start - end) / width.
+    x_tau = tau * start + (1 - tau) * end,      velocity = (start - end) / duration.
 
-With one window this is rectified flow as FLUX trains it. Images, latents and noise are ``(B, C, H, W)``
-tensors; per-sample quantities (``tau``) are ``(B,)``. Source: NAMI, sections 3.1 to 3.3. The residual
-noise of :func:`start_point` is not in the paper; without it a stage's start lacks the detail's noise.
+The duration is the window's width, or 1 where the velocity is of local time. A window also knows the
+times that the network is told. With one window this is rectified flow as FLUX trains it.
+
+Images, latents and noise are ``(B, C, H, W)`` tensors; per-sample quantities (``tau``) are ``(B,)``. Source: NAMI,
+sections 3.1 to 3.3. The residual noise of :func:`start_point` is not in the paper; without it a stage's start lacks
+the detail's noise.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple, get_args
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Literal, NamedTuple, TypeVar, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+TimeKind = Literal["noise_level", "remaining"]
+VelocityTime = Literal["global", "local"]
+WindowKind = Literal["contiguous", "matched"]
+Time = TypeVar("Time", float, Tensor)
 
-class Window(NamedTuple):
-    """The noise levels of one stage, from ``start`` down to ``end``, both in [0, 1]."""
+TRAIN_TIMESTEPS = 1000
+"""The steps that the network's time is counted in, from noise to data, as in FLUX."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """The part of the flow that one stage covers.
+
+    Attributes:
+        start: the noise level at its start, in [0, 1].
+        end: the noise level at its end.
+        times: the times that the network is told at the start and at the end, in [0, 1]; None: the noise levels.
+        velocity_time: the time in which the velocity is measured: ``global``, the noise level, so that all stages and
+            FLUX itself mean the same speed; or ``local``, the stage's own, from 1 to 0.
+    """
 
     start: float
     end: float
+    times: tuple[float, float] | None = None
+    velocity_time: VelocityTime = "global"
 
     @property
     def width(self) -> float:
-        """The length of the window in global time."""
+        """The noise levels that the window covers."""
         return self.start - self.end
 
+    @property
+    def duration(self) -> float:
+        """How long the stage takes in the velocity's time."""
+        return self.width if self.velocity_time == "global" else 1.0
 
-def make_windows(ratios: Sequence[float], matched: bool = False) -> tuple[Window, ...]:
+    def timestep(self, tau: Time) -> Time:
+        """Return the time in [0, 1] that the network is told at local time ``tau``."""
+        first, last = self.times or (self.start, self.end)
+        return last + tau * (first - last)
+
+
+def make_windows(
+    ratios: Sequence[float],
+    kind: WindowKind = "contiguous",
+    time: TimeKind = "noise_level",
+    velocity_time: VelocityTime = "global",
+) -> tuple[Window, ...]:
     """Split the noise levels 1..0 into one window a stage, coarsest (noisiest) first.
 
     Args:
         ratios: relative window widths, all positive; ``(1, 1, 1)`` gives the edges 1, 2/3, 1/3, 0.
-        matched: let every later window start at ``2s / (1 + s)``, s being the end of the one before:
-            the noise level of an up-sampled coarse endpoint whose missing noise was restored
-            (the ``matched`` bridge).
+        kind: ``contiguous``: a window starts where the one before ends; ``matched``: a later window starts at
+            ``2s / (1 + s)``, s being the end of the one before: the noise level of an up-sampled coarse endpoint whose
+            missing noise was restored (Pyramid-Flow).
+        time: what the network is told: the ``noise_level``, or the share of all windows' widths that is ``remaining``.
+        velocity_time: see :class:`Window`.
 
     Raises:
-        ValueError: no ratio, or one that is not a positive number.
+        ValueError: no ratio, or one that is not a positive number; an unknown kind.
     """
     if not ratios or not all(r > 0 and math.isfinite(r) for r in ratios):
         raise ValueError(f"window ratios must be positive numbers, one a stage; got {list(ratios)}")
+    for name, value, known in (
+        ("windows", kind, WindowKind),
+        ("time", time, TimeKind),
+        ("velocity_time", velocity_time, VelocityTime),
+    ):
+        if value not in get_args(known):
+            raise ValueError(f"{name} must be one of {', '.join(get_args(known))}; got {value!r}")
     total = sum(ratios)
     sigmas = [1 - sum(ratios[:k]) / total for k in range(len(ratios))] + [0.0]
-    starts = [2 * s / (1 + s) if matched else s for s in sigmas[:-1]]
-    return tuple(Window(start, end) for start, end in zip(starts, sigmas[1:], strict=True))
+    starts = [2 * s / (1 + s) if kind == "matched" else s for s in sigmas[:-1]]
+    levels = list(zip(starts, sigmas[1:], strict=True))
+    if time == "noise_level":
+        return tuple(Window(start, end, None, velocity_time) for start, end in levels)
+    times = remaining_times([start - end for start, end in levels])
+    return tuple(Window(*level, span, velocity_time) for level, span in zip(levels, times, strict=True))
+
+
+def remaining_times(widths: Sequence[float]) -> list[tuple[float, float]]:
+    """Return the share of the whole path that is still to come, at the start and at the end of each window.
+
+    It is counted in whole steps of the 1000, and the last one is 1 and not 0, as the authors' release counts
+    (its scheduler is Pyramid-Flow's).
+
+    Args:
+        widths: of the windows, which the path walks through one after the other.
+    """
+    shares = [covered / sum(widths) for covered in accumulate(widths, initial=0.0)]
+    steps = [TRAIN_TIMESTEPS - math.floor(TRAIN_TIMESTEPS * share + 1e-6) for share in shares[:-1]]
+    return [(first / TRAIN_TIMESTEPS, last / TRAIN_TIMESTEPS) for first, last in pairwise([*steps, 1])]
 
 
 # --- the pyramids ------------------------------------------------------------------------------
@@ -114,13 +180,8 @@ def interpolate(start: Tensor, end: Tensor, tau: Tensor) -> Tensor:
 
 
 def velocity_target(start: Tensor, end: Tensor, window: Window) -> Tensor:
-    """Return the velocity in global time, so that all stages and FLUX itself mean the same speed."""
-    return (start - end) / window.width
-
-
-def global_time(tau: Tensor, window: Window) -> Tensor:
-    """Return ``t = end + tau * width`` in [0, 1], the time that the network is told."""
-    return window.end + tau * window.width
+    """Return the velocity from ``end`` to ``start``, in the window's own unit of time."""
+    return (start - end) / window.duration
 
 
 # --- local time --------------------------------------------------------------------------------
@@ -207,15 +268,26 @@ def loss_weights(kind: LossWeighting, ratio: Tensor, running_losses: Tensor) -> 
 # --- solvers -----------------------------------------------------------------------------------
 
 SolverKind = Literal["euler", "heun", "multistep"]
+SpacingKind = Literal["even", "linspace"]
 Velocity = Callable[[Tensor, float], Tensor]
 
 
-def time_grid(steps: int, window: Window, mu: float | None = None) -> list[float]:
-    """Return ``steps + 1`` global times from the window's start to its end, even in tau, then shifted by ``mu``."""
-    tau = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
-    if mu is not None:
-        tau = shift_tau(tau, mu)
-    return global_time(tau, window).tolist()
+def local_times(steps: int, window: Window, mu: float | None = None, spacing: SpacingKind = "even") -> list[float]:
+    """Return ``steps + 1`` local times from 1 to 0: the ends of a stage's solver steps.
+
+    Args:
+        steps: at least 1.
+        window: of the stage.
+        mu: FLUX's shift towards noise, see :func:`resolution_shift`; None: no shift.
+        spacing: ``even`` in local time; or ``linspace``, which spreads the times evenly over the N of the 1000
+            timesteps that lie in the window, and adds the 0: the last step is 1 / N long (the authors' release).
+    """
+    if spacing == "even":
+        tau = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    else:
+        timesteps = round(TRAIN_TIMESTEPS * (window.timestep(1.0) - window.timestep(0.0)))
+        tau = F.pad(torch.linspace(1, 1 / timesteps, steps, dtype=torch.float64), (0, 1))
+    return (tau if mu is None else shift_tau(tau, mu)).tolist()
 
 
 class SolverStep(NamedTuple):
@@ -227,29 +299,36 @@ class SolverStep(NamedTuple):
 
 
 def solver_step(
-    kind: SolverKind, velocity: Velocity, x: Tensor, t: float, t_next: float, previous: SolverStep | None
+    kind: SolverKind,
+    velocity: Velocity,
+    x: Tensor,
+    tau: float,
+    tau_next: float,
+    duration: float,
+    previous: SolverStep | None,
 ) -> SolverStep:
-    """Solve ``dx/dt = v(x, t)`` for one step from ``t`` down to ``t_next``.
+    """Solve ``dx/dtau = duration * v(x, tau)`` for one step from ``tau`` down to ``tau_next``.
 
     Args:
         kind: ``euler`` (as in the paper), ``heun`` (second order, two calls a step), or ``multistep``
             (two-step Adams-Bashforth: second order at one call a step, Euler at a stage's first).
-        velocity: ``v(x, t)``.
-        x: the state at ``t``.
-        t: global time now.
-        t_next: global time after the step, below ``t``.
+        velocity: ``v(x, tau)``.
+        x: the state at ``tau``.
+        tau: local time now.
+        tau_next: local time after the step, below ``tau``.
+        duration: of the stage, in the velocity's time.
         previous: the result of the stage's last step, or None at a stage's start.
 
     Raises:
         ValueError: an unknown kind.
     """
-    length = t_next - t
-    v = velocity(x, t)
+    length = (tau_next - tau) * duration
+    v = velocity(x, tau)
     match kind:
         case "euler":
             slope = v
         case "heun":
-            slope = (v + velocity(x + length * v, t_next)) / 2
+            slope = (v + velocity(x + length * v, tau_next)) / 2
         case "multistep":
             slope = v if previous is None else v + length / previous.length / 2 * (v - previous.velocity)
         case _:

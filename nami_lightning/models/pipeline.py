@@ -23,17 +23,18 @@ from nami_lightning.models.pipeline_checks import (
     NonFiniteImages,
     check_choices,
     check_count,
+    check_embeds,
     check_generator,
     check_guidance,
+    check_latents,
     check_prompts,
     check_size,
-    check_states,
     check_steps,
     find_non_finite,
     finite_rows,
     seeds_of,
 )
-from nami_lightning.models.text_encoder import PromptEncoder, TextStates
+from nami_lightning.models.text_encoder import Pooling, PromptEncoder, TextSettings, TextStates
 from nami_lightning.models.transformer import NamiTransformer2DModel
 
 StepCallback = Callable[["NamiPipeline", int, float, dict[str, Any]], dict[str, Any] | None]
@@ -58,10 +59,14 @@ class NamiPipeline(DiffusionPipeline):
         text_encoder: CLIP-family encoder of the pooled state; None: the mean of the token states.
         tokenizer: its tokenizer.
         resolution: px of the finest stage, the default size of images.
-        max_sequence_length: tokens a prompt.
+        max_sequence_length: tokens a prompt; this and the following are :class:`TextSettings`.
+        pooled_max_length: tokens a prompt for the pooled state.
+        attention_mask: hide the padding from the encoder of the sequence.
+        zero_padding: set the states of padding to zero.
+        pooling: how the pooled state is made.
 
     Raises:
-        ValueError: parts of different numbers of stages, or bridges that were never fitted.
+        ValueError: parts of different numbers of stages.
     """
 
     # The order of use. The bridge is small, and runs between calls of the transformer: it stays where they compute.
@@ -80,12 +85,14 @@ class NamiPipeline(DiffusionPipeline):
         tokenizer: Any = None,
         resolution: int = 1024,
         max_sequence_length: int = 256,
+        pooled_max_length: int | None = None,
+        attention_mask: bool = True,
+        zero_padding: bool = True,
+        pooling: Pooling | None = None,
     ) -> None:
         super().__init__()
         if transformer.num_stages != bridge.num_stages:
             raise ValueError(f"transformer has {transformer.num_stages} stages, bridge {bridge.num_stages}")
-        if not bridge.fitted:
-            raise ValueError("the bridges were never fitted: train the model first (BridgePretraining fits them)")
         self.register_modules(
             transformer=transformer,
             bridge=bridge,
@@ -95,7 +102,14 @@ class NamiPipeline(DiffusionPipeline):
             text_encoder=text_encoder,
             tokenizer=tokenizer,
         )
-        self.register_to_config(resolution=resolution, max_sequence_length=max_sequence_length)
+        self.register_to_config(
+            resolution=resolution,
+            max_sequence_length=max_sequence_length,
+            pooled_max_length=pooled_max_length,
+            attention_mask=attention_mask,
+            zero_padding=zero_padding,
+            pooling=pooling,
+        )
         self.image_processor = VaeImageProcessor(vae_scale_factor=self._multiple)
 
     def register_to_config(self, **kwargs: Any) -> None:
@@ -107,6 +121,18 @@ class NamiPipeline(DiffusionPipeline):
         """Read ``model_index.json``, as diffusers does; see :func:`_by_package`."""
         config = super().load_config(*args, **kwargs)
         return (_by_package(config[0]), *config[1:]) if isinstance(config, tuple) else _by_package(config)
+
+    @property
+    def text_settings(self) -> TextSettings:
+        """How text states are made of the encoders' outputs."""
+        config = self.config
+        return TextSettings(
+            max_length=config.max_sequence_length,
+            pooled_max_length=config.pooled_max_length,
+            attention_mask=config.attention_mask,
+            zero_padding=config.zero_padding,
+            pooling=config.pooling,
+        )
 
     @property
     def _multiple(self) -> int:
@@ -126,7 +152,7 @@ class NamiPipeline(DiffusionPipeline):
             self.tokenizer_2,
             self.text_encoder,
             self.tokenizer,
-            self.config.max_sequence_length,
+            self.text_settings,
             device=self._execution_device,
         )
         return encoder([prompt] if isinstance(prompt, str) else prompt)
@@ -143,8 +169,11 @@ class NamiPipeline(DiffusionPipeline):
         solver: SolverKind = "euler",
         num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
-        prompt_states: TextStates | None = None,
-        negative_prompt_states: TextStates | None = None,
+        latents: Tensor | Sequence[Tensor] | None = None,
+        prompt_embeds: Tensor | None = None,
+        pooled_prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        negative_pooled_prompt_embeds: Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: StepCallback | None = None,
@@ -152,7 +181,7 @@ class NamiPipeline(DiffusionPipeline):
         """Generate images; return a :class:`NamiPipelineOutput`, or a tuple of the images.
 
         Args:
-            prompt: one or several; or give ``prompt_states``.
+            prompt: one or several; or give ``prompt_embeds`` and ``pooled_prompt_embeds``.
             negative_prompt: what guidance leads away from; one for all or one a prompt. None: the empty prompt.
             height: px, a multiple of the coarsest stage's token; the model's resolution if None.
             width: likewise.
@@ -162,15 +191,20 @@ class NamiPipeline(DiffusionPipeline):
             num_images_per_prompt: images of each prompt.
             generator: one, or one an image. With one an image, an image does not depend on the others of its batch,
                 but for the rounding of floating-point sums: at most 1 of 255 levels of a pixel in float32.
-            prompt_states: encoded prompts, one row a prompt, instead of ``prompt``.
-            negative_prompt_states: the same for ``negative_prompt``; one row for all, or one a prompt.
+            latents: unit noise ``(B, C, H, W)`` of the coarsest stage instead of the generator's; or a list: the noise of
+                all stages, coarsest first.
+            prompt_embeds: token states ``(prompts, tokens, width)`` instead of ``prompt``.
+            pooled_prompt_embeds: pooled states ``(prompts, width)``, with ``prompt_embeds``.
+            negative_prompt_embeds: the same for ``negative_prompt``; one row for all, or one a prompt.
+            negative_pooled_prompt_embeds: likewise.
             output_type: ``pil``, ``np``, ``pt`` (``(B, 3, H, W)`` in [0, 1]) or ``latent``.
             return_dict: False gives a plain tuple.
             callback_on_step_end: called after each step as ``callback(pipeline, step, t, {"latents", "stage"})``;
                 latents in the dictionary that it returns replace the current ones.
 
         Raises:
-            ValueError: inputs that don't fit the model or each other; nothing has run then.
+            ValueError: inputs that don't fit the model or each other, or bridges that were never fitted; nothing has
+                run then.
             NonFiniteImages: images that are NaN or infinite.
         """
         # 1. What is to be drawn
@@ -186,8 +220,11 @@ class NamiPipeline(DiffusionPipeline):
             solver,
             num_images_per_prompt,
             generator,
-            prompt_states,
-            negative_prompt_states,
+            latents,
+            prompt_embeds,
+            pooled_prompt_embeds,
+            negative_prompt_embeds,
+            negative_pooled_prompt_embeds,
             output_type,
         )
         stages = self.bridge.num_stages
@@ -196,38 +233,43 @@ class NamiPipeline(DiffusionPipeline):
 
         # 2. Encode the prompts
         device = self._execution_device
-        if prompt_states is None:
+        if prompt_embeds is None or pooled_prompt_embeds is None:
             assert prompt is not None
-            prompt_states = self.encode_prompt(prompt)
-        states = _repeat(_to(prompt_states, device), num_images_per_prompt)
+            prompt_embeds, pooled_prompt_embeds = self.encode_prompt(prompt)
+        states = _repeat(TextStates(prompt_embeds.to(device), pooled_prompt_embeds.to(device)), num_images_per_prompt)
         batch = len(states.pooled)
         guided = guidance_scale > 1
         if guided:
-            if negative_prompt_states is None:
-                negative_prompt_states = self.encode_prompt(negative_prompt or "")
-            negative = _repeat(_to(negative_prompt_states, device), batch // len(negative_prompt_states.pooled))
+            if negative_prompt_embeds is None or negative_pooled_prompt_embeds is None:
+                negative_prompt_embeds, negative_pooled_prompt_embeds = self.encode_prompt(negative_prompt or "")
+            negative = TextStates(negative_prompt_embeds.to(device), negative_pooled_prompt_embeds.to(device))
+            negative = _repeat(negative, batch // len(negative.pooled))
             states = TextStates(*map(torch.cat, zip(negative, states, strict=True)))
 
         # 3. Noise of the coarsest stage
-        channels, dtype = self.transformer.config.in_channels, self.transformer.dtype
-        factor = autoencoder_factor(self.vae)
-        sides = [
-            (height // factor // 2**above, width // factor // 2**above)
-            for above in reversed(range(self.bridge.num_stages))
-        ]
-        latents = randn_tensor((batch, channels, *sides[0]), generator, device, torch.float32)
+        dtype = self.transformer.dtype
+        shapes = self._latent_shapes(batch, height, width)
+        given = [latents] if isinstance(latents, Tensor) else list(latents or ())
+        noises = [*given, *[None] * (stages - len(given))]
+
+        def noise_of(stage: int) -> Tensor:
+            noise = noises[stage]
+            if noise is None:
+                return randn_tensor(shapes[stage], generator, device, torch.float32)
+            return noise.to(device, torch.float32)
+
+        x = noise_of(0)
 
         # 4. Stage by stage: solve the window, then cross the bridge with fresh residual noise
         done, finite = 0, []
         with self.progress_bar(total=sum(steps)) as progress:
             for stage, window in enumerate(self.bridge.windows):
                 if stage > 0:
-                    noise = randn_tensor((batch, channels, *sides[stage]), generator, device, torch.float32)
-                    latents = self.bridge.start(stage, latents, noise)
+                    x = self.bridge.start(stage, x, noise_of(stage))
 
-                def velocity(x: Tensor, t: float, stage: int = stage) -> Tensor:
+                def velocity(x: Tensor, tau: float, stage: int = stage, window: flow.Window = window) -> Tensor:
                     x = torch.cat([x, x]) if guided else x
-                    time = torch.full((len(x),), t, device=device)
+                    time = torch.full((len(x),), window.timestep(tau), device=device)
                     v = self.transformer(
                         x.to(dtype), states.sequence.to(dtype), states.pooled.to(dtype), time, stage
                     ).float()
@@ -236,23 +278,23 @@ class NamiPipeline(DiffusionPipeline):
                     v_negative, v_positive = v.chunk(2)
                     return v_negative + guidance_scale * (v_positive - v_negative)
 
-                tokens = sides[stage][0] * sides[stage][1] // self.transformer.config.patch_size**2
-                times = flow.time_grid(steps[stage], window, self.bridge.time_shift(tokens))
+                tokens = x.shape[-2] * x.shape[-1] // self.transformer.config.patch_size**2
                 state = None
-                for t, t_next in pairwise(times):
-                    state = flow.solver_step(solver, velocity, latents, t, t_next, state)
-                    latents = state.x
+                for tau, tau_next in pairwise(self.bridge.local_times(stage, steps[stage], tokens)):
+                    state = flow.solver_step(solver, velocity, x, tau, tau_next, window.duration, state)
+                    x = state.x
                     if callback_on_step_end is not None:
-                        changed = callback_on_step_end(self, done, t, {"latents": latents, "stage": stage})
-                        latents = (changed or {}).get("latents", latents)
+                        t = window.timestep(tau)
+                        changed = callback_on_step_end(self, done, t, {"latents": x, "stage": stage})
+                        x = (changed or {}).get("latents", x)
                     done += 1
                     progress.update()
-                finite.append((f"stage {stage + 1}", finite_rows(latents)))
+                finite.append((f"stage {stage + 1}", finite_rows(x)))
 
         # 5. Decode
-        images: Any = latents
+        images: Any = x
         if output_type != "latent":
-            decoded = decode_latents(self.vae, latents)
+            decoded = decode_latents(self.vae, x)
             finite.append((DECODING, finite_rows(decoded)))
             images = self.image_processor.postprocess(decoded.nan_to_num(), output_type)
         self.maybe_free_model_hooks()
@@ -263,6 +305,14 @@ class NamiPipeline(DiffusionPipeline):
             names = prompts and [one for one in prompts for _ in range(num_images_per_prompt)]
             raise NonFiniteImages(images, origins, names, seeds_of(generator, batch))
         return NamiPipelineOutput(images=images) if return_dict else (images,)
+
+    def _latent_shapes(self, batch: int, height: int, width: int) -> list[tuple[int, int, int, int]]:
+        """Return the shape of each stage's latents, coarsest first, of ``batch`` images of that size in px."""
+        channels, factor = self.transformer.config.in_channels, autoencoder_factor(self.vae)
+        return [
+            (batch, channels, height // factor >> below, width // factor >> below)
+            for below in reversed(range(self.bridge.num_stages))
+        ]
 
     def check_inputs(
         self,
@@ -275,8 +325,11 @@ class NamiPipeline(DiffusionPipeline):
         solver: SolverKind,
         num_images_per_prompt: int,
         generator: torch.Generator | list[torch.Generator] | None,
-        prompt_states: TextStates | None,
-        negative_prompt_states: TextStates | None,
+        latents: Tensor | Sequence[Tensor] | None,
+        prompt_embeds: Tensor | None,
+        pooled_prompt_embeds: Tensor | None,
+        negative_prompt_embeds: Tensor | None,
+        negative_pooled_prompt_embeds: Tensor | None,
         output_type: str,
     ) -> None:
         """Check the arguments of a call, before anything runs.
@@ -284,19 +337,24 @@ class NamiPipeline(DiffusionPipeline):
         Raises:
             ValueError: one is wrong, or two don't fit together; the message names them.
         """
-        if (prompt is None) == (prompt_states is None):
-            raise ValueError("give either a prompt or prompt_states" + (", not both" if prompt is not None else ""))
-        if negative_prompt is not None and negative_prompt_states is not None:
-            raise ValueError("give either a negative_prompt or negative_prompt_states, not both")
+        if not self.bridge.fitted:
+            raise ValueError(
+                "the bridges of this model were never fitted: lightning run RECIPE --model.pretrained FOLDER fits them "
+                "on its data, and trains on"
+            )
+        if prompt is None and prompt_embeds is None:
+            raise ValueError("give either a prompt or prompt_embeds")
         config = self.transformer.config
         prompts = {}
-        for name, texts, states in (
-            ("prompt", prompt, prompt_states),
-            ("negative_prompt", negative_prompt, negative_prompt_states),
+        for name, texts, embeds, pooled in (
+            ("prompt", prompt, prompt_embeds, pooled_prompt_embeds),
+            ("negative_prompt", negative_prompt, negative_prompt_embeds, negative_pooled_prompt_embeds),
         ):
-            if states is not None:
-                check_states(f"{name}_states", states, config.joint_attention_dim, config.pooled_projection_dim)
-                prompts[name] = len(states[1])
+            if embeds is not None or pooled is not None:
+                if texts is not None:
+                    raise ValueError(f"give either a {name} or {name}_embeds, not both")
+                check_embeds(name, embeds, pooled, config.joint_attention_dim, config.pooled_projection_dim)
+                prompts[name] = len(embeds)  # type: ignore[arg-type]
             elif texts is not None:
                 check_prompts(name, texts)
                 prompts[name] = 1 if isinstance(texts, str) else len(texts)
@@ -311,11 +369,9 @@ class NamiPipeline(DiffusionPipeline):
         check_steps(num_inference_steps, self.bridge.num_stages)
         check_guidance(guidance_scale)
         check_choices(solver, output_type)
-
-
-def _to(states: TextStates, device: torch.device) -> TextStates:
-    """Return the states on a device."""
-    return TextStates(*(field.to(device) for field in states))
+        check_latents(latents, self._latent_shapes(rows * num_images_per_prompt, height, width))
+        for stage in range(1, self.bridge.num_stages):
+            self.bridge.check_size(stage, *self._latent_shapes(1, height, width)[stage][2:])
 
 
 def _repeat(states: TextStates, times: int) -> TextStates:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from nami_lightning.models.flow import SolverKind
-from nami_lightning.models.text_encoder import TextStates
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 DECODING = "decoding"
@@ -86,20 +85,43 @@ def check_prompts(name: str, prompts: Any) -> None:
             raise ValueError(f"{name}[{i}] must be a string; got {type(prompt).__name__}")
 
 
-def check_states(name: str, states: Any, sequence_dim: int, pooled_dim: int) -> None:
+def check_embeds(name: str, embeds: Any, pooled: Any, sequence_dim: int, pooled_dim: int) -> None:
     """Check that encoded prompts are of the text encoders that the network was trained with.
 
     Raises:
-        ValueError: they have other shapes.
+        ValueError: one of the two is missing, or they have other shapes.
     """
-    if not isinstance(states, tuple) or len(states) != 2:
-        raise ValueError(f"{name} must be what encode_prompt returns; got {type(states).__name__}")
-    shapes = [tuple(state.shape) for state in TextStates(*states)]
+    names = f"{name}_embeds and pooled_{name}_embeds".replace("pooled_negative", "negative_pooled")
+    if not isinstance(embeds, Tensor) or not isinstance(pooled, Tensor):
+        kinds = " and ".join(type(value).__name__ for value in (embeds, pooled))
+        raise ValueError(f"{names} must both be given, as tensors; got {kinds}")
+    shapes = [tuple(embeds.shape), tuple(pooled.shape)]
     fits = [len(shape) for shape in shapes] == [3, 2] and [shape[-1] for shape in shapes] == [sequence_dim, pooled_dim]
     if not fits or shapes[0][0] != shapes[1][0] or not shapes[0][0]:
         raise ValueError(
-            f"{name} must have the shapes (prompts, tokens, {sequence_dim}) and (prompts, {pooled_dim}); "
+            f"{names} must have the shapes (prompts, tokens, {sequence_dim}) and (prompts, {pooled_dim}); "
             f"got {shapes[0]} and {shapes[1]}"
+        )
+
+
+def check_latents(latents: Any, shapes: Sequence[tuple[int, ...]]) -> None:
+    """Check that the noise that was given is of the coarsest stage, or of all stages.
+
+    Args:
+        latents: a tensor, a list of tensors, or None.
+        shapes: of each stage's latents, coarsest first.
+
+    Raises:
+        ValueError: it has other shapes.
+    """
+    if latents is None:
+        return
+    given = [latents] if isinstance(latents, Tensor) else list(latents)
+    found = [tuple(getattr(tensor, "shape", ())) for tensor in given]
+    if found not in ([shapes[0]], list(shapes)):
+        raise ValueError(
+            f"latents must be the noise of the coarsest stage, of shape {shapes[0]}, or a list of the noise of all "
+            f"stages, of shapes {', '.join(map(str, shapes))}; got {', '.join(map(str, found)) or 'an empty list'}"
         )
 
 

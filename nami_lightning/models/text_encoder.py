@@ -7,6 +7,7 @@ when something is to be encoded.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
 import torch
@@ -19,29 +20,57 @@ CLIP_FAMILY = ("clip_text_model", "altclip_text_model")
 BATCH_IN_CACHE = 8
 
 
+Pooling = Literal["pooler", "first_token", "mean"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextSettings:
+    """How text states are made of the encoders' outputs; a network must be told them as it was trained.
+
+    Args:
+        max_length: tokens a prompt; longer ones are cut, shorter ones padded.
+        pooled_max_length: the same for the encoder of the pooled state; null: ``max_length``. Neither is more than the
+            tokenizer knows as its model's limit.
+        attention_mask: hide the padding from the encoder of the sequence; FLUX and the authors' release show it.
+        zero_padding: set the states of padding to zero; FLUX and the authors' release keep them.
+        pooling: the pooled state: a CLIP's ``pooler`` output, the ``first_token``'s state, or the ``mean`` over the
+            tokens that are no padding. null: the pooler of a CLIP, the mean of any other encoder.
+    """
+
+    max_length: int = 256
+    pooled_max_length: int | None = None
+    attention_mask: bool = True
+    zero_padding: bool = True
+    pooling: Pooling | None = None
+
+
 @dataclass(frozen=True)
-class TextEncoderConfig:
-    """Names the models that encode the prompts.
+class TextEncoderConfig(TextSettings):
+    """Names the models that encode the prompts, and how.
 
     Args:
         sequence: Hugging Face name or folder of a T5, mT5 or BERT-like encoder whose token states the blocks attend
-            to; ``all-MiniLM-L6-v2`` is the packaged one.
-        pooled: name or folder of a CLIP-family text encoder (AltCLIP is multilingual) for the pooled state;
-            null: the mean of the sequence encoder's token states.
-        max_length: tokens a prompt; longer ones are cut, shorter ones padded with zero states.
+            to; ``all-MiniLM-L6-v2`` is the packaged one. The folder of a pipeline: its second encoder.
+        pooled: name or folder of the encoder of the pooled state, a CLIP say (AltCLIP is multilingual); the folder of a
+            pipeline: its first encoder. null: made of the sequence encoder's token states.
+        max_length: tokens a prompt; longer ones are cut, shorter ones padded.
+        pooled_max_length: the same for the encoder of the pooled state; null: ``max_length``.
+        attention_mask: hide the padding from the encoder of the sequence; FLUX and the authors' release show it.
+        zero_padding: set the states of padding to zero; FLUX and the authors' release keep them.
+        pooling: the pooled state: a CLIP's ``pooler`` output, the ``first_token``'s state, or the ``mean`` over the
+            tokens that are no padding. null: the pooler of a CLIP, the mean of any other encoder.
         dtype: of the encoders' weights: ``float32``, ``bfloat16`` or ``float16``.
         cache: remember every prompt's encoding; for data sets of few different captions.
     """
 
     sequence: str
     pooled: str | None = None
-    max_length: int = 256
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     cache: bool = False
 
 
 class TextStates(NamedTuple):
-    """Encoded prompts: ``sequence`` ``(B, L, D)``, zero at padding, and ``pooled`` ``(B, P)``."""
+    """Encoded prompts: ``sequence`` ``(B, L, D)`` and ``pooled`` ``(B, P)``."""
 
     sequence: Tensor
     pooled: Tensor
@@ -64,12 +93,15 @@ class PromptEncoder:
     Args:
         sequence: model of the token states.
         sequence_tokenizer: its tokenizer.
-        pooled: model of the pooled state, or None for the mean of the token states.
+        pooled: model of the pooled state, or None to make it of the sequence's token states.
         pooled_tokenizer: its tokenizer.
-        max_length: tokens a prompt, or what the tokenizer knows as its model's limit if that is less.
+        settings: lengths, masks and the kind of the pooled state.
         cache: remember encodings. Missing ones are then computed in batches of one fixed shape, so that a prompt's
             encoding does not depend on the other prompts of its batch.
         device: where the models compute, if their weights are kept elsewhere (offloading); None: where those are.
+
+    Raises:
+        ValueError: the pooler of a model that has none is asked for.
     """
 
     def __init__(
@@ -78,13 +110,19 @@ class PromptEncoder:
         sequence_tokenizer: Any,
         pooled: Any = None,
         pooled_tokenizer: Any = None,
-        max_length: int = 256,
+        settings: TextSettings = TextSettings(),
         cache: bool = False,
         device: torch.device | None = None,
     ) -> None:
         self.sequence, self.sequence_tokenizer = sequence, sequence_tokenizer
         self.pooled, self.pooled_tokenizer = pooled, pooled_tokenizer
-        self.max_length = max_length
+        self.settings = settings
+        self.pooling = settings.pooling or ("pooler" if _has_pooler(pooled) else "mean")
+        if self.pooling == "pooler" and not _has_pooler(pooled):
+            raise ValueError(
+                "text_encoder.pooling is pooler, but there is no CLIP text encoder: name one as text_encoder.pooled, "
+                "or set pooling to first_token or mean"
+            )
         self.cache: dict[str, TextStates] | None = {} if cache else None
         self.device = device
 
@@ -95,9 +133,9 @@ class PromptEncoder:
         Raises:
             FileNotFoundError: a name that can be neither found nor fetched.
         """
-        sequence, sequence_tokenizer = load_text_model(config.sequence, config.dtype)
+        sequence, sequence_tokenizer = load_text_model(config.sequence, config.dtype, "_2")
         pooled, pooled_tokenizer = load_text_model(config.pooled, config.dtype) if config.pooled else (None, None)
-        return cls(sequence, sequence_tokenizer, pooled, pooled_tokenizer, config.max_length, config.cache)
+        return cls(sequence, sequence_tokenizer, pooled, pooled_tokenizer, config, config.cache)
 
     @property
     def dims(self) -> tuple[int, int]:
@@ -128,27 +166,45 @@ class PromptEncoder:
         return TextStates(torch.stack([r.sequence for r in rows]), torch.stack([r.pooled for r in rows]))
 
     def _encode(self, prompts: list[str]) -> TextStates:
-        output, mask = self._run(self.sequence, self.sequence_tokenizer, prompts)
-        sequence = output.last_hidden_state.float() * mask
-        if self.pooled is None:
-            return TextStates(sequence, sequence.sum(1) / mask.sum(1))
-        output, mask = self._run(self.pooled, self.pooled_tokenizer, prompts)
-        if self.pooled.config.model_type in CLIP_FAMILY:
-            return TextStates(sequence, output.pooler_output.float())
-        states = output.last_hidden_state.float() * mask
-        return TextStates(sequence, states.sum(1) / mask.sum(1))
+        settings = self.settings
+        output, mask = self._run(
+            self.sequence, self.sequence_tokenizer, prompts, settings.max_length, settings.attention_mask
+        )
+        states = output.last_hidden_state.float()
+        sequence = states * mask if settings.zero_padding else states
+        if self.pooled is not None:
+            length = settings.pooled_max_length or settings.max_length
+            output, mask = self._run(self.pooled, self.pooled_tokenizer, prompts, length, attention_mask=True)
+            states = output.last_hidden_state.float()
+        match self.pooling:
+            case "pooler":
+                return TextStates(sequence, output.pooler_output.float())
+            case "first_token":
+                return TextStates(sequence, states[:, 0])
+        return TextStates(sequence, (states * mask).sum(1) / mask.sum(1))
 
-    def _run(self, model: Any, tokenizer: Any, prompts: list[str]) -> tuple[Any, Tensor]:
-        """Return the model's output and the mask ``(B, L, 1)``; L is the same for all prompts."""
-        length = min(self.max_length, tokenizer.model_max_length)
+    def _run(
+        self, model: Any, tokenizer: Any, prompts: list[str], length: int, attention_mask: bool
+    ) -> tuple[Any, Tensor]:
+        """Return the model's output and what is no padding, ``(B, L, 1)``; L is the same for all prompts."""
+        length = min(length, tokenizer.model_max_length)
         tokens = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         tokens = tokens.to(self.device or model.device)
-        output = model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
-        return output, tokens.attention_mask[..., None].float()
+        mask = {"attention_mask": tokens.attention_mask} if attention_mask else {}
+        return model(input_ids=tokens.input_ids, **mask), tokens.attention_mask[..., None].float()
 
 
-def load_text_model(name: str, dtype: str) -> tuple[Any, Any]:
+def _has_pooler(model: Any) -> bool:
+    return model is not None and model.config.model_type in CLIP_FAMILY
+
+
+def load_text_model(name: str, dtype: str, number: str = "") -> tuple[Any, Any]:
     """Load a frozen text encoder and its tokenizer, by Hugging Face name or folder.
+
+    Args:
+        name: of the encoder, or the folder of a pipeline that has it.
+        dtype: of its weights.
+        number: what follows ``text_encoder`` and ``tokenizer`` in the names of a pipeline's folders.
 
     Raises:
         FileNotFoundError: it can be neither found nor fetched.
@@ -157,11 +213,11 @@ def load_text_model(name: str, dtype: str) -> tuple[Any, Any]:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    path = resolve_name(name)
+    path, tokenizer_path = (path_of(name, part + number) for part in ("text_encoder", "tokenizer"))
     try:
         loader = text_model_class(AutoConfig.from_pretrained(path).model_type)
         model = loader.from_pretrained(path, dtype=getattr(torch, dtype)).eval().requires_grad_(False)
-        return model, AutoTokenizer.from_pretrained(path)
+        return model, AutoTokenizer.from_pretrained(tokenizer_path)
     except OSError as error:
         raise FileNotFoundError(f"text encoder {name} can't be loaded: {str(error).splitlines()[0]}") from error
 
@@ -173,6 +229,17 @@ def text_model_class(model_type: str) -> Any:
     if model_type.startswith("altclip"):
         return AltCLIPTextModel
     return CLIPTextModel if model_type.startswith("clip") else AutoModelForTextEncoding
+
+
+def subfolder_in_pipeline(name: str, part: str) -> str | None:
+    """Return the folder of a part if ``name`` is a pipeline's folder; None for a model's own name or folder."""
+    return part if (Path(name) / "model_index.json").is_file() else None
+
+
+def path_of(name: str, part: str) -> str:
+    """Return what transformers loads a model or tokenizer from, given its name or folder, or a pipeline's folder."""
+    subfolder = subfolder_in_pipeline(name, part)
+    return str(Path(name, subfolder)) if subfolder else resolve_name(name)
 
 
 def resolve_name(name: str) -> str:

@@ -1,13 +1,13 @@
 """The nested transformer: FLUX's own blocks, of which stage k uses the first m_1 + ... + m_k.
 
 All double blocks come before all single ones, as in FLUX, so the last stage's network is FLUX's block for
-block and its parameter names are FLUX's too; only the output head differs, since every stage has its own.
+block, and its parameter names are FLUX's too, unless every stage has its own output head.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import accumulate
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -25,10 +25,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 RopePositions = Literal["aligned", "grid"]
+HeadKind = Literal["shared", "per_stage"]
+
+SETTINGS_BEFORE = {"rope_unit_stage": None, "output_head": "per_stage"}
+"""Settings that configs of earlier versions lack, and what they were then."""
 
 
 class OutputHead(nn.Module):
-    """FLUX's last two layers; each stage has such a head.
+    """FLUX's last two layers, for a network in which each stage has its own.
 
     Args:
         width: width of the transformer.
@@ -60,9 +64,13 @@ class NamiTransformer2DModel(ModelMixin, ConfigMixin):
         axes_dims_rope: rotary dimensions for (unused, row, column); their sum is ``attention_head_dim``.
         rope_positions: ``aligned``: a coarse token sits at the centre of the cell it covers on the finest grid;
             ``grid``: every stage counts its own tokens 0, 1, 2, ...
+        rope_unit_stage: the stage whose tokens are 1 apart with ``aligned``, 0 the coarsest; null: the finest. By it
+            a network that gets a finer stage keeps the positions of the others.
+        output_head: one head ``shared`` by all stages, with FLUX's names, or one head ``per_stage``.
 
     Raises:
-        ValueError: lists of different lengths, a first stage without blocks, rotary dimensions that do not fit.
+        ValueError: lists of different lengths, a first stage without blocks, rotary dimensions that do not fit, an
+            unknown setting.
     """
 
     _supports_gradient_checkpointing = True
@@ -83,9 +91,12 @@ class NamiTransformer2DModel(ModelMixin, ConfigMixin):
         pooled_projection_dim: int = 768,
         axes_dims_rope: Sequence[int] = (16, 56, 56),
         rope_positions: RopePositions = "aligned",
+        rope_unit_stage: int | None = None,
+        output_head: HeadKind = "shared",
     ) -> None:
         super().__init__()
         _check_layers(num_layers, num_single_layers)
+        _check_choices(rope_positions, rope_unit_stage, output_head, len(num_layers))
         if sum(axes_dims_rope) != attention_head_dim or any(dim % 2 for dim in axes_dims_rope):
             raise ValueError(
                 f"axes_dims_rope {list(axes_dims_rope)} must be even numbers that add up to "
@@ -106,7 +117,12 @@ class NamiTransformer2DModel(ModelMixin, ConfigMixin):
             FluxSingleTransformerBlock(width, num_attention_heads, attention_head_dim)
             for _ in range(sum(num_single_layers))
         )
-        self.heads = nn.ModuleList(OutputHead(width, in_channels * patch_size**2) for _ in num_layers)
+        head = OutputHead(width, in_channels * patch_size**2)
+        if output_head == "shared":
+            self.norm_out, self.proj_out = head.norm_out, head.proj_out
+        else:
+            heads = [head, *(OutputHead(width, in_channels * patch_size**2) for _ in num_layers[1:])]
+            self.heads = nn.ModuleList(heads)
 
     def forward(
         self,
@@ -137,7 +153,35 @@ class NamiTransformer2DModel(ModelMixin, ConfigMixin):
 
         for block in self.blocks(stage):
             context, x = block(x, context, temb, rotary)
-        return unpatchify(self.heads[stage](x, temb), height, width, self.config.patch_size)
+        shared = self.config.output_head == "shared"
+        tokens = self.proj_out(self.norm_out(x, temb)) if shared else self.heads[stage](x, temb)
+        return unpatchify(tokens, height, width, self.config.patch_size)
+
+    def head(self, stage: int) -> tuple[nn.Module, nn.Module]:
+        """Return the last two layers of a stage: the modulated norm and the projection."""
+        if self.config.output_head == "shared":
+            return self.norm_out, self.proj_out
+        head = self.heads[stage]
+        return head.norm_out, head.proj_out  # type: ignore[return-value]
+
+    @property
+    def parts(self) -> list[nn.Module]:
+        """The blocks and the stages' own heads: what is gathered one by one when the network is sharded."""
+        heads: Iterable[nn.Module] = () if self.config.output_head == "shared" else self.heads
+        return [*self.transformer_blocks, *self.single_transformer_blocks, *heads]
+
+    def parts_used(self, stage: int) -> list[nn.Module]:
+        """Return those of :attr:`parts` that a stage runs."""
+        return [*self.blocks(stage), *([] if self.config.output_head == "shared" else [self.heads[stage]])]
+
+    @classmethod
+    def load_config(cls, *args: Any, **kwargs: Any) -> Any:
+        """Read ``config.json``, as diffusers does; what one of an earlier version lacks is what was then."""
+        config = super().load_config(*args, **kwargs)
+        values = config[0] if isinstance(config, tuple) else config
+        for name, value in SETTINGS_BEFORE.items():
+            values.setdefault(name, value)
+        return config
 
     def blocks(self, stage: int) -> list[nn.Module]:
         """Return the blocks of ``theta_stage`` in the order they run."""
@@ -177,7 +221,8 @@ class NamiTransformer2DModel(ModelMixin, ConfigMixin):
 
     def _positions(self, stage: int, height: int, width: int, text: int, device: torch.device) -> Tensor:
         """Return rotary coordinates ``(text + height * width, 3)``: text at the origin, then the image's cells."""
-        cell = 2 ** (self.num_stages - 1 - stage) if self.config.rope_positions == "aligned" else 1
+        unit_stage = self.num_stages - 1 if self.config.rope_unit_stage is None else self.config.rope_unit_stage
+        cell = 2.0 ** (unit_stage - stage) if self.config.rope_positions == "aligned" else 1
         rows, columns = ((torch.arange(n, device=device) + 0.5) * cell - 0.5 for n in (height, width))
         grid = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), -1).flatten(0, 1)
         return F.pad(grid, (1, 0, text, 0))
@@ -200,8 +245,8 @@ class NamiTransformer2DModel(ModelMixin, ConfigMixin):
         for module in self.modules():
             if isinstance(module, AdaLayerNormZero | AdaLayerNormZeroSingle | AdaLayerNormContinuous):
                 nn.init.zeros_(module.linear.weight)
-            if isinstance(module, OutputHead):
-                nn.init.zeros_(module.proj_out.weight)
+        for stage in range(self.num_stages):
+            nn.init.zeros_(self.head(stage)[1].weight)  # type: ignore[arg-type]
 
     @classmethod
     def from_flux(
@@ -211,8 +256,9 @@ class NamiTransformer2DModel(ModelMixin, ConfigMixin):
         num_single_layers: Sequence[int] | None = None,
         patch_size: int = 2,
         rope_positions: RopePositions = "aligned",
+        output_head: HeadKind = "shared",
     ) -> "NamiTransformer2DModel":
-        """Make a NAMI that starts from FLUX's weights; every stage's head starts as FLUX's.
+        """Make a NAMI that has FLUX's weights; the tensors are FLUX's own, so that this takes no more memory.
 
         Args:
             flux: without a guidance embedding.
@@ -220,13 +266,17 @@ class NamiTransformer2DModel(ModelMixin, ConfigMixin):
             num_single_layers: how its single blocks split over the stages.
             patch_size: latents a token side; FLUX packs 2x2.
             rope_positions: see the class.
+            output_head: see the class; every stage's head starts as FLUX's.
 
         Raises:
             ValueError: a guidance-distilled FLUX, or splits that do not add up to its depth.
         """
         config = flux.config
         if config.guidance_embeds:
-            raise ValueError("this FLUX has a guidance embedding, which NAMI has not: use a model trained without")
+            raise ValueError(
+                "this FLUX has a guidance embedding, which NAMI has not (FLUX.1-dev): use a model trained without "
+                "(FLUX.1-schnell)"
+            )
         num_layers = num_layers or [config.num_layers]
         num_single_layers = num_single_layers or [config.num_single_layers]
         if (sum(num_layers), sum(num_single_layers)) != (config.num_layers, config.num_single_layers):
@@ -234,49 +284,59 @@ class NamiTransformer2DModel(ModelMixin, ConfigMixin):
                 f"num_layers {list(num_layers)} and num_single_layers {list(num_single_layers)} must add up to "
                 f"FLUX's {config.num_layers} and {config.num_single_layers}"
             )
-        model = cls(
-            in_channels=config.in_channels // patch_size**2,
-            patch_size=patch_size,
-            num_layers=num_layers,
-            num_single_layers=num_single_layers,
-            attention_head_dim=config.attention_head_dim,
-            num_attention_heads=config.num_attention_heads,
-            joint_attention_dim=config.joint_attention_dim,
-            pooled_projection_dim=config.pooled_projection_dim,
-            axes_dims_rope=config.axes_dims_rope,
-            rope_positions=rope_positions,
-        )
-        weights: dict[str, Tensor] = {}
-        for name, tensor in flux.state_dict().items():
-            if name.startswith(("norm_out.", "proj_out.")):
-                weights |= {f"heads.{stage}.{name}": tensor for stage in range(model.num_stages)}
-            else:
-                weights[name] = tensor
-        model.load_state_dict(weights)
-        return model.to(flux.dtype)
+        with torch.device("meta"):
+            model = cls(
+                in_channels=config.in_channels // patch_size**2,
+                patch_size=patch_size,
+                num_layers=num_layers,
+                num_single_layers=num_single_layers,
+                attention_head_dim=config.attention_head_dim,
+                num_attention_heads=config.num_attention_heads,
+                joint_attention_dim=config.joint_attention_dim,
+                pooled_projection_dim=config.pooled_projection_dim,
+                axes_dims_rope=config.axes_dims_rope,
+                rope_positions=rope_positions,
+                output_head=output_head,
+            )
+        model.load_state_dict(with_heads(flux.state_dict(), output_head, model.num_stages), assign=True)
+        return model
 
     def to_flux(self) -> FluxTransformer2DModel:
-        """Return the last stage's network as diffusers' own FLUX, for every tool that knows it."""
+        """Return the last stage's network as diffusers' own FLUX, for tools that know it; it shares the weights."""
         config = self.config
-        flux = FluxTransformer2DModel(
-            patch_size=1,
-            in_channels=config.in_channels * config.patch_size**2,
-            num_layers=sum(config.num_layers),
-            num_single_layers=sum(config.num_single_layers),
-            attention_head_dim=config.attention_head_dim,
-            num_attention_heads=config.num_attention_heads,
-            joint_attention_dim=config.joint_attention_dim,
-            pooled_projection_dim=config.pooled_projection_dim,
-            axes_dims_rope=tuple(config.axes_dims_rope),
-        )
+        with torch.device("meta"):
+            flux = FluxTransformer2DModel(
+                patch_size=1,
+                in_channels=config.in_channels * config.patch_size**2,
+                num_layers=sum(config.num_layers),
+                num_single_layers=sum(config.num_single_layers),
+                attention_head_dim=config.attention_head_dim,
+                num_attention_heads=config.num_attention_heads,
+                joint_attention_dim=config.joint_attention_dim,
+                pooled_projection_dim=config.pooled_projection_dim,
+                axes_dims_rope=tuple(config.axes_dims_rope),
+            )
         last = f"heads.{self.num_stages - 1}."
         weights = {
             name.removeprefix(last): tensor
             for name, tensor in self.state_dict().items()
             if name.startswith(last) or not name.startswith("heads.")
         }
-        flux.load_state_dict(weights)
-        return flux.to(self.dtype)
+        flux.load_state_dict(weights, assign=True)
+        return flux
+
+
+def with_heads(weights: Mapping[str, Tensor], output_head: HeadKind, stages: int) -> dict[str, Tensor]:
+    """Return weights with FLUX's names, with a copy of its one head for each stage if ``output_head`` asks for that."""
+    if output_head == "shared":
+        return dict(weights)
+    named: dict[str, Tensor] = {}
+    for name, tensor in weights.items():
+        if name.startswith(("norm_out.", "proj_out.")):
+            named |= {f"heads.{stage}.{name}": tensor.clone() for stage in range(stages)}
+        else:
+            named[name] = tensor
+    return named
 
 
 def _check_layers(num_layers: Sequence[int], num_single_layers: Sequence[int]) -> None:
@@ -290,6 +350,18 @@ def _check_layers(num_layers: Sequence[int], num_single_layers: Sequence[int]) -
             f"num_layers {list(num_layers)} and num_single_layers {list(num_single_layers)} must not be negative, "
             "and the first stage needs at least one block"
         )
+
+
+def _check_choices(rope_positions: str, rope_unit_stage: int | None, output_head: str, stages: int) -> None:
+    """Refuse settings that are none of their choices."""
+    for name, value, known in (
+        ("rope_positions", rope_positions, RopePositions),
+        ("output_head", output_head, HeadKind),
+    ):
+        if value not in get_args(known):
+            raise ValueError(f"{name} must be one of {', '.join(get_args(known))}; got {value!r}")
+    if rope_unit_stage is not None and not 0 <= rope_unit_stage < stages:
+        raise ValueError(f"rope_unit_stage must be a stage, 0 to {stages - 1}, or null; got {rope_unit_stage}")
 
 
 def patchify(latents: Tensor, patch_size: int) -> Tensor:

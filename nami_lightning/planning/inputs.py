@@ -60,16 +60,16 @@ class Network:
             return self.make()
 
     def groups(self) -> list[tuple[nn.Module | None, list[nn.Parameter]]]:
-        """Return the parameters that FSDP2 gathers together: of each block, of each head, and the rest under None."""
+        """Return the parameters that FSDP2 gathers together: of each of the model's parts, and the rest under None."""
         model = self.model
-        parts: list[nn.Module] = [*model.transformer_blocks, *model.single_transformer_blocks, *model.heads]
+        parts = model.parts
         owned = {id(parameter) for part in parts for parameter in part.parameters()}
         rest = [parameter for parameter in model.parameters() if id(parameter) not in owned]
         return [(None, rest), *((part, list(part.parameters())) for part in parts)]
 
     def groups_used(self, stage: int) -> set[nn.Module | None]:
         """Return the groups that run at a stage; see :meth:`groups`."""
-        return {None, *self.model.blocks(stage), self.model.heads[stage]}
+        return {None, *self.model.parts_used(stage)}
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,10 @@ RENAMED = {
 """Arguments of a class: the old name to today's."""
 
 
+ADDED = {"nami_lightning.NamiTransformer2DModel": {"output_head": "per_stage"}}
+"""Arguments of a class that recipes saved by earlier versions lack, and what they were then, not today's default."""
+
+
 def upgrade(content: Any) -> Any:
     """Return a recipe's content, or a part of it, with today's class paths and arguments."""
     if isinstance(content, list):
@@ -42,6 +46,18 @@ def upgrade(content: Any) -> Any:
     return upgraded
 
 
+def upgrade_saved(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Return a recipe that a run saved with what later versions added, as it was when it was saved.
+
+    A saved recipe states all that its version knew, and ``base: null``. Any other recipe stays as it is: what it leaves
+    out is today's default.
+    """
+    transformer = (recipe.get("model") or {}).get("transformer") or {}
+    if recipe.get("base", "") is None and isinstance(transformer.get("init_args"), dict):
+        transformer["init_args"] = ADDED.get(transformer.get("class_path", ""), {}) | transformer["init_args"]
+    return recipe
+
+
 def upgraded_layer(path: str | Path) -> str:
     """Return a recipe file's path, or, if the file is of an earlier version, its upgraded content as YAML.
 
@@ -52,6 +68,8 @@ def upgraded_layer(path: str | Path) -> str:
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return str(path)
     upgraded = upgrade(content)
+    if isinstance(upgraded, dict):
+        upgraded = upgrade_saved(upgraded)
     return str(path) if upgraded == content else yaml.safe_dump(upgraded, sort_keys=False)
 
 

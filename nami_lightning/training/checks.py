@@ -9,7 +9,15 @@ from typing import Any
 from nami_lightning.models.autoencoder import AutoencoderConfig
 from nami_lightning.models.bridge import BridgeFlow
 from nami_lightning.models.encoder_revisions import EncoderDescriptions, first_difference
+from nami_lightning.models.transformer import SETTINGS_BEFORE as TRANSFORMER_BEFORE
 from nami_lightning.training.curriculum import Curriculum
+
+SETTINGS_BEFORE = {f"transformer.{key}": value for key, value in TRANSFORMER_BEFORE.items()} | {
+    "bridge.time": "noise_level",
+    "bridge.velocity_time": "global",
+    "bridge.timestep_spacing": "even",
+}
+"""Settings of the model that checkpoints of earlier versions lack, and what they were then; None, if not listed."""
 
 
 def check_stages(
@@ -118,8 +126,8 @@ class TrainingIdentity:
         saved = checkpoint["nami"]
         settings = self.model | ({} if "encoders" in saved else self._encoders_by_name(saved["model"]))
         for key, value in settings.items():
-            if saved["model"].get(key) != value:
-                raise _of_another_model(key, saved["model"].get(key), value)
+            if (was := saved["model"].get(key, SETTINGS_BEFORE.get(key))) != value:
+                raise _of_another_model(key, was, value)
         encoders = saved.get("encoders", self.encoders)
         if difference := first_difference(encoders, self.encoders, ignored=("dtype",)):
             raise _of_another_model(*difference)

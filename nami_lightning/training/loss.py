@@ -50,8 +50,8 @@ class FlowLoss:
         bridge: the windows, and the start of each stage.
         tau_distribution: of the local time.
         patch_size: side of the square of latents that makes one token.
-        local_velocity: measure the error in the stage's local time, as written in the paper: times the window's
-            width squared.
+        local_velocity: measure the error in the stage's local time, as written in the paper: times the square of the
+            window's duration.
     """
 
     bridge: BridgeFlow
@@ -90,12 +90,12 @@ class FlowLoss:
 
         start, end = self.bridge.endpoints(stage, latents, coarse_latents, random.noise)
         x = flow.interpolate(start, end, tau)
-        t = flow.global_time(tau, window)
+        t = window.timestep(tau)
 
         velocity = transformer(x, text.sequence, text.pooled, t, stage).float()
         target = flow.velocity_target(start, end, window)
         loss = F.mse_loss(velocity, target, reduction=reduction)
-        return (loss * window.width**2 if self.local_velocity else loss), tau
+        return (loss * window.duration**2 if self.local_velocity else loss), tau
 
     def tokens(self, latents: Tensor) -> int:
         """Return the number of image tokens of latents ``(n, C, H, W)``."""

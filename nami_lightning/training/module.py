@@ -324,7 +324,11 @@ class NamiModule(EncodingModule):
             text_encoder=text.pooled,
             tokenizer=text.pooled_tokenizer,
             resolution=self.resolutions[-1],
-            max_sequence_length=text.max_length,
+            max_sequence_length=text.settings.max_length,
+            pooled_max_length=text.settings.pooled_max_length,
+            attention_mask=text.settings.attention_mask,
+            zero_padding=text.settings.zero_padding,
+            pooling=text.settings.pooling,
         )
         pipeline.set_progress_bar_config(disable=True)
         return pipeline

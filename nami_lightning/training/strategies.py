@@ -143,7 +143,7 @@ class FSDP2Strategy(ModelParallelStrategy):
     def shard(self, model: NamiTransformer2DModel) -> None:
         """Shard a network's blocks, heads and root, in place."""
         settings: dict[str, Any] = {"mesh": self.weights_mesh, "mp_policy": self.policy}
-        for part in [*model.transformer_blocks, *model.single_transformer_blocks, *model.heads]:
+        for part in model.parts:
             fully_shard(part, reshard_after_forward=self.reshard_after_forward, **settings)
         # The root too: it is gathered again in every forward pass, but sampling between steps then needs no care.
         fully_shard(model, reshard_after_forward=True, **settings)

@@ -7,7 +7,7 @@ covariances are compared exactly, without Monte Carlo.
 
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from nami_lightning.models import flow
 from nami_lightning.models.bridge import BridgeFlow, BridgeKind, LeastSquares, fit_by_gradient
 
 LEARNED: list[tuple[BridgeKind, int]] = [("shuffle", 1), ("shuffle", 3), ("channels", 1)]
-KINDS: list[tuple[BridgeKind, int]] = [*LEARNED, ("matched", 1)]
+KINDS: list[tuple[BridgeKind, int]] = [*LEARNED, ("affine", 1), ("matched", 1)]
 
 
 def _latents(count: int, channels: int = 2, side: int = 8, seed: int = 0) -> Tensor:
@@ -36,13 +36,10 @@ def _pair(bridge: BridgeFlow, stage: int, latents: Tensor, seed: int = 1) -> tup
 
 
 def _fit(bridge: BridgeFlow, stage: int, coarse: Tensor, target: Tensor, pieces: int = 5) -> tuple[Tensor, Tensor]:
-    sums = None
+    fit = bridge.new_fit(stage)
     for part in zip(coarse.chunk(pieces), target.chunk(pieces), strict=True):
-        x, y = bridge.rows(*part)
-        sums = sums or LeastSquares(x.shape[1], y.shape[1])
-        sums.update(x, y)
-    assert sums is not None
-    solution = sums.solve()
+        fit.update(*bridge.rows(stage, *part))
+    solution = fit.solve()
     bridge.load_solution(stage, *solution)
     return solution
 
@@ -67,7 +64,7 @@ def test_closed_form_in_pieces_is_lstsq(kind: BridgeKind, kernel: int) -> None:
     bridge = BridgeFlow([1, 1], 2, kind, kernel).double()
     coarse, target = _pair(bridge, 1, _latents(50))
     weight, bias = _fit(bridge, 1, coarse, target, pieces=7)
-    x, y = bridge.rows(coarse, target)
+    x, y = bridge.rows(1, coarse, target)
     exact = torch.linalg.lstsq(torch.cat([x, torch.ones(len(x), 1)], 1), y).solution
     torch.testing.assert_close(weight, exact[:-1].T, rtol=1e-8, atol=1e-10)
     torch.testing.assert_close(bias, exact[-1], rtol=1e-8, atol=1e-10)
@@ -91,7 +88,7 @@ def test_rows_describe_the_modules_forward(kind: BridgeKind, kernel: int) -> Non
     bridge = BridgeFlow([1, 1], 2, kind, kernel).double()
     coarse, target = _pair(bridge, 1, _latents(6))
     weight, bias = _fit(bridge, 1, coarse, target)
-    x, fitted = bridge.rows(coarse, bridge(1, coarse))
+    x, fitted = bridge.rows(1, coarse, bridge(1, coarse))
     torch.testing.assert_close(fitted, x @ weight.T + bias)
 
 
@@ -147,6 +144,37 @@ def test_gradient_gives_the_outputs_of_the_closed_form(kind: BridgeKind, kernel:
     assert not any(p.requires_grad for p in sgd.parameters())
 
 
+@pytest.mark.parametrize("size", [None, [8, 8]])
+def test_affine_is_lstsq_with_a_column_for_each_shift(size: list[int] | None) -> None:
+    """One regression a channel: its pixels, and an indicator for each position or one for all."""
+    bridge = BridgeFlow([1, 1], 2, "affine", affine_size=size).double()
+    coarse, target = _pair(bridge, 1, _latents(30))
+    _fit(bridge, 1, coarse, target)
+    out = bridge(1, coarse)
+    upsampled = coarse.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    positions = torch.eye(64, dtype=torch.float64).repeat(30, 1)
+    shifts = positions if size else positions.sum(1, keepdim=True)
+    for channel in range(2):
+        x, y = upsampled[:, channel].flatten(), target[:, channel].flatten()
+        columns = torch.cat([x[:, None], shifts], 1)
+        expected = columns @ torch.linalg.lstsq(columns, y[:, None]).solution
+        torch.testing.assert_close(out[:, channel].flatten(), expected[:, 0], rtol=1e-8, atol=1e-9)
+    weight_before = bridge.maps[0].weight
+    fit_by_gradient(bridge, 1, [(coarse, target)] * 50, steps=50, learning_rate=1e-4)
+    torch.testing.assert_close(bridge(1, coarse), out, rtol=1e-2, atol=1e-2)  # it was the minimum
+    assert not weight_before.requires_grad
+
+
+def test_a_shift_for_each_position_works_at_its_size_alone() -> None:
+    bridge = BridgeFlow([1, 1, 1], 2, "affine", affine_size=[16, 24])
+    assert [tuple(map_.bias.shape) for map_ in bridge.maps] == [(2, 8, 12), (2, 16, 24)]
+    assert bridge(2, torch.zeros(1, 2, 8, 12)).shape == (1, 2, 16, 24)
+    with pytest.raises(ValueError, match="16x24 latents, and can't make 16x16"):
+        bridge(2, torch.zeros(1, 2, 8, 8))
+    with pytest.raises(ValueError, match="8x12 latents, and can't make 16x16"):
+        bridge.rows(1, torch.zeros(1, 2, 8, 8), torch.zeros(1, 2, 16, 16))
+
+
 # --- starts ------------------------------------------------------------------------------------
 
 
@@ -191,14 +219,15 @@ def test_residual_noise_is_an_option(residual_noise: bool) -> None:
 
 @pytest.mark.parametrize(("kind", "kernel"), KINDS)
 def test_save_and_load(kind: BridgeKind, kernel: int, tmp_path: Path) -> None:
-    bridge = BridgeFlow([2, 1, 1], 2, kind, kernel, residual_noise=False, shift=True, max_shift=1.3)
+    residual_noise = kind == "matched"
+    bridge = BridgeFlow([2, 1, 1], 2, kind, kernel, residual_noise, shift=True, max_shift=1.3)
     bridge.fitted.fill_(True)
     bridge.save_pretrained(tmp_path)
     loaded = BridgeFlow.from_pretrained(tmp_path)
     assert loaded.fitted
     assert loaded.windows == bridge.windows
     assert loaded.kind == kind
-    assert loaded.residual_noise is False
+    assert loaded.residual_noise is residual_noise
     assert loaded.time_shift(4096) == pytest.approx(1.3)
     coarse, noise = torch.randn(1, 2, 4, 4), torch.randn(1, 2, 8, 8)
     assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in bridge.state_dict().items())
@@ -224,7 +253,16 @@ def test_bridges_are_frozen_and_small() -> None:
 
 @pytest.mark.parametrize(
     ("settings", "named"),
-    [({"kind": "conv"}, "kind"), ({"kernel_size": 2}, "kernel_size"), ({"window_ratios": [1, 0]}, "ratios")],
+    [
+        ({"kind": "conv"}, "kind must be one of shuffle, channels, affine, matched"),
+        ({"kernel_size": 2}, "kernel_size"),
+        ({"window_ratios": [1, 0]}, "ratios"),
+        ({"timestep_spacing": "odd"}, "timestep_spacing must be one of even, linspace"),
+        ({"kind": "matched", "residual_noise": False}, "without residual_noise"),
+        ({"kind": "matched", "windows": "contiguous"}, "can't be combined with windows contiguous"),
+        ({"affine_size": [8, 8]}, "affine_size is for kind affine"),
+        ({"kind": "affine", "affine_size": [8, 7]}, "must be multiples of 2"),
+    ],
 )
 def test_bad_settings_are_refused(settings: dict, named: str) -> None:
     with pytest.raises(ValueError, match=named):
@@ -274,8 +312,8 @@ def _data() -> Gaussian:
     return Gaussian(torch.sin(rows.flatten()) + 0.3, correlation * deviation[:, None] * deviation)
 
 
-def _fitted_bridge(kind: BridgeKind, kernel: int, residual_noise: bool) -> BridgeFlow:
-    bridge = BridgeFlow([1] * STAGES, 1, kind, kernel, residual_noise).double()
+def _fitted_bridge(kind: BridgeKind, kernel: int = 1, **settings: Any) -> BridgeFlow:
+    bridge = BridgeFlow([1] * STAGES, 1, kind, kernel, **settings).double()
     data, generator = _data(), torch.Generator().manual_seed(0)
     white = torch.randn(2000, SIDE**2, generator=generator, dtype=torch.float64)
     finest = (white @ torch.linalg.cholesky(data.covariance).T + data.mean).view(-1, 1, SIDE, SIDE)
@@ -302,16 +340,16 @@ def _training_laws(bridge: BridgeFlow) -> tuple[Gaussian, list[tuple[Affine, Aff
 
 
 def _exact_velocity(u: Gaussian, start: Affine, end: Affine, window: flow.Window) -> flow.Velocity:
-    """``E[(start - end) / width | x_tau]``, by the formula of the conditional mean."""
+    """``E[(start - end) / duration | x_tau]``, by the formula of the conditional mean."""
+    duration = 1.0 if window.velocity_time == "local" else window.start - window.end
 
-    def velocity(x: Tensor, t: float) -> Tensor:
-        tau = (t - window.end) / (window.start - window.end)
+    def velocity(x: Tensor, tau: float) -> Tensor:
         here = tau * start.matrix + (1 - tau) * end.matrix
-        target = (start.matrix - end.matrix) / (window.start - window.end)
+        target = (start.matrix - end.matrix) / duration
         inverse = torch.linalg.pinv(here @ u.covariance @ here.T, rtol=1e-12, hermitian=True)
         gain = target @ u.covariance @ here.T @ inverse
         mean_here = here @ u.mean + tau * start.offset + (1 - tau) * end.offset
-        mean_target = target @ u.mean + (start.offset - end.offset) / (window.start - window.end)
+        mean_target = target @ u.mean + (start.offset - end.offset) / duration
         return ((x.flatten(1) - mean_here) @ gain.T + mean_target).view_as(x)
 
     return velocity
@@ -337,8 +375,8 @@ def _sampling_laws(
             x = bridge.start(stage, x, noises[stage])
         started = _affine(x).law(unit)
         velocity = _exact_velocity(u, *maps[stage], window)
-        for t, t_next in pairwise(flow.time_grid(steps, window)):
-            x = flow.solver_step("heun", velocity, x, t, t_next, None).x
+        for tau, tau_next in pairwise(flow.local_times(steps, window)):
+            x = flow.solver_step("heun", velocity, x, tau, tau_next, window.duration, None).x
         laws.append((started, _affine(x).law(unit)))
     return laws
 
@@ -397,6 +435,21 @@ def test_sampling_has_the_laws_of_training(kind: BridgeKind, kernel: int) -> Non
     assert max(max(stage) for stage in differences) < 3e-4
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"kind": "shuffle", "windows": "matched"},
+        {"kind": "affine", "windows": "matched", "affine_size": [SIDE, SIDE]},
+        {"kind": "matched", "velocity_time": "local", "time": "remaining"},  # as the authors trained
+        {"kind": "affine", "affine_size": [SIDE, SIDE], "velocity_time": "local"},
+    ],
+)
+def test_sampling_has_the_laws_of_training_in_every_convention(settings: dict[str, Any]) -> None:
+    bridge = _fitted_bridge(**settings)
+    differences = _differences(bridge, steps=50)
+    assert max(max(stage) for stage in differences) < 3e-4
+
+
 def test_what_sampling_misses_is_the_solvers_error() -> None:
     """Half the step leaves a quarter of the difference, as a second-order solver must: there is no other bias."""
     bridge = _fitted_bridge("shuffle", 3, residual_noise=True)
@@ -404,7 +457,7 @@ def test_what_sampling_misses_is_the_solvers_error() -> None:
     assert coarse / fine == pytest.approx(4, rel=0.1)
 
 
-@pytest.mark.parametrize(("kind", "kernel"), KINDS)
+@pytest.mark.parametrize(("kind", "kernel"), [pair for pair in KINDS if pair[0] != "matched"])
 def test_without_residual_noise_the_detail_is_lost(kind: BridgeKind, kernel: int) -> None:
     """The second stage still starts with the law of training, but ends with hardly any of its detail."""
     bridge = _fitted_bridge(kind, kernel, residual_noise=False)

@@ -35,7 +35,7 @@ def test_windows_tile_the_noise_levels(ratios: list[float]) -> None:
 
 
 def test_matched_windows_start_at_the_noise_level_of_the_restored_endpoint() -> None:
-    plain, matched = flow.make_windows([2, 1, 1]), flow.make_windows([2, 1, 1], matched=True)
+    plain, matched = flow.make_windows([2, 1, 1]), flow.make_windows([2, 1, 1], "matched")
     assert [w.end for w in matched] == [w.end for w in plain]
     assert [w.start for w in matched] == pytest.approx([1, 2 * 0.5 / 1.5, 2 * 0.25 / 1.25])
 
@@ -107,7 +107,7 @@ def test_one_stage_is_rectified_flow() -> None:
     assert torch.equal(end, latents)
     torch.testing.assert_close(flow.velocity_target(noise, end, window), noise - latents)
     tau = torch.tensor([0.0, 0.3, 1.0])
-    torch.testing.assert_close(flow.global_time(tau, window), tau)
+    torch.testing.assert_close(window.timestep(tau), tau)
 
 
 def test_following_the_velocity_over_a_window_leads_from_start_to_end() -> None:
@@ -115,7 +115,7 @@ def test_following_the_velocity_over_a_window_leads_from_start_to_end() -> None:
     for window in flow.make_windows([1, 2, 3]):
         velocity = flow.velocity_target(start, end, window)
         torch.testing.assert_close(start - velocity * (window.start - window.end), end)
-        times = flow.global_time(torch.tensor([1.0, 0.0], dtype=torch.float64), window)
+        times = window.timestep(torch.tensor([1.0, 0.0], dtype=torch.float64))
         assert times.tolist() == pytest.approx([window.start, window.end])
 
 
@@ -170,19 +170,59 @@ def test_resolution_shift_is_fluxs(tokens: int) -> None:
     torch.testing.assert_close(flow.shift_tau(tau, mu), scheduler.time_shift(mu, 1.0, tau))
 
 
-def test_time_grid_of_one_stage_is_fluxs_schedule() -> None:
+def test_the_steps_of_one_stage_are_fluxs_schedule() -> None:
     """FLUX's pipeline asks its scheduler for sigmas 1, 1 - 1/n, ..., 1/n, which shifts them and appends 0."""
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / 8, 8), mu=0.9)
-    assert flow.time_grid(8, Window(1.0, 0.0), mu=0.9) == pytest.approx(scheduler.sigmas.tolist(), abs=1e-6)
+    assert flow.local_times(8, Window(1.0, 0.0), mu=0.9) == pytest.approx(scheduler.sigmas.tolist(), abs=1e-6)
 
 
-def test_time_grid_spans_its_window() -> None:
-    assert flow.time_grid(4, Window(0.75, 0.25)) == pytest.approx([0.75, 0.625, 0.5, 0.375, 0.25])
-    shifted = flow.time_grid(4, Window(0.75, 0.25), mu=1.0)
-    assert (shifted[0], shifted[-1]) == pytest.approx((0.75, 0.25))
+def test_even_steps_span_their_window() -> None:
+    window = Window(0.75, 0.25)
+    times = [window.timestep(tau) for tau in flow.local_times(4, window)]
+    assert times == pytest.approx([0.75, 0.625, 0.5, 0.375, 0.25])
+    shifted = flow.local_times(4, window, mu=1.0)
+    assert (shifted[0], shifted[-1]) == (1.0, 0.0)
     assert all(before > after for before, after in pairwise(shifted))
     assert shifted[2] > 0.5
+
+
+@pytest.mark.parametrize(
+    ("ratios", "times"),
+    [
+        # Of the authors' release: its windows' edges are 1, 0.667, 0.334, 0 and their starts 1, 0.8002, 0.5007.
+        ([333, 333, 334], [(1.0, 0.744), (0.744, 0.386), (0.386, 0.001)]),
+        ([1], [(1.0, 0.001)]),
+        ([1, 1], [(1.0, 0.572), (0.572, 0.001)]),  # widths 1/2 and 2/3, the second from 2/3: 3/7 of the path is 428
+    ],
+)
+def test_the_remaining_time_counts_down_over_all_windows(ratios: list[float], times: list[tuple[float, float]]) -> None:
+    windows = flow.make_windows(ratios, "matched", "remaining", "local")
+    assert [window.times for window in windows] == times
+    assert [window.duration for window in windows] == [1.0] * len(ratios)
+    assert [window.timestep(0.5) for window in windows] == pytest.approx([(a + b) / 2 for a, b in times])
+
+
+@pytest.mark.parametrize(
+    ("steps", "told"), [(1, [386]), (2, [386, 2]), (3, [386, 194, 2]), (5, [386, 290, 194, 98, 2])]
+)
+def test_linspace_steps_reach_the_last_timestep_of_their_window(steps: int, told: list[float]) -> None:
+    """Stage 3 of the release has the 385 timesteps 386 ... 2: steps start at some of them, the last ends at 0."""
+    window = flow.make_windows([333, 333, 334], "matched", "remaining", "local")[2]
+    tau = flow.local_times(steps, window, spacing="linspace")
+    assert [1000 * window.timestep(one) for one in tau[:-1]] == pytest.approx(told)
+    assert tau[-1] == 0
+    assert steps == 1 or tau[-2] == pytest.approx(1 / 385)
+
+
+def test_unknown_conventions_are_named() -> None:
+    for arguments, message in (
+        ({"kind": "other"}, "windows must be one of contiguous, matched"),
+        ({"time": "other"}, "time must be one of noise_level, remaining"),
+        ({"velocity_time": "other"}, "velocity_time must be one of global, local"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            flow.make_windows([1, 1], **arguments)  # type: ignore[arg-type]
 
 
 # --- the loss of a step ------------------------------------------------------------------------
@@ -215,15 +255,15 @@ def _error(kind: SolverKind, steps: int, window: Window, mu: float | None) -> tu
     """
     calls = 0
 
-    def velocity(x: Tensor, t: float) -> Tensor:
+    def velocity(x: Tensor, tau: float) -> Tensor:
         nonlocal calls
         calls += 1
-        return x * math.cos(3 * t)
+        return x * math.cos(3 * window.timestep(tau))
 
     x = torch.tensor([math.exp(math.sin(3 * window.start) / 3)], dtype=torch.float64)
     state = None
-    for t, t_next in pairwise(flow.time_grid(steps, window, mu)):
-        state = flow.solver_step(kind, velocity, x, t, t_next, state)
+    for tau, tau_next in pairwise(flow.local_times(steps, window, mu)):
+        state = flow.solver_step(kind, velocity, x, tau, tau_next, window.duration, state)
         x = state.x
     return abs(x.item() - math.exp(math.sin(3 * window.end) / 3)), calls
 
@@ -240,18 +280,18 @@ def test_solver_order_and_cost(kind: SolverKind, order: int, calls: int, window:
 
 def test_solver_is_exact_on_a_straight_line_at_one_step() -> None:
     start, end = _random(2)
-    window = Window(0.6, 0.2)
-    velocity = flow.velocity_target(start, end, window)
-    for kind in ("euler", "heun", "multistep"):
-        step = flow.solver_step(kind, lambda x, t: velocity, start, window.start, window.end, None)
-        torch.testing.assert_close(step.x, end)
+    for window in (Window(0.6, 0.2), Window(0.6, 0.2, velocity_time="local")):
+        velocity = flow.velocity_target(start, end, window)
+        for kind in ("euler", "heun", "multistep"):
+            step = flow.solver_step(kind, lambda x, tau, v=velocity: v, start, 1.0, 0.0, window.duration, None)  # type: ignore[misc]
+            torch.testing.assert_close(step.x, end)
 
 
 def test_multistep_minds_the_length_of_the_step_before() -> None:
     """On ``dx/dt = t`` a two-step method is exact after its first step, whatever the two lengths."""
     x, times = torch.zeros(1, dtype=torch.float64), (1.0, 0.9, 0.4, 0.3)
-    first = flow.solver_step("multistep", lambda x, t: torch.full_like(x, t), x, times[0], times[1], None)
-    second = flow.solver_step("multistep", lambda x, t: torch.full_like(x, t), first.x, times[1], times[2], first)
-    third = flow.solver_step("multistep", lambda x, t: torch.full_like(x, t), second.x, times[2], times[3], second)
+    first = flow.solver_step("multistep", lambda x, t: torch.full_like(x, t), x, times[0], times[1], 1.0, None)
+    second = flow.solver_step("multistep", lambda x, t: torch.full_like(x, t), first.x, times[1], times[2], 1.0, first)
+    third = flow.solver_step("multistep", lambda x, t: torch.full_like(x, t), second.x, times[2], times[3], 1.0, second)
     assert (second.x - first.x).item() == pytest.approx((0.4**2 - 0.9**2) / 2)
     assert (third.x - second.x).item() == pytest.approx((0.3**2 - 0.4**2) / 2)

@@ -18,7 +18,7 @@ from nami_lightning.models.autoencoder import (
     encode_posterior,
     load_autoencoder,
 )
-from nami_lightning.models.text_encoder import MINILM, PromptEncoder, TextEncoderConfig
+from nami_lightning.models.text_encoder import MINILM, PromptEncoder, TextEncoderConfig, TextSettings
 
 pytest_plugins = "helpers.tiny_models"
 
@@ -48,7 +48,7 @@ def _encoder(
     sequence: TextModel, pooled: TextModel | None = None, max_length: int = 12, cache: bool = False
 ) -> PromptEncoder:
     pooled_model, pooled_tokenizer = pooled or (None, None)
-    return PromptEncoder(*sequence, pooled_model, pooled_tokenizer, max_length, cache)
+    return PromptEncoder(*sequence, pooled_model, pooled_tokenizer, TextSettings(max_length=max_length), cache)
 
 
 def _alone(part: TextModel, prompt: str) -> Any:

@@ -15,7 +15,6 @@ from nami_lightning.models.autoencoder import PixelCodec
 from nami_lightning.models.bridge import BridgeFlow
 from nami_lightning.models.pipeline import NamiPipeline
 from nami_lightning.models.pipeline_checks import NonFiniteImages
-from nami_lightning.models.text_encoder import TextStates
 
 pytest_plugins = "helpers.tiny_models"
 
@@ -41,7 +40,7 @@ def generators(number: int) -> list[torch.Generator]:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"prompt": None}, "give either a prompt or prompt_states"),
+        ({"prompt": None}, "give either a prompt or prompt_embeds"),
         ({"prompt": []}, "prompt is an empty list"),
         ({"prompt": 7}, "prompt must be a string or a list of strings; got int"),
         ({"prompt": ["a", None]}, r"prompt\[1\] must be a string; got NoneType"),
@@ -80,15 +79,34 @@ def test_wrong_inputs_are_named_before_anything_runs(
         draw(pipeline, **arguments)
 
 
+def test_noise_is_of_the_coarsest_stage_or_of_all(pipeline: NamiPipeline) -> None:
+    shapes = [(2, 3, 8, 8), (2, 3, 16, 16)]
+    noise = [torch.randn(shape, generator=torch.Generator().manual_seed(0)) for shape in shapes]
+    drawn = draw(pipeline, ["a", "the"], latents=noise)
+    again = draw(pipeline, ["a", "the"], latents=noise, generator=torch.Generator().manual_seed(7))
+    torch.testing.assert_close(drawn, again)
+    coarse = draw(pipeline, ["a", "the"], latents=noise[0], generator=torch.Generator().manual_seed(7))
+    assert not torch.allclose(drawn, coarse)
+    for wrong, message in ((noise[1], r"got \(2, 3, 16, 16\)"), (noise[::-1], "got "), ([], "got an empty list")):
+        with pytest.raises(ValueError, match=f"latents must be the noise of the coarsest stage.*{message}"):
+            draw(pipeline, ["a", "the"], latents=wrong)
+
+
 def test_encoded_prompts_are_checked_too(pipeline: NamiPipeline) -> None:
-    states = pipeline.encode_prompt(["a", "the"])
-    narrow = TextStates(states.sequence[..., :5], states.pooled)
+    sequence, pooled = pipeline.encode_prompt(["a", "the"])
+    states = {"prompt_embeds": sequence, "pooled_prompt_embeds": pooled}
+    negative = {f"negative_{name}": value for name, value in states.items()}
+    narrow = {"prompt_embeds": sequence[..., :5], "pooled_prompt_embeds": pooled}
     for arguments, message in (
-        ({"prompt": "a", "prompt_states": states}, "not both"),
-        ({"negative_prompt": "a", "negative_prompt_states": states}, "not both"),
-        ({"prompt": None, "prompt_states": narrow}, r"\(prompts, tokens, 16\) and \(prompts, 12\); got \(2, \d+, 5\)"),
-        ({"prompt": None, "prompt_states": states.sequence}, "must be what encode_prompt returns; got Tensor"),
-        ({"prompt": ["a"] * 3, "negative_prompt_states": states}, "2 negative prompts for 3 prompts"),
+        ({"prompt": "a"} | states, "either a prompt or prompt_embeds, not both"),
+        ({"negative_prompt": "a"} | negative, "either a negative_prompt or negative_prompt_embeds, not both"),
+        ({"prompt": None} | narrow, r"\(prompts, tokens, 16\) and \(prompts, 12\); got \(2, \d+, 5\)"),
+        (
+            {"prompt": None, "prompt_embeds": sequence},
+            "pooled_prompt_embeds must both .* got Tensor and NoneType",
+        ),
+        ({"prompt": None, "prompt_embeds": [1], "pooled_prompt_embeds": pooled}, "got list and Tensor"),
+        ({"prompt": ["a"] * 3} | negative, "2 negative prompts for 3 prompts"),
     ):
         with pytest.raises(ValueError, match=message):
             draw(pipeline, **arguments)
@@ -221,9 +239,11 @@ def test_offloading_computes_on_one_device(
     monkeypatch.setattr("accelerate.hooks.UserCpuOffloadHook.offload", lambda _: None)  # nothing comes back from meta
     monkeypatch.setattr(pipeline, "maybe_free_model_hooks", lambda: None)
     monkeypatch.setattr("nami_lightning.models.pipeline.find_non_finite", lambda finite: {})
+    monkeypatch.setattr(pipeline, "check_inputs", lambda *_: None)  # it asks whether the bridges are fitted
     monkeypatch.setattr("torch.autocast", lambda *_, **__: nullcontext())  # meta has none
     for kind in ("bidirectional", "causal"):  # they look at the numbers of the masks
         monkeypatch.setattr(f"transformers.masking_utils._ignore_{kind}_mask_sdpa", lambda *_, **__: False)
-    for given in ({"prompt": "a red cat"}, {"prompt": None, "prompt_states": states}):
+    encoded = {"prompt": None, "prompt_embeds": states.sequence, "pooled_prompt_embeds": states.pooled}
+    for given in ({"prompt": "a red cat"}, encoded):
         image = draw(pipeline, **given, output_type="pt", generator=generators(1))
         assert (image.device.type, image.shape) == ("meta", (1, 3, 16, 16))

@@ -1,6 +1,7 @@
 """The nested transformer, against diffusers' own FLUX: outputs, weights, names, shapes and sizes."""
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
 from torch import Tensor
 
-from nami_lightning.models.transformer import NamiTransformer2DModel, RopePositions, patchify, unpatchify
+from nami_lightning.models.transformer import HeadKind, NamiTransformer2DModel, RopePositions, patchify, unpatchify
 
 pytest_plugins = "helpers.tiny_models"
 
@@ -90,7 +91,7 @@ def test_an_early_stage_is_a_flux_of_its_first_blocks(make_flux: MakeFlux) -> No
         torch.testing.assert_close(nami(*inputs, stage=stage), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("split", [{}, SPLIT])
+@pytest.mark.parametrize("split", [{}, SPLIT, SPLIT | {"output_head": "per_stage"}])
 def test_from_flux_and_back_is_bit_equal(make_flux: MakeFlux, split: dict[str, Any]) -> None:
     flux = make_flux()
     back = NamiTransformer2DModel.from_flux(flux, **split).to_flux()
@@ -100,12 +101,16 @@ def test_from_flux_and_back_is_bit_equal(make_flux: MakeFlux, split: dict[str, A
     assert dict(back.config) == dict(flux.config) | {"axes_dims_rope": back.config.axes_dims_rope}
 
 
-def test_every_head_starts_as_fluxs(make_flux: MakeFlux) -> None:
+@pytest.mark.parametrize("output_head", ["shared", "per_stage"])
+def test_every_head_starts_as_fluxs(make_flux: MakeFlux, output_head: HeadKind) -> None:
     flux = make_flux()
-    nami = NamiTransformer2DModel.from_flux(flux, **SPLIT)
-    for head in nami.heads:
-        assert torch.equal(head.proj_out.weight, flux.proj_out.weight)
-        assert torch.equal(head.norm_out.linear.weight, flux.norm_out.linear.weight)
+    nami = NamiTransformer2DModel.from_flux(flux, **SPLIT, output_head=output_head)
+    for stage in range(nami.num_stages):
+        norm_out, proj_out = nami.head(stage)
+        assert torch.equal(proj_out.weight, flux.proj_out.weight)
+        assert torch.equal(norm_out.linear.weight, flux.norm_out.linear.weight)
+    heads = {id(nami.head(stage)[1].weight) for stage in range(nami.num_stages)}
+    assert len(heads) == {"shared": 1, "per_stage": 3}[output_head]
 
 
 def test_a_flux_that_does_not_fit_is_refused(make_flux: MakeFlux) -> None:
@@ -130,12 +135,13 @@ def _head_size(width: int, outputs: int = 64) -> int:
     return modulation + width * outputs + outputs
 
 
+@pytest.mark.parametrize("output_head", ["shared", "per_stage"])
 @pytest.mark.parametrize(
     ("heads", "num_layers", "num_single_layers", "flux_size"),
     [(16, [7, 0, 0], [2, 7, 6], 2_022_708_544), (12, [4, 0, 0], [1, 4, 3], 635_969_600)],
 )
-def test_papers_models_are_flux_and_two_heads(
-    heads: int, num_layers: list[int], num_single_layers: list[int], flux_size: int
+def test_papers_models_are_flux_and_its_further_heads(
+    heads: int, num_layers: list[int], num_single_layers: list[int], flux_size: int, output_head: HeadKind
 ) -> None:
     width = heads * 128
     with torch.device("meta"):
@@ -144,6 +150,7 @@ def test_papers_models_are_flux_and_two_heads(
             num_single_layers=num_single_layers,
             num_attention_heads=heads,
             joint_attention_dim=1024,
+            output_head=output_head,
         )
         flux = FluxTransformer2DModel(
             num_layers=sum(num_layers),
@@ -152,7 +159,7 @@ def test_papers_models_are_flux_and_two_heads(
             joint_attention_dim=1024,
         )
     assert sum(p.numel() for p in flux.parameters()) == flux_size
-    assert sum(p.numel() for p in nami.parameters()) == flux_size + 2 * _head_size(width)
+    assert sum(p.numel() for p in nami.parameters()) == flux_size + 2 * _head_size(width) * (output_head == "per_stage")
     blocks = {name: p.shape for name, p in nami.named_parameters() if not name.startswith("heads.")}
     last = {n.removeprefix("heads.2."): p.shape for n, p in nami.named_parameters() if n.startswith("heads.2.")}
     assert blocks | last == {name: p.shape for name, p in flux.named_parameters()}
@@ -170,11 +177,13 @@ def _gradients(nami: NamiTransformer2DModel, stage: int) -> dict[str, Tensor]:
     return {name: p.grad for name, p in nami.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.parametrize("output_head", ["shared", "per_stage"])
 @pytest.mark.parametrize(("stage", "double", "single"), [(0, 1, 1), (1, 2, 1), (2, 2, 3)])
-def test_a_stage_trains_its_own_modules_alone(stage: int, double: int, single: int) -> None:
-    nami = _random_nami()
+def test_a_stage_trains_its_own_modules_alone(stage: int, double: int, single: int, output_head: HeadKind) -> None:
+    nami = _random_nami(output_head=output_head)
     gradients = _gradients(nami, stage)
-    used: tuple[str, ...] = ("time_text_embed.", "context_embedder.", "x_embedder.", f"heads.{stage}.")
+    used: tuple[str, ...] = ("time_text_embed.", "context_embedder.", "x_embedder.")
+    used += ("norm_out.", "proj_out.") if output_head == "shared" else (f"heads.{stage}.",)
     used += tuple(f"transformer_blocks.{i}." for i in range(double))
     used += tuple(f"single_transformer_blocks.{i}." for i in range(single))
     assert set(gradients) == {name for name, _ in nami.named_parameters() if name.startswith(used)}
@@ -203,6 +212,18 @@ def _positions(nami: NamiTransformer2DModel, stage: int, height: int, width: int
     nami(*_inputs(height, width), stage=stage)
     hook.remove()
     return seen[0]
+
+
+@torch.no_grad()
+def test_positions_stay_when_a_finer_stage_is_added() -> None:
+    before = _random_nami()
+    after = _random_nami(num_layers=[1, 1, 0, 0], num_single_layers=[1, 0, 2, 1], rope_unit_stage=2)
+    for stage in range(3):
+        torch.testing.assert_close(_positions(after, stage, 8, 12), _positions(before, stage, 8, 12))
+    text, image = _positions(after, 3, 8, 12).split([5, 24])  # 4 x 6 tokens, half as far apart
+    assert not text.any()
+    torch.testing.assert_close(image[0], torch.tensor([0.0, -0.25, -0.25]))
+    torch.testing.assert_close(image[-1] - image[0], torch.tensor([0.0, 1.5, 2.5]))
 
 
 @torch.no_grad()
@@ -252,7 +273,19 @@ def test_initial_weights_can_be_trained() -> None:
     latents, *conditions = _inputs()
     torch.nn.functional.mse_loss(nami(latents, *conditions, stage=0), latents).backward()
     gradients = {name for name, p in nami.named_parameters() if p.grad is not None and p.grad.any()}
-    assert "heads.0.proj_out.weight" in gradients
+    assert "proj_out.weight" in gradients
+
+
+@torch.no_grad()
+def test_a_config_without_the_newer_settings_means_what_it_meant(tmp_path: Path) -> None:
+    nami = _random_nami(output_head="per_stage").eval()
+    nami.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({key: config[key] for key in config if key not in ("output_head", "rope_unit_stage")}))
+    loaded = NamiTransformer2DModel.from_pretrained(tmp_path)
+    assert loaded.config.output_head == "per_stage"
+    torch.testing.assert_close(loaded(*_inputs(), stage=1), nami(*_inputs(), stage=1))
 
 
 @torch.no_grad()
@@ -275,6 +308,9 @@ def test_save_and_load(tmp_path: Path) -> None:
         ({"num_layers": [0, 1], "num_single_layers": [0, 1]}, "first stage"),
         ({"axes_dims_rope": [4, 6, 8]}, "axes_dims_rope"),
         ({"axes_dims_rope": [5, 5, 6]}, "axes_dims_rope"),
+        ({"output_head": "both"}, "output_head must be one of shared, per_stage"),
+        ({"rope_positions": "none"}, "rope_positions must be one of aligned, grid"),
+        ({"rope_unit_stage": 3}, "rope_unit_stage must be a stage, 0 to 2"),
     ],
 )
 def test_bad_settings_are_refused(settings: dict[str, Any], named: str) -> None:

@@ -43,6 +43,18 @@ def test_a_saved_recipe_is_read_with_todays_names(tiny: list[str], tmp_path: Pat
     assert isinstance(callbacks["Metrics"].features, EfficientNetLite0)
 
 
+def test_a_saved_recipe_without_a_newer_setting_means_what_it_meant(tiny: list[str], tmp_path: Path) -> None:
+    saved = yaml.safe_load(Recipe(tiny[0], tiny[1:]).dump())
+    arguments = saved["model"]["transformer"]["init_args"]
+    assert arguments.pop("output_head") == "shared"
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(saved))
+    assert Recipe(path).config.model.transformer.init_args.output_head == "per_stage"
+    del saved["base"]  # a recipe that a person wrote: today's default
+    path.write_text(yaml.safe_dump(saved))
+    assert Recipe(path).config.model.transformer.init_args.output_head == "shared"
+
+
 def test_an_overlay_and_an_override_are_read_so_too(tiny: list[str], tmp_path: Path) -> None:
     overlay = tmp_path / "overlay.yaml"
     overlay.write_text(yaml.safe_dump({"trainer": {"strategy": {"class_path": OLD_STRATEGY}}}))

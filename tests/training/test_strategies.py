@@ -103,11 +103,11 @@ def test_a_micro_batch_sends_what_strategies_says(ranks: None, stage: int) -> No
     model = make_model()
     mesh = init_device_mesh("cpu", (RANKS,))
     blocks = [*model.transformer_blocks, *model.single_transformer_blocks]
-    for part in [*blocks, *model.heads]:
+    for part in model.parts:
         fully_shard(part, mesh=mesh, reshard_after_forward=True)
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
-    running = [*(blocks if stage == 1 else blocks[:1]), model.heads[stage]]
-    inside = {id(p) for part in [*blocks, *model.heads] for p in part.parameters()}
+    running = model.parts_used(stage)
+    inside = {id(p) for part in model.parts for p in part.parameters()}
     numbers = sum(p.numel() for part in running for p in part.parameters())
     numbers += sum(p.numel() for p in model.parameters() if id(p) not in inside)
     with Sent() as sent:
