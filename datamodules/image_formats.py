@@ -12,11 +12,22 @@ USUAL = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 NOT_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 """Formats that Pillow only recognises, or hands to other programs."""
 
-PLUGINS = {"pillow_heif": "register_heif_opener", "pillow_jxl": None}
+PLUGINS = {"pillow_heif": "register_heif_opener", "pillow_jxl": None, "pillow_avif": None}
 """Modules that teach Pillow more formats, each with the function that does it; null: importing does."""
 
-PLUGIN_OF = {"heic": "pillow-heif", "heif": "pillow-heif", "jxl": "pillow-jxl-plugin"}
+PLUGIN_OF = {
+    **dict.fromkeys(("heic", "heics", "heif", "heifs", "hif"), "pillow-heif"),
+    **dict.fromkeys(("avif", "avifs"), "pillow-avif-plugin"),  # for a Pillow that was built without AVIF
+    "jxl": "pillow-jxl-plugin",
+}
 """The package that reads a format, by extension."""
+
+BEGINNINGS = {
+    **dict.fromkeys((b"ftypheic", b"ftypheix", b"ftyphevc", b"ftypmif1", b"ftypmsf1"), "pillow-heif"),
+    **dict.fromkeys((b"ftypavif", b"ftypavis"), "pillow-avif-plugin"),
+    b"JXL \r\n\x87\n": "pillow-jxl-plugin",
+}
+"""The package that reads a format, by the bytes 4 to 11 of its files."""
 
 
 @cache
@@ -56,5 +67,14 @@ def is_image(name: str) -> bool:
 
 def why_no_image(extension: str) -> str:
     """Return why files with this extension, dot included, are not read as images."""
-    plugin = PLUGIN_OF.get(extension[1:])
-    return f"an image that Pillow reads with a plugin: pip install {plugin}" if plugin else "not an image Pillow reads"
+    return _needs(PLUGIN_OF.get(extension[1:])) or "not an image Pillow reads"
+
+
+def missing_plugin(data: bytes | memoryview) -> str:
+    """Return what must be installed to read an image file that can't be read; empty if it is of no known format."""
+    begin = bytes(data[:12])
+    return _needs("pillow-jxl-plugin" if begin.startswith(b"\xff\x0a") else BEGINNINGS.get(begin[4:]))
+
+
+def _needs(plugin: str | None) -> str:
+    return f"an image that Pillow reads with a plugin: pip install {plugin}" if plugin else ""

@@ -104,9 +104,11 @@ class MultiResolutionDataModule(L.LightningDataModule):
         self.seed, self.shuffle_window = seed, shuffle_window
         self.num_workers, self.prefetch_factor = num_workers, prefetch_factor
         self.validation_samples = validation_samples
+        self.keep_prepared = False
+        """Whether a prepared data set stays as it is if its source changed: a run that resumes was trained on it."""
 
     def prepare_data(self) -> None:
-        """Prepare the data set if a source is given, or what changed in the source after that.
+        """Prepare the data set if a source is given, or what changed in the source after that unless it is kept.
 
         Raises:
             ValueError: the folder is a data set of another source or of other settings.
@@ -115,7 +117,7 @@ class MultiResolutionDataModule(L.LightningDataModule):
             return
         self._check_aspects(self.preparation.aspects)
         try:
-            prepare(self.source, self.dataset_folder, self.preparation, self.num_workers)
+            prepare(self.source, self.dataset_folder, self.preparation, self.num_workers, keep=self.keep_prepared)
         except OtherSettings as error:
             raise ValueError(
                 f"data.folder and data.source don't belong together: {error}, or train on this one as it is with "

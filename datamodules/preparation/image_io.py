@@ -19,7 +19,7 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from nami_lightning.datamodules.aspect_buckets import Shape
-from nami_lightning.datamodules.image_formats import register_plugins
+from nami_lightning.datamodules.image_formats import missing_plugin, register_plugins
 
 Position: TypeAlias = tuple[float, float]
 """The position of a crop window in a larger image: from left and from top, both in [0, 1)."""
@@ -74,7 +74,8 @@ def open_image(data: bytes | memoryview, notes: list[str] | None = None) -> Imag
     except BadImage:
         raise
     except UnidentifiedImageError as error:
-        raise BadImage("not a readable image: no format that Pillow knows") from error
+        reason = missing_plugin(data) or "not a readable image: no format that Pillow knows"
+        raise BadImage(reason) from error
     except Exception as error:  # Pillow raises errors of many classes on damaged files
         raise BadImage(f"not a readable image: {error}") from error
 

@@ -8,6 +8,7 @@ removed. Parts of other settings are kept beside it, as ``OUTPUT.parts.HASH``, u
 import glob
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,8 @@ SOURCE = "source.jsonl"
 REPORT = "report.json"
 PREVIOUS = "previous"
 """The data set that is being replaced, until the new one has its name."""
+OURS = re.compile(rf"\d{{6,}}|\..*|{re.escape(SETTINGS)}|{PREVIOUS}|merging-.*|complete-.*", re.DOTALL)
+"""The names of what may be in a folder of parts."""
 
 
 def parts_folder(output: Path) -> Path:
@@ -48,7 +51,9 @@ def start_or_resume(folder: Path, settings: dict[str, Any], shared: bool = False
 
     Raises:
         OtherSettings: it is shared, and has other settings.
+        ValueError: it has files of somebody else's, or can't be made.
     """
+    check_ours(folder)
     file = folder / SETTINGS
     if file.exists():
         existing = json.loads(file.read_text())
@@ -62,8 +67,27 @@ def start_or_resume(folder: Path, settings: dict[str, Any], shared: bool = False
     if (aside := _aside(folder, settings)).exists():
         aside.rename(folder)
         return
-    with replacing(file) as partial:
-        partial.write_text(json.dumps(settings, indent=2))
+    try:
+        with replacing(file) as partial:
+            partial.write_text(json.dumps(settings, indent=2))
+    except OSError as error:
+        raise ValueError(
+            f"{folder}, for the unfinished parts, can't be made ({error.strerror}): choose another output"
+        ) from error
+
+
+def check_ours(folder: Path) -> None:
+    """Refuse a folder of parts with files that no preparation wrote, because it is removed in the end.
+
+    Raises:
+        ValueError: it has such files.
+    """
+    foreign = [path.name for path in folder.iterdir() if not OURS.fullmatch(path.name)] if folder.is_dir() else []
+    if foreign:
+        raise ValueError(
+            f"{folder} is for unfinished parts, but holds something else ({min(foreign)}): move it, or choose another "
+            "output"
+        )
 
 
 def set_aside(folder: Path) -> None:
@@ -106,8 +130,11 @@ def check_unused(output: Path, problem: str) -> None:
     """Refuse an output that already has some content, or that can't be replaced by a folder.
 
     Raises:
-        ValueError: it is a file, a folder that is not empty (the message states ``problem``), or the current folder.
+        ValueError: it is a file, a folder that is not empty (the message states ``problem``), the current folder, or a
+            URL; or its folder of parts has files of somebody else's.
     """
+    if ":/" in str(output):  # pathlib makes one slash of two
+        raise ValueError(f"the output {output} is a URL: name a folder on this machine, and copy it afterwards")
     if Path.cwd().is_relative_to(output.resolve()):
         raise ValueError(
             f"the output {output} is the current folder, or above it: name a folder that is made for the data set, "
@@ -115,6 +142,7 @@ def check_unused(output: Path, problem: str) -> None:
         )
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} exists and {problem}: choose another output")
+    check_ours(parts_folder(output))
 
 
 def unfinished_parts(folder: Path, numbers: range) -> list[int]:

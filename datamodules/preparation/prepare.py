@@ -35,11 +35,13 @@ from nami_lightning.datamodules.preparation.prepare_parts import (
 )
 from nami_lightning.datamodules.preparation.source_changes import changes_since, write_reports
 from nami_lightning.datamodules.sources.base import Source
-from nami_lightning.datamodules.storage.dataset import DESCRIPTION, FORMAT, SKIPPED, SPLITS
+from nami_lightning.datamodules.storage.dataset import DESCRIPTION, FORMAT, SKIPPED, SPLITS, PreparedDataset
 from nami_lightning.datamodules.storage.shards import Shards, ShardWriter, join
 
 
-def prepare(source: Source, output: Path, preparation: Preparation, workers: int, rescan: bool = False) -> Path:
+def prepare(
+    source: Source, output: Path, preparation: Preparation, workers: int, rescan: bool = False, keep: bool = False
+) -> Path:
     """Make the data set at ``output``, continue an interrupted preparation, or do nothing if it is complete.
 
     If the source has changed since the data set was made, the changed parts are prepared again. The data set is then
@@ -51,6 +53,7 @@ def prepare(source: Source, output: Path, preparation: Preparation, workers: int
         preparation: how the images are prepared.
         workers: the number of processes.
         rescan: read the whole source again, because files may have changed with size and time of modification kept.
+        keep: leave a complete data set as it is, even if its source has changed since it was made.
 
     Returns:
         ``output``.
@@ -58,28 +61,41 @@ def prepare(source: Source, output: Path, preparation: Preparation, workers: int
     Raises:
         ValueError: the source is empty, or ``output`` was made with other settings.
     """
-    if not is_complete(source, output, preparation, rescan):
+    if not is_complete(source, output, preparation, rescan, keep):
         prepare_parts(source, output, preparation, workers, rescan=rescan)
         merge(source, output, preparation)
     return output
 
 
-def is_complete(source: Source, output: Path, preparation: Preparation, rescan: bool = False) -> bool:
+def is_complete(
+    source: Source, output: Path, preparation: Preparation, rescan: bool = False, keep: bool = False
+) -> bool:
     """Return whether ``output`` is the finished data set of these settings; if its source changed, print how.
+
+    With ``keep`` it counts as finished although its source changed.
 
     Raises:
         ValueError: it is a data set of other settings, or something else.
     """
     finish_replacing(output)
-    description = output / DESCRIPTION
-    if not description.exists():
+    if not (output / DESCRIPTION).exists():
         check_unused(output, "is not a data set")
         return False
-    check_settings(json.loads(description.read_text())["settings"], settings_of(source, preparation), output)
+    try:
+        description = PreparedDataset(output).description
+    except ValueError as error:  # damaged, of another version, or a file of somebody else's with this name
+        raise ValueError(f"{output} holds no data set that can be used ({error}): choose another output") from error
+    check_settings(description["settings"], settings_of(source, preparation), output)
     if rescan:
         print(f"{output}: all of its source is read again.")
         return False
     if changes := changes_since(source, output):
+        if keep:
+            print(
+                f"{output}: its source has changed ({changes}), but a run that resumes goes on with the data set as it "
+                "was prepared. To prepare it again: --accept_changed_data, or --fresh"
+            )
+            return True
         print(f"{output}: its source has changed ({changes}), so what changed is prepared again.")
         return False
     return True

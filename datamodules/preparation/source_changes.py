@@ -41,7 +41,10 @@ def read_reports(folder: Path) -> list[dict[str, Any]]:
     """
     try:
         with (folder / SOURCE).open(encoding="utf-8") as lines:
-            return [json.loads(line) for line in lines]
+            reports = [json.loads(line) for line in lines]
+        if not all(isinstance(one, dict) and isinstance(one.get("files"), dict) for one in reports):
+            raise ValueError("a line names no files")
+        return reports
     except FileNotFoundError:
         return []
     except ValueError as error:

@@ -89,7 +89,7 @@ class Columns:
             places = {name: row[name] for name in CAPTIONS if name in row}
         notes: list[str] = []
         try:
-            captions, weights = self._weighted(row) if self.captions else (_first_captions(places, notes), [])
+            captions, weights = self._weighted(row, notes) if self.captions else (_first_captions(places, notes), [])
         except BadText as error:
             return Skipped(printable(id), str(error))
         if not captions:
@@ -113,24 +113,26 @@ class Columns:
         id: str,
         image: bytes,
         texts: Mapping[str, Any],
-        json_file: bytes | None,
+        json_file: bytes | Unusable | None,
         row: Mapping[str, Any] | None = None,
     ) -> SourceSample | Skipped:
         """Return a sample whose captions stand in files of its own, or the reason why it is skipped.
 
         The most trusted caption is used: that of ``.txt``, then of ``.caption``, of the metadata, and of ``.json``. A
-        damaged ``.json`` costs nothing if there is another caption.
+        file that can't be used costs nothing if there is another caption.
 
         Args:
             id: its name, which may be any text.
             image: the image file.
-            texts: what its text files hold, under ``txt`` and ``caption``.
-            json_file: its JSON file.
+            texts: what its text files hold, or why they can't be used, under ``txt`` and ``caption``.
+            json_file: its JSON file, or why it can't be used.
             row: its row in a metadata file.
         """
         row = row or {}
         fields, problem = {}, ""
         try:
+            if isinstance(json_file, Unusable):
+                raise BadText(json_file)
             fields = decode_object(json_file) if json_file else {}
         except BadText as error:
             problem = str(error)
@@ -142,15 +144,25 @@ class Columns:
             return sample
         if isinstance(sample, Skipped):
             return sample if sample.reason != NO_CAPTION else Skipped(sample.id, problem)
-        return replace(sample, notes=[*sample.notes, "a damaged .json, which is ignored"])
+        state = "a .json that can't be read" if isinstance(json_file, Unusable) else "a damaged .json"
+        return replace(sample, notes=[*sample.notes, f"{state}, which is ignored"])
 
-    def _weighted(self, row: Mapping[str, Any]) -> tuple[list[str], list[float]]:
-        """Return the captions of the requested columns of a row, with their weights."""
-        captions, weights = [], []
+    def _weighted(self, row: Mapping[str, Any], notes: list[str]) -> tuple[list[str], list[float]]:
+        """Return the captions of the requested columns of a row, with their weights; note those that can't be used.
+
+        Raises:
+            BadText: a column can't be used, and no other has a caption.
+        """
+        captions, weights, problems = list[str](), list[float](), dict[str, BadText]()
         for name, weight in self.captions.items():
-            texts = _texts(row.get(name))
+            try:
+                texts = _texts(row.get(name))
+            except BadText as error:
+                problems[name] = error
+                continue
             captions += texts
             weights += [weight / len(texts) for _ in texts]
+        _note_problems(problems, captions, notes)
         return captions, weights
 
 
@@ -195,26 +207,50 @@ def printable(text: str) -> str:
 def _first_captions(places: Mapping[str, Any], notes: list[str]) -> list[str]:
     """Return the captions of the first place that has any; note each later place that has none of them.
 
+    Places that can't be used are noted too.
+
     Raises:
-        BadText: a place can't be read, and no earlier one has a caption.
+        BadText: a place can't be used, and no other has a caption.
     """
-    used, captions = "", list[str]()
+    used, captions, problems = "", list[str](), dict[str, BadText]()
     for place, value in places.items():
         try:
             texts = _texts(value)
-        except BadText:
-            if not captions:
-                raise
+        except BadText as error:
+            problems[place] = error
             continue
         if not captions:
             used, captions = place, texts
         elif texts and not set(texts) & set(captions):
             notes.append(f"captions differ: {used} is used, not {place}")
+    _note_problems(problems, captions, notes)
     return captions
 
 
+def _note_problems(problems: Mapping[str, BadText], captions: Sequence[str], notes: list[str]) -> None:
+    """Note the places whose captions can't be used.
+
+    Raises:
+        BadText: there are no other captions.
+    """
+    if problems and not captions:
+        raise next(iter(problems.values()))
+    notes += [f"a caption that can't be used, in {place}: another is used" for place in problems]
+
+
 def _texts(value: object) -> list[str]:
-    """Return the captions in a column's value: one text, as str or bytes, or a list of texts."""
+    """Return the captions in a column's value: one text, as str or bytes, or a list of texts.
+
+    Raises:
+        BadText: it holds something else.
+    """
+    try:
+        return _flat_texts(value)
+    except RecursionError as error:
+        raise BadText("caption is not a text: lists in lists, without an end") from error
+
+
+def _flat_texts(value: object) -> list[str]:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return []
     if isinstance(value, Unusable):
@@ -227,15 +263,17 @@ def _texts(value: object) -> list[str]:
             raise BadText("caption is not UTF-8")
         return [text] if (text := value.strip()) else []
     if isinstance(value, Sequence):
-        return [text for item in value for text in _texts(item)]
+        return [text for item in value for text in _flat_texts(item)]
     raise BadText(f"caption is not a text: {type(value).__name__}")
 
 
 def _number(row: Mapping[str, Any], names: Sequence[str]) -> float | None:
-    """Return the first value in the columns ``names`` that is a number, or None."""
+    """Return the first value in the columns ``names`` that is a finite number, or None."""
     for name in names:
         try:
-            return float(row[name])
-        except (KeyError, TypeError, ValueError):
+            number = float(row[name])
+        except (KeyError, TypeError, ValueError, OverflowError):
             continue
+        if math.isfinite(number):
+            return number
     return None

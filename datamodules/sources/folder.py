@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nami_lightning.datamodules.sources.base import Skipped, Source, SourceSample, Surveyed, stamp
-from nami_lightning.datamodules.sources.fields import COLUMNS, BadText, Columns, decode, printable
+from nami_lightning.datamodules.sources.fields import COLUMNS, BadText, Columns, Unusable, decode, printable
 from nami_lightning.datamodules.sources.listing import LINK, Entry, is_inside, list_images
 from nami_lightning.training.rng import derive_seed
 from nami_lightning.utils.text_files import split_lines
@@ -114,14 +114,24 @@ class ImageFolder(Source):
             image = self._read(file)
             if image is None:
                 return Skipped(printable(entry.name), "no such file")
-            beside = {extension: self._read(Path(self.path, name)) for extension, name in entry.files.items()}
-            texts: dict[str, Any] = {name: beside.get(f".{name}") for name in ("txt", "caption")}
-            if self.one_caption_a_line:
-                texts = {name: text and split_lines(decode(text)) for name, text in texts.items()}
-        except (BadText, PermissionError, _OutsideFolder) as error:
+        except (PermissionError, _OutsideFolder) as error:
             return Skipped(printable(entry.name), printable(str(error)))
+        beside = {extension: self._beside(Path(self.path, name)) for extension, name in entry.files.items()}
+        texts: dict[str, Any] = {name: beside.get(f".{name}") for name in ("txt", "caption")}
+        if self.one_caption_a_line:
+            texts = {name: _lines(text) for name, text in texts.items()}
         texts = {name: text for name, text in texts.items() if text}
         return self.columns.sample_of_files(entry.name, image, texts, beside.get(".json"), entry.row)
+
+    def _beside(self, file: Path) -> bytes | Unusable:
+        """Return the content of a file beside an image, or the reason why it can't be used."""
+        try:
+            content = self._read(file)
+        except PermissionError as error:
+            return Unusable(f"{file.suffix} without permission: {error}")
+        except _OutsideFolder as error:
+            return Unusable(f"{file.suffix} {error}")
+        return Unusable(f"{file.suffix} is a link to nothing") if content is None else content
 
     def _read(self, file: Path) -> bytes | None:
         """Return the content of a file, or None if it doesn't exist.
@@ -134,6 +144,16 @@ class ImageFolder(Source):
         if not self.follow_links and not is_inside(file, self.path):
             raise _OutsideFolder(LINK)
         return file.read_bytes()
+
+
+def _lines(text: bytes | Unusable | None) -> list[str] | Unusable | None:
+    """Return the lines of a text file, or the reason why it can't be used."""
+    if text is None or isinstance(text, Unusable):
+        return text
+    try:
+        return split_lines(decode(text))
+    except BadText as error:
+        return Unusable(str(error))
 
 
 def _is_file(file: Path) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 from nami_lightning.datamodules.sources.base import Skipped, Source, SourceSample, part_ranges, stamp
 from nami_lightning.datamodules.sources.fields import COLUMNS, Columns
 from nami_lightning.datamodules.sources.tables import BATCH, TableColumns, rows_of_table
+from nami_lightning.errors import one_line
 
 PART_SIZE = 1000
 SAVED = (".arrow", ".json")
@@ -86,7 +87,14 @@ class HuggingFaceDataset(Source):
             raise ModuleNotFoundError(
                 f"reading a Hugging Face dataset needs datasets: pip install '.[data]' ({error})"
             ) from error
-        dataset = datasets.load_from_disk(self.path)
+        try:
+            dataset = datasets.load_from_disk(self.path)
+        except Exception as error:  # datasets and pyarrow raise errors of many classes on damaged files
+            if isinstance(error, FileNotFoundError) or (isinstance(error, OSError) and error.errno is not None):
+                raise
+            raise ValueError(
+                f"{self.path} is damaged, or was not written by save_to_disk: {one_line(error)}"
+            ) from error
         if not isinstance(dataset, datasets.DatasetDict):
             if self.split is not None:
                 raise ValueError(f"{self.path} has no splits; split {self.split!r} was asked for")

@@ -138,6 +138,9 @@ def _add_metadata(images: dict[str, dict[str, Any]], path: str, name: str, follo
     if not follow_links and not is_inside(file, path):
         yield Entry(name, {}, LINK)
         return
+    if not file.is_file():  # a pipe would be waited for
+        yield Entry(name, {}, "damaged metadata: a link to nothing, or no file")
+        return
     with file.open("rb") as stream:
         encoding = encoding_of(stream.read(2))
     # Bytes that are not UTF-8 become lone surrogates here, so that only the captions with such bytes are lost.
@@ -166,8 +169,16 @@ def _json_rows(text: TextIO) -> Iterator[tuple[int, Any]]:
 def _csv_rows(text: TextIO) -> Iterator[tuple[int, Any]]:
     """Yield the number of the last line of each row, and the row's columns that have a name and a value."""
     csv.field_size_limit(sys.maxsize)  # a field that is longer ends the reading of the file otherwise
-    reader = csv.DictReader(text)
+    ended = False
+
+    def lines() -> Iterator[str]:
+        nonlocal ended
+        yield from text
+        ended = True
+
+    reader = csv.DictReader(lines())
     while True:
+        first = reader.line_num + 1
         try:
             row = next(reader)
         except StopIteration:
@@ -175,6 +186,9 @@ def _csv_rows(text: TextIO) -> Iterator[tuple[int, Any]]:
         except csv.Error as error:
             yield reader.line_num, str(error)
             continue
+        if ended:  # a row that is complete ends with its line, before the reader asks for another
+            yield first, f"the file ends within quotation marks, in the row of line {first}"
+            return
         yield reader.line_num, {name: _limited(value) for name, value in row.items() if name and value is not None}
 
 

@@ -72,7 +72,9 @@ class Parquet(Source):
             file = open_parquet(self.files.file(part))
             table = self._table_columns(file, part)
         except DamagedParquet as error:
-            yield Skipped(printable(part.rpartition(":")[0]), f"damaged Parquet file: {error}")
+            # Its footer, the last bytes, says where the rows are, so a file that breaks off has none.
+            ends = f"the file ends at byte {self.files.file(part).stat().st_size:,}"
+            yield Skipped(printable(part.rpartition(":")[0]), f"damaged Parquet file: {error} ({ends})")
             return
         first, name = 0, printable(part.rpartition(":")[0])
         for group in range(file.num_row_groups):

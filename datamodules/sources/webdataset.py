@@ -3,16 +3,22 @@
 import os
 import re
 import tarfile
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, replace
 from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, Self
 
-from nami_lightning.datamodules.image_formats import image_extensions
+from nami_lightning.datamodules.image_formats import PLUGIN_OF, image_extensions, why_no_image
 from nami_lightning.datamodules.sources.base import Skipped, Source, SourceSample, Surveyed
-from nami_lightning.datamodules.sources.fields import COLUMNS, Columns, printable
+from nami_lightning.datamodules.sources.fields import COLUMNS, Columns, Unusable, printable
 from nami_lightning.datamodules.sources.files import Files, is_hidden
+
+SIDECARS = ("txt", "caption", "json")
+LINK = Unusable("a link in a tar")
+CUT_OFF = "the tar breaks off after it: a file of it may be missing"
+BREAKS_OFF = ("empty header", "truncated header", "unexpected end of data")
+"""What tarfile says of a tar that ends too early."""
 
 NAME = re.compile(r"(?:\./)*((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)
 """The name of a file in a tar: its key, which ends at the first dot after the last slash, and its extension."""
@@ -58,29 +64,44 @@ class WebDataset(Source):
     def read(self, part: str) -> Iterator[SourceSample | Skipped]:
         """Yield the samples of a tar; of a damaged tar, those before the damage, then a skipped sample for the tar.
 
+        The sample at which a tar breaks off is kept, with a note, if its image and a caption were read.
+
         Raises:
             OSError: the system can't read the tar (no permission, a failing disk).
         """
-        members = read_members(self.files.file(part), {*self.extensions, "txt", "caption", "json"})
-        last = ""
+        members = read_members(self.files.file(part), {*self.extensions, *SIDECARS})
+        last, files = "", dict[str, bytes | None]()
         try:
             for key, group in groupby(members, key=lambda member: member.key):
-                last = key
-                yield self._sample(f"{self.files.name(part)}/{key}", {m.extension: m.data for m in group})
+                last, files = key, {}
+                for member in group:
+                    if member.extension in files:  # another sample of the same name
+                        yield self._sample(f"{self.files.name(part)}/{key}", files)
+                        files = {}
+                    files[member.extension] = member.data
+                yield self._sample(f"{self.files.name(part)}/{key}", files)
+                files = {}
         except DamagedTar as error:
+            sample = self._sample(f"{self.files.name(part)}/{last}", files)
+            if isinstance(sample, SourceSample):
+                yield replace(sample, notes=[*sample.notes, CUT_OFF])
             reason = f"damaged tar: {error}, in or after {last}" if last else f"damaged tar: {error}"
             yield Skipped(printable(part.rpartition(":")[0]), printable(reason))
 
-    def _sample(self, id: str, members: dict[str, bytes | None]) -> SourceSample | Skipped:
+    def _sample(self, id: str, members: Mapping[str, bytes | None]) -> SourceSample | Skipped:
         image = next((data for name in self.extensions if (data := members.get(name)) is not None), None)
         if image is None:
-            return Skipped(printable(id), f"no image: only {', '.join(members)}")
-        texts = {name: members[name] for name in ("txt", "caption") if members.get(name)}
-        return self.columns.sample_of_files(id, image, texts, members.get("json"))
+            only = f"only {', '.join(members)}"
+            unread = [name for name in members if name in PLUGIN_OF and name not in self.extensions]
+            plugin = why_no_image(f".{unread[0]}") if unread and self.extension is None else ""
+            return Skipped(printable(id), printable(f"{plugin} ({only})" if plugin else f"no image: {only}"))
+        files = {name: LINK if data is None else data for name, data in members.items() if name in SIDECARS}
+        texts = {name: files[name] for name in ("txt", "caption") if files.get(name)}
+        return self.columns.sample_of_files(id, image, texts, files.get("json"))
 
 
 class DamagedTar(ValueError):
-    """An error for a tar that can't be read any further."""
+    """An error for a tar that can't be read any further; the message says at which byte of its content."""
 
 
 class Member(NamedTuple):
@@ -98,10 +119,11 @@ def read_members(file: Path, extensions: set[str]) -> Iterator[Member]:
         DamagedTar: the tar is damaged; all complete files before the damage were yielded.
         OSError: the system can't read the tar.
     """
+    tar: Any = None
     try:
         with tarfile.open(file, "r|*", tarinfo=_StrictHeader) as tar:
             while (header := tar.next()) is not None:
-                tar.members.clear()  # type: ignore[attr-defined]  # else tarfile keeps all headers in memory
+                tar.members.clear()  # else tarfile keeps all headers in memory
                 if any(map(is_hidden, PurePosixPath(header.name).parts)):
                     continue
                 if not header.isdir() and (match := NAME.fullmatch(header.name)):
@@ -111,7 +133,9 @@ def read_members(file: Path, extensions: set[str]) -> Iterator[Member]:
     except Exception as error:  # on damaged files, tarfile and the decompressors raise errors of many classes
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        raise DamagedTar(str(error) or type(error).__name__) from error
+        reason = str(error) or type(error).__name__
+        reason = "it breaks off" if reason in BREAKS_OFF else reason
+        raise DamagedTar(f"{reason} at byte {tar.fileobj.tell() if tar else 0:,} of its content") from error
 
 
 class _StrictHeader(tarfile.TarInfo):

@@ -10,6 +10,7 @@ FOLDER/encodings/NAME/             the same data set as latents and text states,
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,6 +28,7 @@ ENCODED_FORMAT = "nami-encodings/1"
 DESCRIPTION = "dataset.json"
 SKIPPED = "skipped.jsonl"
 ENCODINGS = "encodings"
+BUCKET_NAME = re.compile(r"\d+/\d+x\d+")
 Split = Literal["train", "heldout"]
 SPLITS: tuple[Split, ...] = ("train", "heldout")
 
@@ -179,4 +181,25 @@ def _parse(content: bytes, path: str) -> dict[str, Any]:
         ) from error
     if found not in (FORMAT, ENCODED_FORMAT):
         raise ValueError(f"{path} has format {found!r}; this version reads {FORMAT!r}: prepare it again")
+    if wrong := _wrong_key(description):
+        raise ValueError(
+            f"{path} is damaged: its {wrong} is not what it should be; copy it again, or prepare the data set again"
+        )
     return description
+
+
+def _wrong_key(description: dict[str, Any]) -> str:
+    """Return a key of a description that is missing, or has a value of another kind; an empty text if there is none."""
+    for key in ("settings", "samples", "checksums"):
+        if not isinstance(description.get(key), dict):
+            return key
+    for key in ("removed", "notes", "skipped"):  # older versions lack some
+        if not isinstance(description.get(key, {}), dict):
+            return key
+    for split in SPLITS:
+        counts = description["samples"].get(split)
+        if not isinstance(counts, dict) or not all(
+            BUCKET_NAME.fullmatch(name) and isinstance(count, int) and count >= 0 for name, count in counts.items()
+        ):
+            return f"samples.{split}"
+    return ""

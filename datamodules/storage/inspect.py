@@ -200,8 +200,12 @@ def sample_evenly(buckets: Sequence[tuple[Split, Bucket]], samples: int) -> Iter
     more = apportion(samples - each * len(sizes), rest) if any(rest) else [0] * len(sizes)
     for (split, bucket), number in zip(buckets, (each + count for count in more), strict=True):
         for index in range(number):
-            item = bucket.shards.read([index * len(bucket) // number])[0]
-            yield split, bucket, Record.from_item(item)
+            position = index * len(bucket) // number
+            try:
+                record = Record.from_item(bucket.shards.read([position])[0])
+            except (ValueError, TypeError) as error:
+                raise bucket.shards.damaged_sample(position, f"has no captions that can be read ({error})") from error
+            yield split, bucket, record
 
 
 # --- text --------------------------------------------------------------------------------------

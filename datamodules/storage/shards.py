@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from litdata.streaming import Cache
+from litdata.utilities.env import _DistributedEnv
 
 from nami_lightning.datamodules.storage.chunk_cache import OPEN_CHUNKS, ChunkCache
 from nami_lightning.datamodules.storage.chunk_file import ChunkFile, DamagedChunk, DamagedSample
@@ -70,6 +71,8 @@ class ShardWriter:
         folder.mkdir(parents=True)
         self.folder = folder
         self.cache = Cache(str(folder), chunk_bytes=chunk_bytes)
+        # A writer is on its own. In a process of several ranks litdata would wait for the others' indexes, for good.
+        self.cache._writer._distributed_env = _DistributedEnv(1, 0, 1)
         self.count = 0
 
     def write(self, item: tuple[Any, ...]) -> None:
@@ -196,9 +199,13 @@ def read_index(folder: Path) -> dict[str, Any]:
     try:
         index: dict[str, Any] = json.loads(path.read_text())
         for chunk in index["chunks"]:
-            int(chunk["chunk_size"]), str(chunk["filename"])
+            sizes = chunk["chunk_size"], chunk.get("chunk_bytes", 0)
+            if not all(isinstance(size, int) and size >= 0 for size in sizes) or not isinstance(chunk["filename"], str):
+                raise ValueError(f"a chunk is {chunk}")
+        if not isinstance(index["config"], dict):
+            raise TypeError("its config is no object")
         return index
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a litdata index ({error!r}): prepare this data set again") from error
 
 

@@ -113,7 +113,10 @@ def generate_all(
     )
     batch_size = options.batch_size or GenerationSettings.batch_size
     ema = options.ema is not False
-    settings = GenerationSettings(sampler, options.seed, options.dtype, batch_size, options.step, ema, options.device)
+    settings = GenerationSettings(
+        *(sampler, options.seed, options.dtype, batch_size, options.step, ema, options.device),
+        retry_not_finite=bool(options.retry_not_finite),
+    )
     folders = [GeneratedImages(out / name, name) for name in model_names(options.runs, options.names)]
     for run, folder in zip(options.runs, folders, strict=True):
         generate(run, folder, all_items, chosen, _images_per_prompt(options), settings)
@@ -161,13 +164,18 @@ def judge(options: Namespace, out: Path, folders: Sequence[GeneratedImages], ite
     file = f"results-first-{options.limit}.json" if options.limit else "results.json"
     results: dict[str, Any] = {}
     for folder in folders:
-        not_finite = [str(folder.path(*image)) for image in folder.missing(items, _images_per_prompt(options))]
+        recorded = folder.recorded_settings
+        remembered = folder.not_finite(recorded)
+        not_finite = [
+            {"image": str(folder.path(item, i)), "seed": remembered.get((item.id, i), {}).get("seed")}
+            for item, i in folder.missing(items, _images_per_prompt(options))
+        ]
         if len(not_finite) == len(items) * _images_per_prompt(options):
             print(f"{folder.name} has no image to judge: all have NaN or infinite values")
             continue
         results[folder.name] = score(folder, items)
         header = {"benchmark": options.benchmark, "model": folder.name, "judge": names, "not_finite": not_finite}
-        generation = {"images_a_prompt": _images_per_prompt(options), "drawing": folder.recorded_settings}
+        generation = {"images_a_prompt": _images_per_prompt(options), "drawing": recorded}
         if not_finite:
             print(f"{folder.name}: {len(not_finite)} image(s) with NaN or infinite values don't count in its scores")
         write_json(folder.folder / file, header | generation | {"scores": results[folder.name]})

@@ -23,7 +23,7 @@ OWN_OPTIONS = {
 PROMPT_OPTIONS = ("prompts", "questions")
 GENERATION_OPTIONS = (
     *("names", "limit", "batch_size"),
-    *("steps", "guidance_scale", "negative_prompt", "solver", "height", "width", "seed"),
+    *("steps", "guidance_scale", "negative_prompt", "solver", "height", "width", "seed", "retry_not_finite"),
     *("step", "ema", "dtype", "device"),
 )
 OPTIONS_OF_ACTIONS = {
@@ -90,6 +90,12 @@ def _add_generation_options(parser: argparse.ArgumentParser) -> None:
         type=positive_int,
         help="number of images generated at once (default 4). It does not change the noise of an image; rounding may "
         "change a pixel by 1 of 255 levels in float32, by more in half precision",
+    )
+    generation.add_argument(
+        "--retry_not_finite",
+        action="store_true",
+        default=None,
+        help="generate those images again that had NaN or infinite values before, on another device for example",
     )
     add_checkpoint_options(generation)
     add_device_options(generation)

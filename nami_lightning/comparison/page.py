@@ -75,7 +75,7 @@ def write_page(records: Sequence[RunRecord], by: str, output: Path, found: Seque
     remove_comparison(output)
     shown = make_tables(records, by, found)
     title = " · ".join(record.name for record in records)
-    svgs = [*write_plots(records, by, output), *write_loss_plots(records, output)]
+    svgs = [*write_plots(records, by, output), *write_loss_plots(records, by, output)]
     picture = image_grid(records)
     if picture is not None:
         save_image(picture, output / "grid.png")

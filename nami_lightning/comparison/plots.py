@@ -13,6 +13,9 @@ from nami_lightning.comparison.compare import RunRecord, direction
 from nami_lightning.comparison.seed_variance import group_by_recipe
 from nami_lightning.utils.image_grid import caption_grid, save_figure
 
+UNITS = {"time": "seconds of training", "flops": "FLOP"}
+"""What stands below the x-axis, by budget; the others' names are their units."""
+
 COLUMNS = 8
 """Approximate number of columns of the grid; the images of one prompt are always in the same row."""
 
@@ -45,8 +48,7 @@ def write_plots(records: Sequence[RunRecord], by: str, folder: Path) -> list[Pat
         real = [entry.metrics.get(f"{metric}_of_real") for record in records for entry in record.entries]
         if (floor := next((value for value in real if value is not None), None)) is not None:
             axes.axhline(floor, color="0.5", linestyle=":", label="real images")
-        unit = {"time": "seconds of training", "flops": "FLOP"}.get(by, by)
-        axes.set(xlabel=unit, ylabel=metric.partition("/")[2], title=_title(metric))
+        axes.set(xlabel=UNITS.get(by, by), ylabel=metric.partition("/")[2], title=_title(metric))
         axes.xaxis.set_major_formatter(EngFormatter())
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
@@ -57,8 +59,11 @@ def write_plots(records: Sequence[RunRecord], by: str, folder: Path) -> list[Pat
     return written
 
 
-def write_loss_plots(records: Sequence[RunRecord], folder: Path) -> list[Path]:
-    """Plot each validation loss over the steps with a curve per run, as PNG and SVG, and return the SVGs' paths."""
+def write_loss_plots(records: Sequence[RunRecord], by: str, folder: Path) -> list[Path]:
+    """Plot each validation loss with a curve per run, as PNG and SVG, and return the SVGs' paths.
+
+    The steps are on the x-axis if a run with this loss was never measured, because its other budgets are not known.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -68,10 +73,13 @@ def write_loss_plots(records: Sequence[RunRecord], folder: Path) -> list[Path]:
     written = []
     for name in dict.fromkeys(name for record in records for name in record.losses):
         figure, axes = pyplot.subplots(figsize=(6.4, 4), layout="constrained")
+        known = all(record.loss_curve(name, by) for record in records if record.losses.get(name))
+        axis = by if known else "steps"
         for number, record in enumerate(records):
-            if curve := record.losses.get(name):
+            if curve := record.loss_curve(name, axis):
                 axes.plot(*zip(*curve, strict=True), label=record.name, color=f"C{number % 10}", marker=".")
-        axes.set(xlabel="steps", ylabel=name.partition("/")[2], title=f"{name} (does not rank runs)")
+        unit = UNITS.get(axis, axis) + ("" if known else f" (the {by} of some runs are not known)")
+        axes.set(xlabel=unit, ylabel=name.partition("/")[2], title=f"{name} (does not rank runs)")
         axes.xaxis.set_major_formatter(EngFormatter())
         axes.grid(alpha=0.3)
         axes.legend()

@@ -3,8 +3,9 @@
 OUT/BENCHMARK/MODEL/drawing.json             how images are generated: model, weights, settings, seed, prompts' hash
 OUT/BENCHMARK/MODEL/ITEM/metadata.jsonl      one line: the prompt, and what the judge needs to know about it
 OUT/BENCHMARK/MODEL/ITEM/samples/00000.png   its images; the noise of image i comes from seed + i
+OUT/BENCHMARK/MODEL/not_finite.json          which images have NaN or infinite values; these have no file
 
-GenEval's own judge reads this layout too. An image that is not finite (NaN or infinite values) has no file.
+GenEval's own judge reads this layout too.
 """
 
 import hashlib
@@ -31,6 +32,7 @@ from nami_lightning.utils.atomic_write import write_json
 from nami_lightning.utils.image_grid import save_image
 
 SETTINGS_FILE = "drawing.json"
+NOT_FINITE_FILE = "not_finite.json"
 DEFAULT_SEED = 42
 """GenEval's seed. Its script seeds every prompt with it, and takes the noise of all images of a prompt from one
 generator. Here each image has a seed of its own, so that neither the batch size nor an interruption changes its noise.
@@ -75,6 +77,19 @@ class GeneratedImages:
         """Return the items and image numbers still missing among the first ``images`` images of each item."""
         return [(item, i) for item in items for i in range(images) if not self.path(item, i).exists()]
 
+    def not_finite(self, record: Mapping[str, Any] | None) -> dict[tuple[str, int], dict[str, Any]]:
+        """Return the images that had NaN or infinite values, by item and number, if they were generated as ``record``.
+
+        An image has ``image``, its path, ``seed`` and ``origin``: where it stopped being finite. A file that can't be
+        read counts as none: the images are only generated again.
+        """
+        try:
+            found = json.loads((self.folder / NOT_FINITE_FILE).read_text(encoding="utf-8"))
+            entries = found["images"] if found["drawing"] == record else []
+            return {(entry["item"], entry["sample"]): entry for entry in entries}
+        except (FileNotFoundError, ValueError, TypeError, KeyError):
+            return {}
+
     @property
     def recorded_settings(self) -> dict[str, Any] | None:
         """How these images were generated; None if there is no image yet.
@@ -105,6 +120,7 @@ class GenerationSettings:
         step: step of a run's checkpoint. None: the newest.
         ema: use the EMA's weights of a run's checkpoint, if it has them.
         device: device of torch. None: a GPU if there is one.
+        retry_not_finite: generate those images again that had NaN or infinite values in an earlier call.
     """
 
     sampler: SamplerSettings = SamplerSettings()
@@ -114,6 +130,7 @@ class GenerationSettings:
     step: int | None = None
     ema: bool = True
     device: str | None = None
+    retry_not_finite: bool = False
 
 
 def identify_weights(source: str, step: int | None = None, ema: bool = True) -> str:
@@ -148,7 +165,8 @@ def generate(
 ) -> None:
     """Generate the images that are missing; the model is loaded only if there are any.
 
-    Images that are not finite are not written: they are counted, named and left missing.
+    Images that are not finite are not written: they are counted, named, and remembered in :data:`NOT_FINITE_FILE`, so
+    that a second call does not generate them again.
 
     Args:
         source: a run, the folder of a pipeline, or its Hugging Face name.
@@ -165,6 +183,13 @@ def generate(
     """
     record = _agreed_settings(source, folder, items, settings)
     missing = folder.missing(chosen, images)
+    failed = {} if settings.retry_not_finite else folder.not_finite(record)
+    if known_to_fail := [image for image in missing if (image[0].id, image[1]) in failed]:
+        print(
+            f"{folder.name}: {len(known_to_fail)} images had NaN or infinite values before, and are not generated "
+            "again; --retry_not_finite does that"
+        )
+        missing = [image for image in missing if image not in known_to_fail]
     if not missing:
         return
     pipeline = load_pipeline(source, record["dtype"], settings.step, settings.ema, settings.device)
@@ -178,6 +203,7 @@ def generate(
         raise ValueError(f"{source} has only one stage: give --steps a single number")
     write_json(folder.folder / SETTINGS_FILE, record)
     failures: list[str] = []
+    remembered = dict(folder.not_finite(record))
     with tqdm(total=len(chosen) * images, initial=len(chosen) * images - len(missing), desc=folder.name) as bar:
         for first in range(0, len(missing), settings.batch_size):
             batch = missing[first : first + settings.batch_size]
@@ -186,9 +212,17 @@ def generate(
                 if i in origins:
                     seed = record["seed"] + sample
                     failures.append(f"{item.id}, image {sample} (seed {seed}, prompt {item.prompt!r}, {origins[i]})")
+                    remembered[item.id, sample] = {
+                        "item": item.id, "sample": sample, "image": str(folder.path(item, sample)), "seed": seed,
+                        "origin": origins[i],
+                    }  # fmt: skip
                     continue
+                remembered.pop((item.id, sample), None)
                 _write_metadata(folder, item)
                 save_image(picture, folder.path(item, sample))
+            if remembered or (folder.folder / NOT_FINITE_FILE).exists():
+                found = {"drawing": record, "images": list(remembered.values())}
+                write_json(folder.folder / NOT_FINITE_FILE, found)
             bar.update(len(batch))
     if failures:
         print(

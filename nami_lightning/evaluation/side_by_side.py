@@ -3,11 +3,11 @@
 import textwrap
 from collections.abc import Sequence
 
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from nami_lightning.evaluation.generate import GeneratedImages
 from nami_lightning.evaluation.prompts import Item
-from nami_lightning.utils.fonts import draw_text
+from nami_lightning.utils.fonts import draw_text, readable
 from nami_lightning.utils.image_grid import caption_grid
 
 FONT_SIZE = 14
@@ -46,10 +46,10 @@ def _row(folders: Sequence[GeneratedImages], item: Item, side: int) -> Image.Ima
         images.append(image)
         names.append(folder.name if exists else f"{folder.name}: not finite")
     row = caption_grid(images, names, len(folders))
-    lines = textwrap.wrap(item.prompt, max(16, int(1.9 * row.width / FONT_SIZE)))
+    lines = textwrap.wrap(readable(item.prompt), max(16, int(1.9 * row.width / FONT_SIZE)))
     below = Image.new("RGB", (row.width, (len(lines) + 1) * (FONT_SIZE + 4)), "white")
     for number, line in enumerate(lines):
-        draw_text(ImageDraw.Draw(below), (MARGIN, number * (FONT_SIZE + 4)), line, "black", FONT_SIZE)
+        draw_text(below, (MARGIN, number * (FONT_SIZE + 4)), line, "black", FONT_SIZE)
     return _stack([row, below])
 
 

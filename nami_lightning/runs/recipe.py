@@ -17,10 +17,11 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
 
 from nami_lightning.errors import explain
-from nami_lightning.runs.old_recipes import upgraded_arguments, upgraded_layer
+from nami_lightning.runs.old_recipes import upgrade, upgraded_arguments, upgraded_layer
 from nami_lightning.runs.tensorboard import RunTensorBoard
 from nami_lightning.training.curriculum import Curriculum
 from nami_lightning.training.module import NamiModule
+from nami_lightning.utils.text_files import encoding_of, read_text
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 SET_BY_THE_RUN = {
@@ -96,7 +97,7 @@ class Recipe:
         sys.path += [folder for folder in folders if folder not in sys.path]
         layers = [part for file in files for part in ("--config", upgraded_layer(file))]
         try:
-            self.config = self.parser.parse_args([*layers, *upgraded_arguments(list(overrides))])
+            self.config = self.parser.parse_args(with_readable_files([*layers, *upgraded_arguments(list(overrides))]))
         except ArgumentError as error:
             message = explain(error, keys(self.parser))
             if "No module named" in message:
@@ -122,8 +123,11 @@ class Recipe:
         return values
 
     def digest(self) -> str:
-        """Return a short hash of the resolved recipe."""
-        return hashlib.blake2b(self.dump().encode(), digest_size=8).hexdigest()
+        """Return a short hash of the resolved recipe, without the folders of its classes: ranks may run elsewhere."""
+        config = self.config.clone()
+        config.import_from = []
+        text = str(self.parser.dump(config, skip_none=False))
+        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
     def make_model(self) -> NamiModule:
         """Make the model alone; it needs nothing of the data or the trainer."""
@@ -184,17 +188,50 @@ def with_bases(path: Path) -> list[Path]:
     return layers
 
 
+class UniqueKeys(yaml.SafeLoader):
+    """Reads YAML, and refuses a key that is there twice in the same place: the first would be lost."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Return a mapping's values by key."""
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice} is there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def read_layer(path: Path) -> dict[str, Any]:
     """Return the keys of one file of a recipe; none if it is not a mapping, which the parser refuses later.
 
     Raises:
-        ValueError: the file is not YAML.
+        ValueError: the file is not YAML, its encoding is neither UTF-8 nor UTF-16, or a key is there twice.
     """
+    text = read_text(path)
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        content = yaml.load(text, UniqueKeys)
+    except yaml.YAMLError as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     return content if isinstance(content, dict) else {}
+
+
+def with_readable_files(arguments: Sequence[str]) -> list[str]:
+    """Return arguments in which the content stands for each ``--config`` file in UTF-16: the parser reads UTF-8."""
+    readable: list[str] = []
+    for argument in arguments:
+        option = "--config=" if argument.startswith("--config=") else ""
+        path = argument.removeprefix(option)
+        if (option or readable[-1:] == ["--config"]) and in_utf16(path):
+            argument = option + yaml.safe_dump(upgrade(read_layer(Path(path))), sort_keys=False)
+        readable.append(argument)
+    return readable
+
+
+def in_utf16(argument: str) -> bool:
+    """Tell whether an argument is the path of a file in UTF-16."""
+    try:
+        with Path(argument).open("rb") as file:
+            return encoding_of(file.read(2)) == "utf-16"
+    except (OSError, ValueError):  # no path at all, but YAML
+        return False
 
 
 def overlays(arguments: Sequence[str]) -> list[Path]:

@@ -1,9 +1,10 @@
 """Text on pictures in any script: each character is drawn with a font that has it.
 
 Pillow's own font has Latin letters alone. Other characters get a font of the system, found by fontconfig, or a font of
-an installed package. Fonts of coloured pictures of one size, as some emoji fonts are, are not used.
+an installed package. An emoji that no font has is written as its name, ``[red apple]``.
 """
 
+import math
 import shutil
 import subprocess
 import unicodedata
@@ -15,7 +16,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from PIL import ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont
 
 PACKAGED = {
     "matplotlib": "mpl-data/fonts/ttf/DejaVuSans.ttf",
@@ -23,19 +24,30 @@ PACKAGED = {
 }
 """Fonts that packages bring, and their files in them: the extra ``fonts`` has the second."""
 
+PICTURE_SIZES = (109, 128, 136, 160)
+"""Sizes in px of the coloured pictures in emoji fonts that have no outlines; Noto's have 109. They are scaled."""
+
 NO_CHARACTER = "\U0010ffff"
 ATTACHED = {"Mn", "Mc", "Me", "Cf", "Zs", "Cc"}
 """Categories of characters that are drawn with the font of the one before: accents, joiners, spaces."""
+
+NAMED = {"So", "Sk"}
+"""Categories of characters that are written as their names if no font has them: emoji, and their skin tones."""
+OF_EMOJI = "\ufe0e\ufe0f\u20e3"
+"""Characters that ask for a picture, or for a key around a digit."""
+
+FIRST_LETTER_OF_FLAGS = 0x1F1E6
+LAST_LETTER_OF_FLAGS = 0x1F1FF
 
 FontFile = tuple[str, int]
 """A font file, and the number of the font in it."""
 
 
-def draw_text(drawing: ImageDraw.ImageDraw, position: tuple[float, float], text: str, fill: str, size: int) -> None:
+def draw_text(image: Image.Image, position: tuple[float, float], text: str, fill: str, size: int) -> None:
     """Draw one line of text from its top left corner on.
 
     Args:
-        drawing: what to draw on.
+        image: the picture to draw on.
         position: of the corner, in px.
         text: the line.
         fill: colour.
@@ -43,19 +55,51 @@ def draw_text(drawing: ImageDraw.ImageDraw, position: tuple[float, float], text:
     """
     x, top = position
     baseline = top + _load(None, size).getmetrics()[0]
-    for font, part in _runs(text, size):
-        drawing.text((x, baseline), part, fill=fill, font=font, anchor="ls")
-        x += font.getlength(part)
+    drawing = ImageDraw.Draw(image)
+    for file, part in _runs(text):
+        own_size = _picture_size(file)
+        font = _load(file, own_size or size)
+        if own_size is None:
+            drawing.text((x, baseline), part, fill=fill, font=font, anchor="ls")
+        else:
+            scale = size / own_size
+            picture, above = _coloured(font, part)
+            small = picture.resize((math.ceil(picture.width * scale), math.ceil(picture.height * scale)))
+            image.paste(small, (round(x), round(baseline - above * scale)), small)
+        x += _length(file, part, size)
 
 
 def text_width(text: str, size: int) -> float:
     """Return the width of a line of text in px."""
-    return sum(font.getlength(part) for font, part in _runs(text, size))
+    return sum(_length(file, part, size) for file, part in _runs(text))
 
 
 def font_files(text: str) -> list[str]:
-    """Return the files of the fonts that a text needs besides Pillow's own."""
-    return list(dict.fromkeys(file[0] for character in text if (file := find_font(character)) is not None))
+    """Return the files of the fonts with outlines that a text needs besides Pillow's own."""
+    files = dict.fromkeys(file for character in text if (file := find_font(character)) is not None)
+    return list(dict.fromkeys(file[0] for file in files if _picture_size(file) is None))
+
+
+def readable(text: str, pictures: bool = True) -> str:
+    """Return a text whose emoji are replaced by their names if they can't be drawn: ``[red apple]``, ``FR`` for a flag.
+
+    Args:
+        text: the text.
+        pictures: coloured pictures can be drawn; else only outlines.
+    """
+    parts: list[str] = []
+    replaced = coloured = False
+    for character in text:
+        if replaced and unicodedata.category(character) in ATTACHED - {"Zs", "Cc"}:
+            continue  # it joins or changes emoji that are names now
+        if character in OF_EMOJI and not coloured:
+            continue  # fonts of letters have a box for these
+        if unicodedata.category(character) not in ATTACHED:
+            coloured = pictures and _picture_size(find_font(character)) is not None
+        name = _name(character)
+        replaced = bool(name) and not _can_draw(character, pictures)
+        parts.append(name if replaced else character)
+    return "".join(parts)
 
 
 @cache
@@ -66,23 +110,56 @@ def find_font(character: str) -> FontFile | None:
     for file in (*_system_fonts(character), *_packaged_fonts()):
         if _has(file, character):
             return file
+    shown = f"its name, {name}" if (name := _name(character)) else "a box"
     warnings.warn(
-        f"No font on this machine has the character {character!r} (U+{ord(character):04X}), so pictures show a box: "
-        "install a font for its script (on Debian fonts-noto-cjk or fonts-symbola); for Chinese, Japanese and Korean, "
-        "pip install 'nami_lightning[fonts]'",
+        f"No font on this machine has the character {character!r} (U+{ord(character):04X}), so pictures show {shown}: "
+        "install a font for its script (on Debian fonts-noto-cjk, fonts-symbola or fonts-noto-color-emoji); for "
+        "Chinese, Japanese and Korean, pip install 'nami_lightning[fonts]'",
         stacklevel=2,
     )
     return None
 
 
-def _runs(text: str, size: int) -> Iterator[tuple[Any, str]]:
-    """Yield the parts of a line that are drawn with one font, each with its font."""
+def _name(character: str) -> str:
+    """Return what is written for an emoji that can't be drawn; an empty text for other characters."""
+    if FIRST_LETTER_OF_FLAGS <= ord(character) <= LAST_LETTER_OF_FLAGS:
+        return chr(ord("A") + ord(character) - FIRST_LETTER_OF_FLAGS)
+    if unicodedata.category(character) not in NAMED or not (name := unicodedata.name(character, "")):
+        return ""
+    return f"[{name.lower().removeprefix('emoji modifier ')}]"
+
+
+def _can_draw(character: str, pictures: bool) -> bool:
+    file = find_font(character)
+    return _has(None, character) if file is None else pictures or _picture_size(file) is None
+
+
+def _coloured(font: Any, text: str) -> tuple[Image.Image, int]:
+    """Return a line of coloured pictures, and how far it reaches above the line on which letters stand."""
+    above, below = font.getmetrics()
+    picture = Image.new("RGBA", (math.ceil(font.getlength(text)), above + below))
+    ImageDraw.Draw(picture).text((0, above), text, font=font, anchor="ls", embedded_color=True)
+    return picture, above
+
+
+def _length(file: FontFile | None, text: str, size: int) -> float:
+    own_size = _picture_size(file)
+    length: float = _load(file, own_size or size).getlength(text)
+    return length * size / own_size if own_size else length
+
+
+def _runs(text: str) -> Iterator[tuple[FontFile | None, str]]:
+    """Yield the parts of a line that are drawn with one font, each with its font; names stand for some emoji."""
+    text = readable(text)
     files: list[FontFile | None] = []
     for character in text:
-        attached = bool(files) and unicodedata.category(character) in ATTACHED
-        files.append(files[-1] if attached else find_font(character))
+        category = unicodedata.category(character)
+        if category == "Zs" and files and _picture_size(files[-1]) is not None:
+            files.append(None)  # a space of a font of pictures is as wide as a picture
+        else:
+            files.append(files[-1] if files and category in ATTACHED else find_font(character))
     for file, part in groupby(zip(files, text, strict=True), key=lambda pair: pair[0]):
-        yield _load(file, size), "".join(character for _, character in part)
+        yield file, "".join(character for _, character in part)
 
 
 @cache
@@ -91,16 +168,30 @@ def _load(file: FontFile | None, size: int) -> Any:
 
 
 @cache
+def _picture_size(file: FontFile | None) -> int | None:
+    """Return the size of a font's pictures if it has coloured pictures of one size alone; None for outlines."""
+    sizes = (None, *PICTURE_SIZES) if file is not None else (None,)
+    for size in sizes:
+        try:
+            _load(file, size or 16)
+        except OSError:
+            continue
+        return size
+    return None
+
+
+@cache
 def _has(file: FontFile | None, character: str) -> bool:
     """Tell whether a font has a character: its picture is not that of a character that no font has."""
+    size = _picture_size(file)
     try:
-        font = _load(file, 16)
-    except OSError:  # a damaged font, or one of pictures of a single size
+        font = _load(file, size or 16)
+    except OSError:  # a damaged font
         return False
     if unicodedata.category(character) in ATTACHED:
         return True
-    seen, missing = (font.getmask(one) for one in (character, NO_CHARACTER))
-    return (seen.size, bytes(seen)) != (missing.size, bytes(missing))
+    seen, missing = (font.getmask(one, "RGBA" if size else "") for one in (character, NO_CHARACTER))
+    return (seen.size, [*seen]) != (missing.size, [*missing])
 
 
 def _system_fonts(character: str) -> list[FontFile]:

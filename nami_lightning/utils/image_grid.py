@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image, ImageDraw
 
 from nami_lightning.utils.atomic_write import replacing
-from nami_lightning.utils.fonts import draw_text, font_files, text_width
+from nami_lightning.utils.fonts import draw_text, font_files, readable, text_width
 
 MIN_CELL = 128
 FONT_SIZE = 12
@@ -48,9 +48,9 @@ def caption_grid(
         grid.paste(shown, (left, top))
         drawing.rectangle((left - 1, top - 1, left + shown.width, top + shown.height), outline="lightgray")
         if labels:
-            draw_text(drawing, (x, y + height + 2), labels[i], "gray", FONT_SIZE)
-        for number, part in enumerate(_wrap(caption, width)):
-            draw_text(drawing, (x, y + height + label + 2 + number * line), part, "black", FONT_SIZE)
+            draw_text(grid, (x, y + height + 2), labels[i], "gray", FONT_SIZE)
+        for number, part in enumerate(_wrap(readable(caption), width)):
+            draw_text(grid, (x, y + height + label + 2 + number * line), part, "black", FONT_SIZE)
     return grid
 
 
@@ -92,6 +92,7 @@ def save_figure(figure: Any, stem: Path) -> Path:
     from matplotlib.text import Text
 
     for text in figure.findobj(Text):
+        text.set_text(readable(text.get_text(), pictures=False))
         files = font_files(text.get_text())
         for file in files:
             fontManager.addfont(file)

@@ -12,8 +12,10 @@ from pathlib import Path
 from random import Random
 
 import pytest
+import torch.distributed as dist
 from helpers.squares import Squares, colour, contents, kill
 from PIL import Image
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from nami_lightning.datamodules.preparation.filters import Filters
 from nami_lightning.datamodules.preparation.parts_folder import parts_folder
@@ -21,7 +23,7 @@ from nami_lightning.datamodules.preparation.prepare import merge, prepare
 from nami_lightning.datamodules.preparation.prepare_parts import Preparation, is_heldout, prepare_parts
 from nami_lightning.datamodules.sources.base import Skipped, SourceSample
 from nami_lightning.datamodules.storage.dataset import SPLITS, PreparedDataset
-from nami_lightning.datamodules.storage.shards import Record
+from nami_lightning.datamodules.storage.shards import Record, Shards, ShardWriter
 
 PREPARATION = Preparation([16, 32], heldout_percent=20, aspect_step=4, widest_aspect=2, format="png", chunk_mib=1)
 
@@ -213,3 +215,14 @@ def test_captions_are_drawn_by_their_weights() -> None:
     drawn = [record.caption(i / 400) for i in range(400)]
     assert [drawn.count(text) for text in record.captions] == [100, 50, 250]
     assert Record("a", b"", ["one", "two"], []).caption(0.999) == "two"
+
+
+def test_a_rank_of_several_writes_its_shards_alone(tmp_path: Path) -> None:
+    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=2)
+    try:
+        writer = ShardWriter(tmp_path / "shards", 1000)
+        writer.write((b"one",))
+        writer.close()
+    finally:
+        dist.destroy_process_group()
+    assert len(Shards(tmp_path / "shards")) == 1

@@ -8,6 +8,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers.squares import Squares
@@ -15,9 +16,11 @@ from litdata import StreamingDataset
 from PIL import Image
 
 from nami_lightning.benchmarks import data_loading
+from nami_lightning.cli.main import main
 from nami_lightning.datamodules.aspect_buckets import Shape
 from nami_lightning.datamodules.preparation.prepare import prepare
 from nami_lightning.datamodules.preparation.prepare_parts import Preparation
+from nami_lightning.datamodules.preparation.source_changes import read_reports
 from nami_lightning.datamodules.sources.base import SourceSample
 from nami_lightning.datamodules.storage.chunk_checks import Damage, find_problem
 from nami_lightning.datamodules.storage.chunk_file import ChunkFile, DamagedChunk, checksum
@@ -268,3 +271,68 @@ def test_a_contact_sheet_replaces_no_file(tmp_path: Path, capsys: pytest.Capture
         assert name in capsys.readouterr().out
         assert (tmp_path / name).exists()
     assert (tmp_path / "contact_sheet.png").read_text() == "mine"
+
+
+# --- files of a data set that say something else -----------------------------------------------------
+
+Change = Callable[[Any], Any]
+WRONG_DESCRIPTIONS: dict[str, Change] = {
+    "a list": lambda value: [value],
+    "no settings": lambda value: {key: value[key] for key in value if key != "settings"},
+    "samples are a number": lambda value: value | {"samples": 5},
+    "no heldout": lambda value: value | {"samples": {"train": {}}},
+    "a number of samples is a text": lambda value: value | {"samples": value["samples"] | {"train": {"8/8x8": "x"}}},
+    "a bucket of another name": lambda value: value | {"samples": value["samples"] | {"train": {"../x": 1}}},
+    "checksums are a list": lambda value: value | {"checksums": []},
+    "skipped is a text": lambda value: value | {"skipped": "x"},
+}
+WRONG_INDICES: dict[str, Change] = {
+    "a list": lambda value: [],
+    "no config": lambda value: {"chunks": value["chunks"]},
+    "a config that is a list": lambda value: value | {"config": []},
+    "a size that is an object": lambda value: value | {"chunks": [value["chunks"][0] | {"chunk_bytes": {}}]},
+    "a size below 0": lambda value: value | {"chunks": [value["chunks"][0] | {"chunk_size": -3}]},
+    "a name that is none": lambda value: value | {"chunks": [value["chunks"][0] | {"filename": None}]},
+    "a chunk that is a number": lambda value: value | {"chunks": [1]},
+}
+
+
+@pytest.mark.parametrize("command", ["verify", "show"])
+@pytest.mark.parametrize("wrong", WRONG_DESCRIPTIONS)
+def test_a_wrong_description_is_one_clear_message(
+    command: str, wrong: str, copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = copy / DESCRIPTION
+    file.write_text(json.dumps(WRONG_DESCRIPTIONS[wrong](json.loads(file.read_text()))))
+    assert main(["data", command, str(copy), *(["--output", str(tmp_path)] if command == "show" else [])]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert line.startswith(f"error: {file} is damaged: ")
+
+
+@pytest.mark.parametrize("wrong", WRONG_INDICES)
+def test_a_wrong_index_is_found_and_named(
+    wrong: str, copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = copy / BUCKET / INDEX
+    file.write_text(json.dumps(WRONG_INDICES[wrong](json.loads(file.read_text()))))
+    assert [one.file for one in verify(copy, 1) if "is not a litdata index" in one.problem] == [f"{BUCKET}/{INDEX}"]
+    assert main(["data", "show", str(copy), "--output", str(tmp_path)]) == 2
+    assert f"error: {file} is not a litdata index" in capsys.readouterr().err
+
+
+def test_captions_that_are_damaged_are_named_by_show(
+    copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = copy / first_chunk(copy)
+    content = file.read_bytes()
+    file.write_bytes(content.replace(b"[[", b"{{"))
+    assert content != file.read_bytes()
+    assert main(["data", "show", str(copy), "--output", str(tmp_path)]) == 2
+    assert f"error: {file} is damaged: item 0 has no captions that can be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("line", ["{}", "[]", "null", '{"files": 1}'])
+def test_a_wrong_report_of_the_source_is_one_clear_message(line: str, copy: Path) -> None:
+    (copy / "source.jsonl").write_text(f"{line}\n")
+    with pytest.raises(ValueError, match=r"source.jsonl is damaged \(a line names no files\): remove this one file"):
+        read_reports(copy)

@@ -353,7 +353,8 @@ def test_judges_leave_out_what_is_not_finite(
     shown = capsys.readouterr().out
     saved = json.loads((tmp_path / "out" / "dpg" / "nami" / "results.json").read_text())
     assert saved["not_finite"]
-    assert not any(Path(path).exists() for path in saved["not_finite"])
+    assert not any(Path(one["image"]).exists() for one in saved["not_finite"])
+    assert {one["seed"] for one in saved["not_finite"]} <= {42, 43}
     assert f"nami: {len(saved['not_finite'])} image(s) with NaN or infinite values don't count" in shown
     assert main([*arguments, "--images", "1", "--batch_size", "1", "--names", "other"]) == 2
     assert "no model has an image to judge" in capsys.readouterr().err
