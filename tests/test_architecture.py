@@ -14,7 +14,7 @@ FLOORS = (
     ("models",),
     ("training",),
     ("planning", "runs"),
-    ("datamodules", "metrics", "evaluation"),
+    ("datamodules", "metrics", "evaluation", "conversion"),
     ("callbacks", "comparison", "benchmarks"),
     ("cli",),
 )

@@ -10,6 +10,7 @@ These files import nothing heavy at their top, so that ``--help`` answers at onc
 - ``show``: prints the state of a run.
 - ``plan``: prints what a recipe needs before it runs.
 - ``data``: prepares, encodes, shows and verifies data sets of images with captions.
+- ``convert``: makes a pipeline of the authors' release, of a FLUX, or of a NAMI with other stages.
 - ``export``: writes a checkpoint as a diffusers pipeline.
 - ``launch``: writes a script that runs a recipe on a cluster.
 - ``evaluate``: runs the benchmarks of generated images; ``evaluate_options`` has its options.

@@ -7,10 +7,10 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 
-from nami_lightning.cli import bench, compare, data, evaluate, export, launch, plan, run, sample, show, sweep
+from nami_lightning.cli import bench, compare, convert, data, evaluate, export, launch, plan, run, sample, show, sweep
 from nami_lightning.cli.argument_types import CommandParser
 
-COMMANDS = (run, sample, show, plan, data, export, launch, evaluate, compare, sweep, bench)
+COMMANDS = (run, sample, show, plan, data, convert, export, launch, evaluate, compare, sweep, bench)
 """The commands in the order of ``lightning --help``."""
 
 EXAMPLES = """\
@@ -20,6 +20,7 @@ examples:
   lightning sample openmoji --prompt "red apple"           sample with the run's newest checkpoint
   lightning show openmoji                                  show its progress and where its files are
   lightning export openmoji                                write its newest checkpoint as a diffusers pipeline
+  lightning convert weights/ --output nami-t2i             make a pipeline of the authors' release, or of a FLUX
   lightning launch slurm recipes/nami_2b.yaml --nodes 8 --gpus 8 --output nami_2b.sh
   lightning plan nami_2b --devices 64 --device a100-80gb   print the memory, operations and GPU-hours it needs
   lightning data prepare --source photos/ --output shards/ --resolutions 256 512 1024
@@ -36,7 +37,6 @@ NOISE = (
     r".*`local_dir_use_symlinks` argument is deprecated.*",
     r".*Consider setting `persistent_workers=True`.*",  # each loader is read once
     r".*This DataLoader will create .* worker processes in total.*",  # the run reports how long it waits for data
-    r".*It is recommended to use `self.log\('(train|val|curriculum|throughput)/.*",  # these are sums over all ranks
     r".*your dataloader is not resumable.*",  # the number of the step is the position in the data
 )
 """Warnings of libraries about their own inner workings, which users can't act on."""

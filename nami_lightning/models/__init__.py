@@ -3,6 +3,7 @@
 - ``flow``: the mathematics: windows, pyramids, interpolation, time, loss weights, solvers.
 - ``bridge``: the windows of the stages, and the linear maps from one stage to the next.
 - ``transformer``: the nested network, made of diffusers' FLUX blocks.
+- ``pretrained``: start from a network that was trained or converted before.
 - ``pipeline``: sampling, as a diffusers pipeline.
 - ``pipeline_checks``: what it checks: its inputs, and whether its images are finite.
 - ``sampler_settings``: the settings of a pipeline's sampler.

@@ -4,19 +4,25 @@ An encoder is known by its revision: the commit of a Hugging Face repository, or
 not on this machine, since training on encodings needs none, its name must do.
 """
 
+import fcntl
 import hashlib
+import json
+import os
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from nami_lightning.models.autoencoder import PIXELS, AutoencoderConfig
-from nami_lightning.models.text_encoder import TextEncoderConfig, resolve_name, subfolder_in_pipeline
+from nami_lightning.models.text_encoder import TextEncoderConfig, resolve_name
 
 MODEL_FILES = {".json", ".txt", ".model", ".safetensors", ".bin"}
 """Kinds of files by which a model's folder is hashed: settings, tokenizer and weights."""
 
 BEFORE = {"attention_mask": True, "zero_padding": True, "pooling": None}
 """Settings that descriptions of earlier versions lack, and what they were then."""
+
+REMEMBERED_FROM = 2**28
+"""Bytes from which on a folder's hash is remembered; a smaller one is read in a moment."""
 
 IDENTIFIED_BY = ("name", "revision", "class")
 """The keys of a description that are not settings of the encoder."""
@@ -37,14 +43,14 @@ def describe_encoders(text: TextEncoderConfig, vae: AutoencoderConfig) -> Encode
         sequence["pooling"] = text.pooling
     else:
         length = text.pooled_max_length or text.max_length
-        pooled = _text_model(text.pooled, "text_encoder")
+        pooled = _name_and_revision(text.pooled, text.pooled_subfolder)
         pooled |= {"max_length": length, "pooling": text.pooling, "dtype": text.dtype}
     if vae.name == PIXELS:
         of_vae: dict[str, Any] = {"scaling_factor": vae.scaling_factor, "shift_factor": vae.shift_factor}
     else:
         of_vae = {"factor": vae.factor, "dtype": vae.dtype}
     return {
-        "model.text_encoder.sequence": _text_model(text.sequence, "text_encoder_2") | sequence,
+        "model.text_encoder.sequence": _name_and_revision(text.sequence, text.sequence_subfolder) | sequence,
         "model.text_encoder.pooled": pooled,
         "model.autoencoder": _name_and_revision(vae.name, vae.subfolder) | of_vae,
     }
@@ -117,10 +123,6 @@ def _setting(of: dict[str, Any], name: str) -> Any:
     return of.get(name, BEFORE.get(name))
 
 
-def _text_model(name: str, part: str) -> dict[str, Any]:
-    return _name_and_revision(name, subfolder_in_pipeline(name, part))
-
-
 def _name_and_revision(name: str, subfolder: str | None = None) -> dict[str, Any]:
     path = f"{name}/{subfolder}" if subfolder else name
     return {"name": path, "revision": revision_of(name, subfolder)}
@@ -154,9 +156,37 @@ def revision_of(name: str, subfolder: str | None = None) -> str | None:
 
 
 def hash_of(folder: Path) -> str:
-    """Return BLAKE2b (128 bits) of the names and contents of the model files in a folder, without folders below it."""
+    """Return BLAKE2b (128 bits) of the names and contents of the model files in a folder, without folders below it.
+
+    Of a large folder it is remembered in the user's cache, so that one process reads it, once, and not each rank at
+    each start. It is read again if a file's size or one of its times has changed.
+    """
+    files = sorted(path for path in folder.iterdir() if path.suffix in MODEL_FILES and path.is_file())
+    stats = [path.stat() for path in files]
+    if sum(stat.st_size for stat in stats) < REMEMBERED_FROM:
+        return _hash_contents(files)
+    # The time of the last change of any kind as well: programs set the time of modification back, but not that one.
+    known_by = [(file.name, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for file, s in zip(files, stats, strict=True)]
+    key = hashlib.blake2b(json.dumps([str(folder.resolve()), known_by]).encode(), digest_size=16).hexdigest()
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nami_lightning" / "encoder_hashes"
+        cache.mkdir(parents=True, exist_ok=True)
+        with (cache / key).open("a+", encoding="utf-8") as entry:
+            fcntl.lockf(entry, fcntl.LOCK_EX)  # the other ranks wait for the first one's result
+            entry.seek(0)
+            known = entry.read()
+            if len(known) != len(key):
+                known = _hash_contents(files)
+                entry.truncate(0)
+                entry.write(known)
+            return known
+    except (OSError, RuntimeError):  # no home, or one that can't be written or locked
+        return _hash_contents(files)
+
+
+def _hash_contents(files: list[Path]) -> str:
     total = hashlib.blake2b(digest_size=16)
-    for file in sorted(path for path in folder.iterdir() if path.suffix in MODEL_FILES and path.is_file()):
+    for file in files:
         total.update(file.name.encode() + b"\0")
         with file.open("rb") as stream:
             total.update(hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).digest())

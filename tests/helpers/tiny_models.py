@@ -11,7 +11,17 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
+from transformers import (
+    BertConfig,
+    BertModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    MT5Config,
+    MT5EncoderModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+)
 
 from nami_lightning.models.autoencoder import PixelCodec
 from nami_lightning.models.bridge import BridgeFlow
@@ -51,6 +61,30 @@ def t5() -> TextModel:
         vocab_size=len(VOCABULARY), d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, pad_token_id=PAD
     )
     return T5EncoderModel(config).eval(), make_tokenizer(64)
+
+
+def make_mt5() -> TextModel:
+    """Return an mT5 encoder 16 wide, with its tokenizer."""
+    torch.manual_seed(6)
+    config = MT5Config(
+        vocab_size=len(VOCABULARY), d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, pad_token_id=PAD
+    )
+    return MT5EncoderModel(config).eval(), make_tokenizer(512)
+
+
+def make_bert() -> TextModel:
+    """Return a BERT 12 wide without a pooling layer, with its tokenizer of 77 tokens."""
+    torch.manual_seed(7)
+    config = BertConfig(
+        vocab_size=len(VOCABULARY),
+        hidden_size=12,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=77,
+        pad_token_id=PAD,
+    )
+    return BertModel(config, add_pooling_layer=False).eval(), make_tokenizer(77, bos=True)
 
 
 @pytest.fixture
