@@ -26,7 +26,7 @@ EXAMPLES = """\
 examples:
   lightning convert weights/ --output nami-t2i                    the authors' release, with restored noise (any size)
   lightning convert weights/ --output released --jump released    with their own jump, at 1024x1024 alone
-  lightning convert black-forest-labs/FLUX.1-schnell --output flux_nami --num_layers 19 0 0 --num_single_layers 2 18 18
+  lightning convert black-forest-labs/FLUX.1-schnell --output flux_nami --num_layers 19 0 0 --num_single_layers 4 18 16
   lightning convert openmoji --output finer --add_stage 128
 """
 
