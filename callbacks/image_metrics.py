@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from nami_lightning.callbacks.fit_bridges import BridgePretraining
-from nami_lightning.callbacks.generation import generate
+from nami_lightning.callbacks.generation import Attempts, generate, report_failures
 from nami_lightning.datamodules.multi_resolution import MultiResolutionDataModule
-from nami_lightning.errors import first_line
 from nami_lightning.metrics import distances
 from nami_lightning.metrics.budget import sample_flops
 from nami_lightning.metrics.caption_agreement import ClipScore, Probe, check_clip
@@ -67,7 +66,8 @@ class Metrics(L.Callback):
     ``metrics/clip_score_MODEL``, or ``probe/retrieval_at_1_FEATURES`` and ``_at_5``, the share of generated images
     whose caption a probe finds among all of them.
 
-    If a generated image is not finite, there is a warning and no measurement, and the training goes on.
+    If a generated image is not finite, there is a warning and no measurement, and the training goes on. So it does if
+    measuring fails (unless memory runs out); when the training is saved, the run then ends with an error.
 
     ``..._of_real`` is the same for real images in place of the generated ones: held-out ones for the probe, at most as
     many training images for the distances. It is about what a perfect model would get.
@@ -113,7 +113,7 @@ class Metrics(L.Callback):
         self.probe: Probe | None = None
         self.clip: ClipScore | None = None
         self.seconds_before: float | None = None
-        self.failures: list[str] = []
+        self.attempts = Attempts("Metrics")
 
     # --- what the training has used --------------------------------------------------------------
 
@@ -167,11 +167,8 @@ class Metrics(L.Callback):
         step = pl_module.step
         due = self.every_n_steps and step % self.every_n_steps == 0
         if due or step == pl_module.curriculum.total_steps:
-            try:
-                self.measure(trainer, pl_module)
-            except Exception as error:  # whatever a measurement meets, the training goes on and is saved
-                self.failures.append(f"step {step}: {first_line(error)}")
-                rank_zero_warn(f"Metrics failed at {self.failures[-1]}. The training goes on.")
+            self.attempts.count += 1
+            self.measure(trainer, pl_module)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """End the program with an error if a measurement failed, now that the training is saved.
@@ -179,9 +176,8 @@ class Metrics(L.Callback):
         Raises:
             RuntimeError: naming the steps.
         """
-        failures, self.failures = self.failures, []
-        if failures and stage == "fit":
-            raise RuntimeError(f"the training is saved, but Metrics failed at {'; '.join(failures)}")
+        if stage == "fit":
+            report_failures(trainer, self.attempts)
 
     def _check(self, trainer: L.Trainer) -> None:
         data = trainer.datamodule  # type: ignore[attr-defined]
@@ -200,21 +196,36 @@ class Metrics(L.Callback):
     def measure(self, trainer: L.Trainer, module: NamiModule) -> None:
         """Generate on all ranks, each its share; compute and write on the first."""
         seconds = self.seconds()
+        rows: list[dict[str, Any]] = []
+        with self.attempts.attempt(trainer, module, together=True):
+            rows = self._gather(trainer, module)
+        if rows and trainer.is_global_zero:
+            with self.attempts.attempt(trainer, module):
+                self._record(trainer, module, seconds, rows)
+
+    def _gather(self, trainer: L.Trainer, module: NamiModule) -> list[dict[str, Any]]:
+        """Return the rows of all generated images; none if one is not finite."""
         self.features = (self.features or EfficientNetLite0()).to(module.device)
         data = trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(data, MultiResolutionDataModule)
-        self.reference = reference = self.reference or self._reference(trainer, data)
+        self.reference = self.reference or self._reference(trainer, data)
         rows = gather_rows(self._generate(trainer, module, data))
         failures = [row["failed"] for row in rows if "failed" in row]
         if failures:
+            self.attempts.without_result += 1
             rank_zero_warn(
                 f"No metrics at step {module.step}, since {len(failures)} of {len(rows)} images are not finite: "
                 f"{failures[0]}."
             )
-        if failures or not trainer.is_global_zero:
-            return
-        evaluation = self._evaluate(module.step, reference, rows)
-        values = self._summary(evaluation, reference)
+        return [] if failures else rows
+
+    def _record(
+        self, trainer: L.Trainer, module: NamiModule, seconds: float | None, rows: list[dict[str, Any]]
+    ) -> None:
+        """Compute every metric, write it to the run's files, and log it."""
+        assert self.reference is not None
+        evaluation = self._evaluate(module.step, self.reference, rows)
+        values = self._summary(evaluation, self.reference)
         counts = module.curriculum.samples_before(module.step)
         flops = sum(count * each for count, each in zip(counts, self.flops, strict=True))
         entry = Entry(module.step, sum(counts), flops, seconds, len(rows), values)

@@ -8,17 +8,19 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
-from nami_lightning.callbacks.generation import generate
+from nami_lightning.callbacks.generation import Attempts, generate, report_failures
 from nami_lightning.models.pipeline_checks import NonFiniteImages
 from nami_lightning.models.sampler_settings import SamplerSettings
 from nami_lightning.training.module import NamiModule
+from nami_lightning.training.strategies import FSDP2Strategy
 from nami_lightning.utils.image_grid import caption_grid, save_image
 
 
 class ImageSamples(L.Callback):
     """Writes a grid of generated images every ``every_n_steps`` steps and at the end, with the EMA's weights if any.
 
-    If an image is not finite, there is a warning and no grid, and the training goes on.
+    If an image is not finite, there is a warning and no grid, and the training goes on. So it does if generating or
+    writing fails (unless memory runs out); when the training is saved, the run then ends with an error.
 
     Args:
         prompts: one an image.
@@ -47,6 +49,7 @@ class ImageSamples(L.Callback):
             )
         self.prompts, self.every_n_steps, self.sampler = prompts, every_n_steps, sampler
         self.seed, self.columns, self.batch_size = seed, columns, batch_size
+        self.attempts = Attempts("ImageSamples")
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -55,11 +58,30 @@ class ImageSamples(L.Callback):
         assert isinstance(pl_module, NamiModule)
         step = pl_module.step
         if step % self.every_n_steps == 0 or step == pl_module.curriculum.total_steps:
+            self.attempts.count += 1
             self.generate(trainer, pl_module)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """End the program with an error if generating failed, now that the training is saved.
+
+        Raises:
+            RuntimeError: naming the steps.
+        """
+        if stage == "fit":
+            report_failures(trainer, self.attempts)
 
     @torch.no_grad()
     def generate(self, trainer: L.Trainer, module: NamiModule) -> None:
         """Generate on every rank (a sharded network needs them all), and write on the first."""
+        images: list[Any] = []
+        with self.attempts.attempt(trainer, module, together=isinstance(trainer.strategy, FSDP2Strategy)):
+            images = self._generate(module)
+        if images and trainer.is_global_zero:
+            with self.attempts.attempt(trainer, module):
+                self._write(trainer, module.step, images)
+
+    def _generate(self, module: NamiModule) -> list[Any]:
+        """Return an image of each prompt; none if one is not finite."""
         seeds = range(self.seed, self.seed + len(self.prompts))
         images: list[Any] = []
         failures = []
@@ -70,16 +92,17 @@ class ImageSamples(L.Callback):
             except NonFiniteImages as error:  # the other batches run all the same: a sharded network needs all ranks
                 failures.append(str(error))
         if failures:
+            self.attempts.without_result += 1
             rank_zero_warn(f"No grid of samples at step {module.step}: {failures[0]}.")
-            return
-        if not trainer.is_global_zero:
-            return
+            return []
+        return images
+
+    def _write(self, trainer: L.Trainer, step: int, images: list[Any]) -> None:
+        """Write the grid as a PNG, and to TensorBoard."""
         grid = caption_grid(images, self.prompts, self.columns)
         folder = Path(trainer.default_root_dir) / "samples"
-        save_image(grid, folder / f"step={module.step:07d}.png")
+        save_image(grid, folder / f"step={step:07d}.png")
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 tensor = torch.frombuffer(bytearray(grid.tobytes()), dtype=torch.uint8)
-                logger.experiment.add_image(
-                    "samples", tensor.view(grid.height, grid.width, 3), module.step, dataformats="HWC"
-                )
+                logger.experiment.add_image("samples", tensor.view(grid.height, grid.width, 3), step, dataformats="HWC")

@@ -17,7 +17,8 @@ class ProgressBar(TQDMProgressBar):
     """Shows the steps of a run out of all steps of its curriculum.
 
     Lightning's bars know no total after a resume within an epoch, and count the steps of earlier sessions into the
-    rate. This one starts at the step that the run goes on from, and its rate is that of this session.
+    rate. This one starts at the step that the run goes on from. Its time and rate are those of this session, without
+    the pauses in which the model is validated, generates, or is measured.
 
     Args:
         refresh_rate: number of steps between two updates of the bar; 0 turns it off.
@@ -26,6 +27,7 @@ class ProgressBar(TQDMProgressBar):
     def __init__(self, refresh_rate: int = 1) -> None:
         super().__init__(refresh_rate)
         self.first_step = True
+        self.seconds_paused = 0.0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Draw the bar at the step that training goes on from."""
@@ -49,10 +51,14 @@ class ProgressBar(TQDMProgressBar):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Start the clock at the first step, so that fitting the bridges doesn't count into the rate."""
+        """Start the clock at the first step, since fitting the bridges is none; put it forward after a pause."""
         bar = self.train_progress_bar
-        if self.first_step and not bar.disable:
-            bar.start_t = bar._time()
+        assert isinstance(pl_module, NamiModule)
+        if not bar.disable:
+            bar.start_t = (
+                bar._time() if self.first_step else bar.start_t + pl_module.seconds_paused - self.seconds_paused
+            )
+        self.seconds_paused = pl_module.seconds_paused
         self.first_step = False
 
     def on_train_batch_end(

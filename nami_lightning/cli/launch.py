@@ -126,8 +126,10 @@ def check_on_ranks(recipe: Recipe, ranks: int) -> None:
     Raises:
         ValueError: the model or the data refuses the recipe, or a step's samples can't be split over the ranks.
     """
+    from nami_lightning.training.checks import check_precision
     from nami_lightning.training.curriculum import split_evenly
 
+    check_precision(recipe.config.trainer.precision)
     objects = recipe.parser.instantiate(recipe.config)
     limits = getattr(objects.data, "max_micro_batch", None)
     if limits is None:  # a DataModule of another kind splits its batches by itself

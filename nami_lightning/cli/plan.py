@@ -26,8 +26,6 @@ examples:
 """
 
 DEFAULT_DEVICES_PER_NODE = 8
-ALIASES = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "64": "64-true"}
-"""Lightning's own short names of precisions, with their full names."""
 
 
 def add_command(commands: Any) -> None:
@@ -103,6 +101,7 @@ def read_setup(name: str, objects: Any, options: Namespace) -> Setup:
     from nami_lightning.datamodules import MultiResolutionDataModule
     from nami_lightning.planning.flops import DEVICES
     from nami_lightning.planning.inputs import Network, Setup
+    from nami_lightning.training.checks import check_precision
     from nami_lightning.training.module import NamiModule
 
     module, data, trainer = objects.model, objects.data, objects.trainer
@@ -111,7 +110,6 @@ def read_setup(name: str, objects: Any, options: Namespace) -> Setup:
         raise ValueError(f"a plan needs a MultiResolutionDataModule as data; the recipe has {type(data).__name__}")
     if options.device not in DEVICES:
         raise ValueError(f"--device must be one of {', '.join(DEVICES)}; got {options.device}")
-    precision = str(trainer.precision or "32-true")
     with torch.device("meta"):
         kind = type(module.make_transformer())
     network = Network.from_config(kind, module.transformer_config)
@@ -127,7 +125,7 @@ def read_setup(name: str, objects: Any, options: Namespace) -> Setup:
         device=options.device,
         utilization=options.utilization,
         activation_checkpointing=module.activation_checkpointing,
-        precision=ALIASES.get(precision, precision),
+        precision=check_precision(trainer.precision),
         sharding=read_sharding(trainer.strategy),
         ema=any(isinstance(callback, EMA) for callback in trainer.callbacks or []),
         optimizer=optimizer_state(module, network),

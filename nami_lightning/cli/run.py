@@ -50,8 +50,10 @@ def run(options: Namespace) -> None:
     from nami_lightning.runs.rank_start import decided_by_rank_zero
     from nami_lightning.runs.recipe import Recipe, class_paths
     from nami_lightning.runs.run_dir import Run
+    from nami_lightning.training.checks import check_precision
 
     recipe = Recipe(options.recipe, options.overrides)
+    check_precision(recipe.config.trainer.precision)
     run = Run(recipe.folder)
     model, data, trainer = recipe.make()
     bring_terminal_output(trainer, class_paths(recipe.config.as_dict()))
@@ -72,7 +74,7 @@ def run(options: Namespace) -> None:
                 run.write_recipe(recipe.dump())
             return decision
 
-        decision = decided_by_rank_zero(trainer, begin) or decide_start(run, recipe, model, trainer)
+        decision = decided_by_rank_zero(trainer, begin)
         if decision["recipe"] != recipe.digest():
             raise RuntimeError(
                 f"rank {trainer.global_rank} reads another recipe than rank 0: start all ranks with the same file, "
@@ -128,7 +130,11 @@ def train(
     """Train from a checkpoint of the run, or from the beginning."""
     from lightning.pytorch.utilities import rank_zero_info
 
+    from nami_lightning.datamodules import MultiResolutionDataModule
+
     curriculum = model.curriculum
+    if isinstance(data, MultiResolutionDataModule):
+        data.keep_prepared = checkpoint is not None and not model.accept_changed_data
     model.same_on_all_ranks = {"recipe": recipe.digest(), "checkpoint": checkpoint}
     path = None if checkpoint is None else run.folder / "checkpoints" / checkpoint
     for logger in trainer.loggers:

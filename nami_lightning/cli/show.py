@@ -34,7 +34,7 @@ def show(options: Namespace) -> None:
     samples = sorted((run.folder / "samples").glob("*.png"))
     rows["newest samples"] = str(samples[-1]) if samples else "none yet"
     rows["recipe"] = str(run.recipe)
-    rows["curves"] = describe_curves([run.folder]) or "none: no TensorBoard events in the run's folder"
+    rows["curves"] = describe_curves([run.folder]) or "none in the run's folder"
     width = min(max(map(len, rows)), shutil.get_terminal_size().columns // 2)
     for key, value in rows.items():
         print(f"{key:{width}}  {value}")

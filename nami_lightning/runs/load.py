@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from lightning.pytorch.utilities import rank_zero_info
 from safetensors import SafetensorError
 
 from nami_lightning.errors import first_line
@@ -12,6 +13,9 @@ from nami_lightning.models.pipeline import NamiPipeline
 from nami_lightning.runs.recipe import Recipe
 from nami_lightning.runs.run_dir import Run, describe_runs, find_run, is_run, load_weights, read_metadata
 from nami_lightning.training.module import NamiModule
+
+LOADING = "Loading the weights of {} ..."
+"""What is said before weights are read, which takes seconds or minutes."""
 
 
 def load_module(run: Run, step: int | None = None, ema: bool = True) -> NamiModule:
@@ -27,6 +31,7 @@ def load_module(run: Run, step: int | None = None, ema: bool = True) -> NamiModu
         ValueError: the checkpoint can't be read, or is of another model than the run's recipe.
     """
     path = run.checkpoint(step)
+    rank_zero_info(LOADING.format(path))
     checkpoint = read_metadata(path)
     model = Recipe(run.recipe).make_model()
     model.check_checkpoint(checkpoint)
@@ -61,6 +66,7 @@ def load_pipeline(
     elif step is not None or not ema:
         raise ValueError(f"{source} is not a run: --step and --no-ema choose among the weights of a run's checkpoints")
     else:
+        rank_zero_info(LOADING.format(source))
         try:
             ours = DiffusionPipeline.load_config(source)["_class_name"] == NamiPipeline.__name__
             loader = NamiPipeline if ours else DiffusionPipeline

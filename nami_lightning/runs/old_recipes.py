@@ -1,4 +1,4 @@
-"""Recipes of earlier versions: class paths and keys that have other names now, so that their runs still resume."""
+"""A recipe's files made ready for the parser: with today's names, so that older runs still resume, and joined lists."""
 
 from pathlib import Path
 from typing import Any
@@ -33,12 +33,16 @@ ADDED = {"nami_lightning.NamiTransformer2DModel": {"output_head": "per_stage"}}
 
 
 def upgrade(content: Any) -> Any:
-    """Return a recipe's content, or a part of it, with today's class paths and arguments."""
+    """Return a recipe file's content as today's parser takes it: class paths, arguments, loggers and added lists."""
+    return _renamed(joined(with_default_logger(content)))
+
+
+def _renamed(content: Any) -> Any:
     if isinstance(content, list):
-        return [upgrade(entry) for entry in content]
+        return [_renamed(entry) for entry in content]
     if not isinstance(content, dict):
         return MOVED.get(content, content) if isinstance(content, str) else content
-    upgraded = {key: upgrade(value) for key, value in content.items()}
+    upgraded = {key: _renamed(value) for key, value in content.items()}
     names = RENAMED.get(upgraded.get("class_path", ""), {})
     arguments = upgraded.get("init_args")
     if names and isinstance(arguments, dict):
@@ -56,6 +60,36 @@ def upgrade_saved(recipe: dict[str, Any]) -> dict[str, Any]:
     if recipe.get("base", "") is None and isinstance(transformer.get("init_args"), dict):
         transformer["init_args"] = ADDED.get(transformer.get("class_path", ""), {}) | transformer["init_args"]
     return recipe
+
+
+def joined(content: Any) -> Any:
+    """Return a file's content, or a part of it, in which a list ``key`` and its addition ``key+`` are one list.
+
+    The parser would keep one of the two. Together they are the list, then what is added to it.
+    """
+    if isinstance(content, list):
+        return [joined(entry) for entry in content]
+    if not isinstance(content, dict):
+        return content
+    parts = {key: joined(value) for key, value in content.items()}
+    for key in [key for key in parts if isinstance(key, str) and key.endswith("+") and key[:-1] in parts]:
+        first, added = parts[key[:-1]], parts.pop(key)
+        lists = [
+            value if isinstance(value, list) else [value] for value in (first, added) if value not in (None, False)
+        ]
+        parts[key[:-1]] = [entry for entries in lists for entry in entries]
+    return parts
+
+
+def with_default_logger(content: Any) -> Any:
+    """Return a recipe's content in which TensorBoard is named where ``trainer.logger`` is null or true: it is meant.
+
+    So ``logger+`` of a later file adds to it. Resolved recipes of earlier versions say null.
+    """
+    trainer = content.get("trainer") if isinstance(content, dict) else None
+    if not isinstance(trainer, dict) or trainer.get("logger", False) not in (None, True):
+        return content
+    return content | {"trainer": trainer | {"logger": [{"class_path": "nami_lightning.RunTensorBoard"}]}}
 
 
 def upgraded_layer(path: str | Path) -> str:

@@ -16,38 +16,44 @@ from lightning.pytorch.strategies import ParallelStrategy
 from nami_lightning.errors import explain
 
 DECISION = "NAMI_START"
-"""The environment variable by which rank 0 hands its decision to the processes that Lightning starts for it."""
+"""The environment variable by which rank 0 hands its process id and its decision to the processes that it starts."""
 
 Decision = dict[str, Any]
 
 
-def decided_by_rank_zero(trainer: L.Trainer, decide: Callable[[], Decision]) -> Decision | None:
+def decided_by_rank_zero(trainer: L.Trainer, decide: Callable[[], Decision]) -> Decision:
     """Let rank 0 decide, and return its decision on every rank.
 
-    Processes that Lightning itself starts come after rank 0 and read the decision from their environment. Those that
-    torchrun or SLURM started run side by side: they start the process group now, and wait for rank 0's message.
+    On one machine the processes that Lightning itself starts come after rank 0, and read the decision from their
+    environment. Those that torchrun or SLURM started run side by side: they start the process group now, and wait for
+    rank 0's message. So do those of several machines on which the command was started by hand; there each machine's
+    first process starts the others of its machine before that.
 
     Args:
         trainer: whose process group it is.
         decide: called on rank 0 alone; returns plain values.
 
-    Returns:
-        The decision; None on a rank that rank 0 can't reach before the process group starts (several machines on which
-        the command was started by hand).
-
     Raises:
         RuntimeError: on the other ranks, if deciding failed on rank 0.
+        ValueError: several machines, and an environment that doesn't tell where they meet.
     """
     strategy = trainer.strategy
     if trainer.world_size == 1 or not isinstance(strategy, ParallelStrategy):
         return decide()
-    if isinstance(strategy.cluster_environment, LightningEnvironment):
-        if trainer.global_rank == 0:
+    environment = strategy.cluster_environment
+    if isinstance(environment, LightningEnvironment):
+        check_meeting_place(trainer.num_nodes)
+        handed_down = json.loads(os.environ.get(DECISION, "{}"))
+        if trainer.global_rank and handed_down.get("process") == os.getppid():
+            return dict(handed_down["decision"])
+        if trainer.num_nodes == 1 and not environment.creates_processes_externally:
             decision = decide()
-            os.environ[DECISION] = json.dumps(decision)
+            os.environ[DECISION] = json.dumps({"process": os.getpid(), "decision": decision})
             return decision
-        return json.loads(os.environ[DECISION]) if DECISION in os.environ else None
-    start_process_group(trainer)
+    if strategy.launcher is None:
+        start_process_group(trainer)
+    else:
+        strategy.launcher.launch(start_process_group, trainer)  # it starts this machine's other processes, if need be
     message: list[Any] = [None]
     if trainer.global_rank == 0:
         try:
@@ -60,6 +66,23 @@ def decided_by_rank_zero(trainer: L.Trainer, decide: Callable[[], Decision]) -> 
         raise RuntimeError(f"rank 0 can't start: {message[0]['error']}")
     decision = message[0]["decision"]
     return dict(decision)
+
+
+def check_meeting_place(nodes: int) -> None:
+    """Refuse machines on which the command was started by hand, and that can't find each other.
+
+    Without these variables each machine would wait for the others at an address of its own, for half an hour.
+
+    Raises:
+        ValueError: naming the variables that are missing.
+    """
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK") if name not in os.environ]
+    if nodes > 1 and missing:
+        raise ValueError(
+            f"trainer.num_nodes is {nodes}, but the environment lacks {', '.join(missing)}: start the command "
+            "by torchrun or SLURM, or on each machine with MASTER_ADDR and MASTER_PORT of the first one, and NODE_RANK "
+            "from 0"
+        )
 
 
 def start_process_group(trainer: L.Trainer) -> None:

@@ -20,6 +20,33 @@ SETTINGS_BEFORE = {f"transformer.{key}": value for key, value in TRANSFORMER_BEF
 """Settings of the model that checkpoints of earlier versions lack, and what they were then; None, if not listed."""
 
 
+SUPPORTED_PRECISIONS = ("32-true", "bf16-mixed")
+SHORT_NAMES = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "64": "64-true"}
+"""Lightning's own short names of precisions, with their full names."""
+
+
+def check_precision(precision: object) -> str:
+    """Refuse a precision for which Lightning would convert whole batches, or scale the loss that clipping sees.
+
+    Args:
+        precision: a recipe's ``trainer.precision``, or a Trainer's.
+
+    Returns:
+        Its full name.
+
+    Raises:
+        ValueError: naming those that work.
+    """
+    given = "32-true" if precision is None else str(precision)
+    name = SHORT_NAMES.get(given, given)
+    if name not in SUPPORTED_PRECISIONS:
+        raise ValueError(
+            f"trainer.precision {name} is not supported: use 32-true, or bf16-mixed; with FSDP2Strategy its "
+            "param_dtype computes in bfloat16"
+        )
+    return name
+
+
 def check_stages(
     transformer: dict[str, Any],
     bridge: BridgeFlow,

@@ -152,6 +152,18 @@ def test_a_damaged_checkpoint_is_named(finished: Path, tmp_path: Path, capsys: A
     assert "step=0000060.ckpt can't be read" in capsys.readouterr().err
 
 
+def test_commands_say_that_they_load_weights(finished: Path, tmp_path: Path, caplog: Any) -> None:
+    caplog.set_level("INFO", "lightning.pytorch.utilities.rank_zero")
+    weights = f"Loading the weights of {finished / 'checkpoints' / 'step=0000060.ckpt'} ..."
+    pipeline = tmp_path / "pipeline"
+    assert main(["export", str(finished), "--output", str(pipeline)]) == 0
+    assert caplog.messages == [weights]
+    for source, told in ((finished, weights), (pipeline, f"Loading the weights of {pipeline} ...")):
+        caplog.clear()
+        assert main(["sample", str(source), *PROMPT, "--output", str(tmp_path / source.name)]) == 0
+        assert caplog.messages[0] == told
+
+
 def test_sample_writes_images_and_a_grid(finished: Path, tmp_path: Path, capsys: Any) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("flag: France\n\nhouse\n", encoding="utf-8")

@@ -84,6 +84,7 @@ def test_a_wrong_recipe_is_refused_before_it_is_queued(tiny: list[str], capsys: 
         (["--gpus", "1", "--nodes", "5"], "can't be split evenly over 5 rank(s)"),
         (["--gpus", "1", "--model.transformer.init_args.num_layers", "[1, 0]"], "need one number a stage"),
         (["--gpus", "1", "--resolutions", "[8, 16]"], "must have one number a stage"),
+        (["--gpus", "1", "--trainer.precision", "16"], "trainer.precision 16-mixed is not supported: use 32-true"),
         (["--gpus", "0"], "0 is not a whole number of at least 1"),
         (["--gpus", "1", "--nodes", "-1"], "-1 is not a whole number of at least 1"),
         (["--gpus", "1", "--cpus", "0"], "0 is not a whole number of at least 1"),
@@ -113,6 +114,21 @@ def test_what_the_run_or_sbatch_would_refuse_is_refused_now(
 @pytest.mark.parametrize("time", ["90", "90:30", "24:00:00", "2-00", "2-12:30", "2-12:30:00", "0", "unlimited"])
 def test_every_form_of_time_that_sbatch_takes_is_taken(time: str) -> None:
     assert time_limit(time) == time
+
+
+@pytest.mark.parametrize("precision", ["16", "bf16-true", "64"])
+def test_all_commands_refuse_the_same_precision_with_the_same_message(
+    tiny: list[str], capsys: pytest.CaptureFixture[str], precision: str
+) -> None:
+    said = set()
+    for command in (["run"], ["plan"], ["launch", "slurm", "--nodes", "1", "--gpus", "1"]):
+        name, *options = command
+        keys = [*options[:1], tiny[0], *options[1:]] if options else [tiny[0]]
+        assert main([name, *keys, *tiny[1:], "--trainer.precision", precision]) == 2
+        said.add(capsys.readouterr().err.splitlines()[-1])
+    assert len(said) == 1
+    assert "is not supported: use 32-true, or bf16-mixed" in said.pop()
+    assert not (Path(tiny[2])).exists()
 
 
 def test_words_with_spaces_are_quoted_for_sbatch(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,10 +8,13 @@ import lightning as L
 import pytest
 import torch
 import yaml
+from helpers.processes import run
+from PIL import Image
 
 from nami_lightning.callbacks import RunCheckpoint
 from nami_lightning.cli.main import main
-from nami_lightning.datamodules.storage.dataset import PreparedDataset
+from nami_lightning.datamodules.sources import ImageFolder
+from nami_lightning.datamodules.storage.dataset import DESCRIPTION, PreparedDataset
 from nami_lightning.models.text_encoder import resolve_name
 from nami_lightning.runs.load import load_module
 from nami_lightning.runs.run_dir import Run, read_metadata
@@ -126,6 +129,41 @@ def test_another_data_set_is_refused_or_accepted_by_a_flag(
     assert main([*command, "--accept_changed_data"]) == 0
 
 
+def test_a_changed_source_replaces_no_data_set_that_a_run_was_trained_on(
+    tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos, made = tmp_path / "photos", tmp_path / "made"
+    photos.mkdir()
+    for number in range(24):
+        Image.new("RGB", (40, 40), (10 * number, 0, 99)).save(photos / f"{number}.png")
+        (photos / f"{number}.txt").write_text(f"picture {number}")
+    source = [
+        "--data.init_args.source",
+        f"{{class_path: {ImageFolder.__module__}.ImageFolder, init_args: {{path: {photos}}}}}",
+    ]
+    command = ["run", *tiny, *QUIET, *callbacks(), *source, "--data.init_args.folder", str(made), "--name", "photos"]
+    assert main(command) == 0
+    (description,) = made.glob(f"*/{DESCRIPTION}")
+    before = description.read_bytes()
+
+    (photos / "3.txt").write_text("another caption, of another length")
+    longer = ["--curriculum.phases", FEW.replace("steps: 4", "steps: 5")]
+    assert main([*command, *longer]) == 0
+    assert "1 changed, 0 removed), but a run that resumes goes on" in capsys.readouterr().out
+    assert description.read_bytes() == before
+
+    longer = ["--curriculum.phases", FEW.replace("steps: 4", "steps: 6")]
+    assert main([*command, *longer, "--accept_changed_data"]) == 0
+    changed = description.read_bytes()
+    assert changed != before
+    description.write_bytes(before)  # the data set of before, as far as a run can tell
+    longer = ["--curriculum.phases", FEW.replace("steps: 4", "steps: 7")]
+    assert main([*command, *longer]) == 2
+    assert "the data set is not the one that this run was trained on so far" in capsys.readouterr().err
+    assert description.read_bytes() == before
+    assert [path.stem for path in Run(tmp_path / "runs" / "photos").checkpoints][-1] == "step=0000006"
+
+
 def test_a_text_encoder_whose_folder_moved_is_the_same(tiny: list[str], whole: Path, tmp_path: Path) -> None:
     shutil.copytree(whole, Path(tiny[2]) / "w")
     moved = tmp_path / "encoder"
@@ -160,3 +198,28 @@ def test_checkpoints_do_not_pass_through_the_folder_for_temporary_files(
     assert main(["run", *tiny, *QUIET, *callbacks("nami_lightning.callbacks.RunCheckpoint"), "--name", "direct"]) == 0
     assert steps(Path(tiny[2]) / "direct") == ["step=0000004"]
     assert isinstance(RunCheckpoint(), L.Callback)
+
+
+def test_an_ema_may_be_added_and_taken_away_between_ranks_with_shards(tiny: list[str]) -> None:
+    """The added average is computed again from the checkpoints' weights: it starts at those of step 2."""
+    run_folder = Run(Path(tiny[2]) / "shards")
+    saved = {"class_path": "nami_lightning.callbacks.RunCheckpoint", "init_args": {"every_n_steps": 1, "keep": 9}}
+    average = {"class_path": "nami_lightning.callbacks.EMA", "init_args": {"decay": 0.25}}
+    bar = ["--trainer.enable_progress_bar", "true", "--trainer.limit_val_batches", "1.0"]
+    bar += ["--trainer.val_check_interval", "1"]
+    command = [*tiny, "--name", "shards", "--trainer.strategy", "fsdp2", "--trainer.devices", "2", *bar]
+    for total, more, told in ((2, [], "New run"), (4, [average], "starts from the weights"), (5, [], "is dropped")):
+        printed = run([*command, *callbacks(saved, *more), *phases_of(total)])
+        assert told in printed
+        assert "sync_dist" not in printed + (run_folder.folder / "logs" / "rank_1.log").read_text()
+        assert read_metadata(run_folder.checkpoint() / "meta.pt")["nami"]["ema"] is bool(more)
+    second, third, fourth = (dict(load_module(run_folder, n, ema=False).transformer.state_dict()) for n in (2, 3, 4))
+    found = dict(load_module(run_folder, 4).transformer.state_dict())
+    assert any(not torch.equal(second[name], value) for name, value in fourth.items())
+    for name, value in found.items():
+        expected = 0.25 * (0.25 * second[name] + 0.75 * third[name]) + 0.75 * fourth[name]
+        torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-7)
+
+
+def phases_of(total: int) -> list[str]:
+    return ["--curriculum.phases", FEW.replace("steps: 4", f"steps: {total}")]
