@@ -186,8 +186,10 @@ def save_encoders(folder: Path, target: PipelineFolder) -> list[str]:
             continue
         kinds: dict[str, Any] = {"mt5": MT5, "t5": T5EncoderModel, "bert": BertModel}
         kind = kinds[AutoConfig.from_pretrained(where).model_type]
-        extra = {"add_pooling_layer": False} if kind is BertModel else {}
-        target.save(part, kind.from_pretrained(where, dtype="auto", **extra), "transformers")
+        model = kind.from_pretrained(where, dtype="auto")
+        if kind is BertModel:  # their BERT has no pooling layer: zeros, and not what transformers makes up for it
+            torch.nn.init.zeros_(model.pooler.dense.weight)
+        target.save(part, model, "transformers")
         target.save(part.replace("text_encoder", "tokenizer"), AutoTokenizer.from_pretrained(tokenizer), "transformers")
     return notes
 

@@ -112,6 +112,8 @@ def as_text(plan: Plan, base: Plan | None, suggestion: Suggestion | None, data: 
         *_samples(plan, data),
         "",
         *_verdict(plan, suggestion),
+        f"Host memory to convert, export or load the network's weights: {_gib(4 * plan.parameters)} in float32, "
+        f"{_gib(2 * plan.parameters)} in bfloat16.",
     ]
     return [*lines, *(f"Not counted: {note}" for note in _uncounted(plan))]
 

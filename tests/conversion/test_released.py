@@ -1,8 +1,4 @@
-"""The authors' release, against a recorded run of the code that they published.
-
-``nami_t2i.safetensors`` holds the numbers of a network of their layout at a tiny size with random weights: the weights,
-each call of the network and the final latents, computed in float32 on a CPU. Their code is under the MIT licence.
-"""
+"""The authors' release, against a recorded run of the code that they published."""
 
 import json
 import re
@@ -12,40 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.tiny_models import make_bert, make_mt5, make_vae
-from safetensors.torch import load_file
+from helpers.tiny_release import RECORD, SINGLE_LAYERS, convert, generate, part_of, write_release
 from torch import Tensor
 
 from nami_lightning.cli.main import main
-from nami_lightning.models import flow
 from nami_lightning.models.pipeline import NamiPipeline
 from nami_lightning.models.transformer import patchify
 
 pytest_plugins = "helpers.tiny_models"
-
-RECORD = load_file(Path(__file__).with_name("nami_t2i.safetensors"))
-SINGLE_LAYERS = ("--num_single_layers", "1", "1", "2")
-
-
-def part_of(prefix: str) -> dict[str, Tensor]:
-    """Return the recorded weights whose names start with ``prefix``, without it."""
-    return {key.removeprefix(prefix): value.clone() for key, value in RECORD.items() if key.startswith(prefix)}
-
-
-def write_release(folder: Path, weights: dict[str, Tensor] | None = None, encoders: bool = False) -> Path:
-    """Write the record's weights in the authors' layout."""
-    (folder / "transformer").mkdir(parents=True)
-    torch.save(weights or part_of("transformer."), folder / "transformer" / "pytorch_model_fsdp.bin")
-    torch.save(part_of("bridge_flow."), folder / "bridge_flow.bin")
-    make_vae(0).save_pretrained(folder / "vae")
-    if encoders:
-        for model, where in (
-            (make_mt5(), ("mt5", "mt5")),
-            (make_bert(), ("mclip/clip_text_encoder", "mclip/tokenizer")),
-        ):
-            for part, subfolder in zip(model, where, strict=True):
-                part.save_pretrained(folder / subfolder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -54,33 +24,10 @@ def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_release(tmp_path_factory.mktemp("released") / "weights", encoders=True)
 
 
-def convert(source: Path, output: Path, *options: str) -> NamiPipeline:
-    """Convert a release as a user does, and load the result."""
-    assert main(["convert", str(source), "--output", str(output), *SINGLE_LAYERS, *options]) == 0
-    pipeline = NamiPipeline.from_pretrained(output)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
 @pytest.fixture(scope="module")
 def released(release: Path, tmp_path_factory: pytest.TempPathFactory) -> NamiPipeline:
     """The release as a pipeline, with its own jump."""
     return convert(release, tmp_path_factory.mktemp("converted") / "out", "--jump", "released")
-
-
-def generate(pipeline: NamiPipeline, **arguments: Any) -> Tensor:
-    """Generate latents from the record's prompts and noise."""
-    noise = flow.pyramid(RECORD["noise"], 3, flow.coarsen_noise)[0]
-    embeds: dict[str, Any] = {name: RECORD[name] for name in ("prompt_embeds", "pooled_prompt_embeds")}
-    embeds |= {f"negative_{name}": RECORD[f"negative_{name}"] for name in embeds}
-    defaults: dict[str, Any] = {
-        "latents": noise,
-        "num_inference_steps": [3, 2, 2],
-        "guidance_scale": 3.0,
-        "output_type": "latent",
-    }
-    images: Tensor = pipeline(**embeds | defaults | arguments).images
-    return images
 
 
 # --- the record ----------------------------------------------------------------------------------------

@@ -102,7 +102,6 @@ def test_shards_are_shards_after_a_pass_that_left_weights_whole(ranks: None) -> 
 def test_a_micro_batch_sends_what_strategies_says(ranks: None, stage: int) -> None:
     model = make_model()
     mesh = init_device_mesh("cpu", (RANKS,))
-    blocks = [*model.transformer_blocks, *model.single_transformer_blocks]
     for part in model.parts:
         fully_shard(part, mesh=mesh, reshard_after_forward=True)
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
