@@ -129,11 +129,22 @@ def train(overrides: list[str], folder: Path, *callbacks: L.Callback) -> tuple[L
     return losses, module
 
 
-@pytest.mark.parametrize(("autoencoder", "pyramid"), [("vae", "encode"), ("vae", "pool"), ("pixels", "encode")])
+FLUX_TEXT = [
+    *("--model.text_encoder.attention_mask", "false"),
+    *("--model.text_encoder.zero_padding", "false"),
+    *("--model.text_encoder.pooling", "first_token"),
+]
+"""Text states whose padding is seen and kept."""
+
+
+@pytest.mark.parametrize(
+    ("autoencoder", "pyramid", "text"),
+    [("vae", "encode", []), ("vae", "pool", []), ("pixels", "encode", []), ("vae", "encode", FLUX_TEXT)],
+)
 def test_losses_with_and_without_encodings_agree(
-    autoencoder: str, pyramid: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    autoencoder: str, pyramid: str, text: list[str], root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = [*(with_vae(root) if autoencoder == "vae" else []), "--model.latent_pyramid", pyramid]
+    recipe = [*(with_vae(root) if autoencoder == "vae" else []), "--model.latent_pyramid", pyramid, *text]
     encoded = encode(recipe, root / "images", tmp_path / "encoded")
     expected, _ = train(recipe, root / "images")
 
@@ -389,6 +400,7 @@ def start(overrides: list[str], folder: Path) -> None:
             r"text_encoder.sequence is .* \(max_length 8\) .* \(max_length 16\)",
         ),
         (["--model.text_encoder.dtype", "bfloat16"], "dtype bfloat16"),
+        (["--model.text_encoder.zero_padding", "false"], r"\(zero_padding False\) .* \(zero_padding True\)"),
         (["--model.text_encoder.sequence", "google/mt5-large"], "sequence is google/mt5-large .* by all-MiniLM-L6-v2"),
         (["--model.text_encoder.pooled", "BAAI/AltCLIP"], "pooled is BAAI/AltCLIP .* made by none"),
         (["--model.autoencoder", "{name: pixels, factor: 1}"], "autoencoder is pixels .* made by"),
