@@ -21,7 +21,7 @@ from nami_lightning.callbacks.image_samples import ImageSamples
 from nami_lightning.callbacks.terminal import ProgressBar
 from nami_lightning.callbacks.throughput import Throughput
 from nami_lightning.callbacks.watchdog import Watchdog
-from nami_lightning.models.sampler_settings import SamplerSettings
+from nami_lightning.pipelines.sampler_settings import SamplerSettings
 
 __all__ = [
     "EMA",

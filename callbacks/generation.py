@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 
 from nami_lightning.errors import first_line
-from nami_lightning.models.pipeline_checks import NonFiniteImages
-from nami_lightning.models.sampler_settings import SamplerSettings
+from nami_lightning.pipelines.checks import NonFiniteImages
+from nami_lightning.pipelines.sampler_settings import SamplerSettings
 from nami_lightning.training.module import NamiModule
 
 PATIENCE = timedelta(seconds=60)

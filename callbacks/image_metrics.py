@@ -26,8 +26,8 @@ from nami_lightning.metrics.budget import sample_flops
 from nami_lightning.metrics.caption_agreement import ClipScore, Probe, check_clip
 from nami_lightning.metrics.features import EfficientNetLite0, metric_name
 from nami_lightning.metrics.record import Entry, Evaluation, read_entries, write_entries
-from nami_lightning.models.pipeline_checks import NonFiniteImages
-from nami_lightning.models.sampler_settings import SamplerSettings
+from nami_lightning.pipelines.checks import NonFiniteImages
+from nami_lightning.pipelines.sampler_settings import SamplerSettings
 from nami_lightning.training.module import NamiModule
 from nami_lightning.utils.collectives import gather_objects
 

@@ -9,8 +9,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
 from nami_lightning.callbacks.generation import Attempts, generate, report_failures
-from nami_lightning.models.pipeline_checks import NonFiniteImages
-from nami_lightning.models.sampler_settings import SamplerSettings
+from nami_lightning.pipelines.checks import NonFiniteImages
+from nami_lightning.pipelines.sampler_settings import SamplerSettings
 from nami_lightning.training.module import NamiModule
 from nami_lightning.training.strategies import FSDP2Strategy
 from nami_lightning.utils.image_grid import caption_grid, save_image

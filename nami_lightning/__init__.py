@@ -13,7 +13,7 @@ _HOMES = {
     "FSDP2Strategy": "training.strategies",
     "MuonAdamW": "training.optimizers",
     "NamiModule": "training.module",
-    "NamiPipeline": "models.pipeline",
+    "NamiPipeline": "pipelines.nami_pipeline",
     "NamiTransformer2DModel": "models.transformer",
     "Phase": "training.curriculum",
     "PixelCodec": "models.autoencoder",

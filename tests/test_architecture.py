@@ -12,6 +12,7 @@ ROOT = Path(nami_lightning.__file__).parent
 FLOORS = (
     ("utils", "errors"),
     ("models",),
+    ("pipelines",),
     ("training",),
     ("planning", "runs"),
     ("datamodules", "metrics", "evaluation", "conversion"),

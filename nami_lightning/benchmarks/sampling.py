@@ -16,8 +16,8 @@ from tqdm.auto import tqdm
 
 from nami_lightning.models.autoencoder import PixelCodec
 from nami_lightning.models.bridge import BridgeFlow
-from nami_lightning.models.pipeline import NamiPipeline
 from nami_lightning.models.transformer import NamiTransformer2DModel
+from nami_lightning.pipelines.nami_pipeline import NamiPipeline
 from nami_lightning.runs.recipe import Recipe
 from nami_lightning.training.module import NamiModule
 from nami_lightning.utils.text_table import table

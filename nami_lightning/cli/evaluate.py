@@ -105,7 +105,7 @@ def generate_all(
     import torch
 
     from nami_lightning.evaluation.generate import GeneratedImages, GenerationSettings, generate
-    from nami_lightning.models.sampler_settings import SamplerSettings
+    from nami_lightning.pipelines.sampler_settings import SamplerSettings
 
     steps = options.steps[0] if options.steps and len(options.steps) == 1 else options.steps
     sampler = SamplerSettings(

@@ -83,7 +83,7 @@ def sample(options: Namespace) -> None:
     """
     import torch
 
-    from nami_lightning.models.pipeline import NamiPipeline
+    from nami_lightning.pipelines.nami_pipeline import NamiPipeline
     from nami_lightning.runs.load import load_pipeline
     from nami_lightning.utils.image_grid import caption_grid, save_image
 

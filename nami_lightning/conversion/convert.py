@@ -12,9 +12,9 @@ from nami_lightning.conversion.pipeline_folder import INDEX, OURS, PipelineFolde
 from nami_lightning.conversion.released import is_release
 from nami_lightning.conversion.weights import local_folder, read_config
 from nami_lightning.models.bridge import BridgeFlow
-from nami_lightning.models.pipeline import NamiPipeline
 from nami_lightning.models.text_encoder import TextSettings
 from nami_lightning.models.transformer import NamiTransformer2DModel
+from nami_lightning.pipelines.nami_pipeline import NamiPipeline
 from nami_lightning.runs.load import load_module
 from nami_lightning.runs.run_dir import Run, describe_runs, find_run, is_run
 from nami_lightning.utils.atomic_write import publish, this_process

@@ -7,8 +7,8 @@ from typing import Any
 from diffusers import __version__ as diffusers_version
 
 from nami_lightning.conversion.weights import read_config
-from nami_lightning.models.pipeline import NamiPipeline
 from nami_lightning.models.text_encoder import TextSettings
+from nami_lightning.pipelines.nami_pipeline import NamiPipeline
 from nami_lightning.utils.atomic_write import write_json
 
 INDEX = "model_index.json"

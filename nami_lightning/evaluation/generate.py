@@ -23,9 +23,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from nami_lightning.evaluation.prompts import Item, prompts_hash
-from nami_lightning.models.pipeline import NamiPipeline
-from nami_lightning.models.pipeline_checks import NonFiniteImages
-from nami_lightning.models.sampler_settings import SamplerSettings
+from nami_lightning.pipelines.checks import NonFiniteImages
+from nami_lightning.pipelines.nami_pipeline import NamiPipeline
+from nami_lightning.pipelines.sampler_settings import SamplerSettings
 from nami_lightning.runs.load import load_pipeline
 from nami_lightning.runs.run_dir import find_run, is_run
 from nami_lightning.utils.atomic_write import write_json

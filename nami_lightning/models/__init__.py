@@ -4,9 +4,6 @@
 - ``bridge``: the windows of the stages, and the linear maps from one stage to the next.
 - ``transformer``: the nested network, made of diffusers' FLUX blocks.
 - ``pretrained``: start from a network that was trained or converted before.
-- ``pipeline``: sampling, as a diffusers pipeline.
-- ``pipeline_checks``: what it checks: its inputs, and whether its images are finite.
-- ``sampler_settings``: the settings of a pipeline's sampler.
 - ``text_encoder``: prompts to text states, by frozen models of transformers.
 - ``autoencoder``: images to latents and back, by a frozen model of diffusers, or pixels.
 - ``float32_model``: a model that stays float32 in a pipeline of half precision.
@@ -18,9 +15,7 @@ from nami_lightning.utils.lazy_import import lazy
 _HOMES = {
     "BridgeFlow": "bridge",
     "ModelMixin": "transformer",  # diffusers' own: it looks for a part's base class beside the part
-    "NamiPipeline": "pipeline",
     "NamiTransformer2DModel": "transformer",
-    "NonFiniteImages": "pipeline_checks",
     "PixelCodec": "autoencoder",
 }
 

@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from safetensors import SafetensorError
 
 from nami_lightning.errors import first_line
-from nami_lightning.models.pipeline import NamiPipeline
+from nami_lightning.pipelines.nami_pipeline import NamiPipeline
 from nami_lightning.runs.recipe import Recipe
 from nami_lightning.runs.run_dir import Run, describe_runs, find_run, is_run, load_weights, read_metadata
 from nami_lightning.training.module import NamiModule

@@ -17,10 +17,10 @@ from nami_lightning.models.autoencoder import AutoencoderConfig
 from nami_lightning.models.bridge import BridgeFlow
 from nami_lightning.models.encoder_revisions import describe_encoders
 from nami_lightning.models.flow import LossWeighting, TauKind
-from nami_lightning.models.pipeline import NamiPipeline
 from nami_lightning.models.pretrained import load_pretrained
 from nami_lightning.models.text_encoder import TextEncoderConfig
 from nami_lightning.models.transformer import NamiTransformer2DModel
+from nami_lightning.pipelines.nami_pipeline import NamiPipeline
 from nami_lightning.training.batch import MicroBatch
 from nami_lightning.training.checks import TrainingIdentity, check_precision, check_stages, model_settings, per_stage
 from nami_lightning.training.curriculum import Curriculum

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nami_lightning.cli.main import main
 from nami_lightning.cli.show import last_scalars
-from nami_lightning.models.pipeline import NamiPipeline
+from nami_lightning.pipelines.nami_pipeline import NamiPipeline
 from nami_lightning.runs.load import load_module, load_pipeline
 from nami_lightning.runs.recipe import RECIPES, Recipe
 from nami_lightning.runs.run_dir import Run

@@ -13,7 +13,7 @@ from PIL import Image
 
 from nami_lightning.cli import sample
 from nami_lightning.cli.main import main, make_parser
-from nami_lightning.models.pipeline import NamiPipeline
+from nami_lightning.pipelines.nami_pipeline import NamiPipeline
 
 pytest_plugins = "helpers.tiny_models"
 

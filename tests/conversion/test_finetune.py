@@ -11,7 +11,7 @@ from helpers.tiny_release import convert, generate, write_release
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from nami_lightning.cli.main import main
-from nami_lightning.models.pipeline import NamiPipeline
+from nami_lightning.pipelines.nami_pipeline import NamiPipeline
 from nami_lightning.runs.run_dir import Run
 
 pytest_plugins = "helpers.tiny_models"

@@ -12,7 +12,7 @@ from helpers.tiny_models import MakeFlux, TextModel
 from torch import Tensor
 
 from nami_lightning.cli.main import main
-from nami_lightning.models.pipeline import NamiPipeline
+from nami_lightning.pipelines.nami_pipeline import NamiPipeline
 
 pytest_plugins = "helpers.tiny_models"
 

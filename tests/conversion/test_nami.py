@@ -12,9 +12,9 @@ from torch import Tensor
 
 from nami_lightning.cli.main import main
 from nami_lightning.models.bridge import BridgeFlow
-from nami_lightning.models.pipeline import NamiPipeline
 from nami_lightning.models.pretrained import load_pretrained
 from nami_lightning.models.transformer import NamiTransformer2DModel
+from nami_lightning.pipelines.nami_pipeline import NamiPipeline
 from nami_lightning.runs.load import load_module
 from nami_lightning.runs.run_dir import Run
 

@@ -12,8 +12,8 @@ from helpers.tiny_release import RECORD, SINGLE_LAYERS, convert, generate, part_
 from torch import Tensor
 
 from nami_lightning.cli.main import main
-from nami_lightning.models.pipeline import NamiPipeline
 from nami_lightning.models.transformer import patchify
+from nami_lightning.pipelines.nami_pipeline import NamiPipeline
 
 pytest_plugins = "helpers.tiny_models"
 

@@ -40,8 +40,8 @@ from nami_lightning.datamodules.storage.shards import ShardWriter
 from nami_lightning.datamodules.storage.verify import verify
 from nami_lightning.metrics.record import read_entries
 from nami_lightning.models.autoencoder import decode_latents, encode_posterior
-from nami_lightning.models.sampler_settings import SamplerSettings
 from nami_lightning.models.text_encoder import PromptEncoder, TextStates
+from nami_lightning.pipelines.sampler_settings import SamplerSettings
 from nami_lightning.runs.recipe import Recipe
 from nami_lightning.training.batch import pixels
 from nami_lightning.training.module import NamiModule

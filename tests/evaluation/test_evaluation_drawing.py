@@ -22,9 +22,9 @@ from nami_lightning.evaluation.prompts import Item
 from nami_lightning.evaluation.side_by_side import evenly_spaced, side_by_side
 from nami_lightning.models.autoencoder import PixelCodec
 from nami_lightning.models.bridge import BridgeFlow
-from nami_lightning.models.pipeline import NamiPipeline
-from nami_lightning.models.sampler_settings import SamplerSettings
 from nami_lightning.models.transformer import NamiTransformer2DModel
+from nami_lightning.pipelines.nami_pipeline import NamiPipeline
+from nami_lightning.pipelines.sampler_settings import SamplerSettings
 from nami_lightning.utils.image_grid import save_image
 
 pytest_plugins = "helpers.tiny_models"

@@ -14,7 +14,7 @@ from nami_lightning.cli.evaluate import generate_all
 from nami_lightning.evaluation import generate as module
 from nami_lightning.evaluation.generate import GeneratedImages, GenerationSettings, generate
 from nami_lightning.evaluation.prompts import Item
-from nami_lightning.models.sampler_settings import SamplerSettings
+from nami_lightning.pipelines.sampler_settings import SamplerSettings
 
 ITEMS = [Item(name, f"a {name} cat", "open", {"kind": "open"}) for name in ("red", "big")]
 

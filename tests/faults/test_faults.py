@@ -15,7 +15,7 @@ from helpers.processes import run, run_as_command
 from kill_ranks import check, forked_torchrun
 
 from nami_lightning.cli.main import main
-from nami_lightning.models.pipeline import NamiPipeline
+from nami_lightning.pipelines.nami_pipeline import NamiPipeline
 from nami_lightning.runs.preemption import INTERRUPTED, REQUEUE
 from nami_lightning.runs.run_dir import Run, step_of
 

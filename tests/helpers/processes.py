@@ -38,7 +38,7 @@ PRELOADED = [
     "nami_lightning.comparison.sweep",
     "nami_lightning.datamodules.multi_resolution",
     "nami_lightning.datamodules.sources",
-    "nami_lightning.models.pipeline",
+    "nami_lightning.pipelines.nami_pipeline",
     "nami_lightning.runs.recipe",
     "nami_lightning.training.module",
     "nami_lightning.training.strategies",

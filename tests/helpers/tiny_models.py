@@ -25,8 +25,8 @@ from transformers import (
 
 from nami_lightning.models.autoencoder import PixelCodec
 from nami_lightning.models.bridge import BridgeFlow
-from nami_lightning.models.pipeline import NamiPipeline
 from nami_lightning.models.transformer import NamiTransformer2DModel
+from nami_lightning.pipelines.nami_pipeline import NamiPipeline
 
 WORDS = ["a", "the", "red", "blue", "green", "cat", "dog", "tree", "house", "on", "in", "under", "big", "small", "and"]
 PAD, EOS, UNKNOWN, BOS = range(4)

@@ -14,7 +14,7 @@ from torch import Tensor
 from helpers.tiny_models import make_bert, make_mt5, make_vae
 from nami_lightning.cli.main import main
 from nami_lightning.models import flow
-from nami_lightning.models.pipeline import NamiPipeline
+from nami_lightning.pipelines.nami_pipeline import NamiPipeline
 
 RECORD = load_file(Path(__file__).parents[1] / "conversion" / "nami_t2i.safetensors")
 SINGLE_LAYERS = ("--num_single_layers", "1", "1", "2")

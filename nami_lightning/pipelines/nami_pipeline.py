@@ -18,7 +18,9 @@ from nami_lightning.models import flow
 from nami_lightning.models.autoencoder import Autoencoder, autoencoder_factor, decode_latents
 from nami_lightning.models.bridge import BridgeFlow
 from nami_lightning.models.flow import SolverKind
-from nami_lightning.models.pipeline_checks import (
+from nami_lightning.models.text_encoder import PromptEncoder, TextSettings, TextStates
+from nami_lightning.models.transformer import NamiTransformer2DModel
+from nami_lightning.pipelines.checks import (
     DECODING,
     NonFiniteImages,
     check_choices,
@@ -34,8 +36,6 @@ from nami_lightning.models.pipeline_checks import (
     finite_rows,
     seeds_of,
 )
-from nami_lightning.models.text_encoder import PromptEncoder, TextSettings, TextStates
-from nami_lightning.models.transformer import NamiTransformer2DModel
 
 StepCallback = Callable[["NamiPipeline", int, float, dict[str, Any]], dict[str, Any] | None]
 

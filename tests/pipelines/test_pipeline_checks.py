@@ -13,8 +13,8 @@ from torch import Tensor
 
 from nami_lightning.models.autoencoder import PixelCodec
 from nami_lightning.models.bridge import BridgeFlow
-from nami_lightning.models.pipeline import NamiPipeline
-from nami_lightning.models.pipeline_checks import NonFiniteImages
+from nami_lightning.pipelines.checks import NonFiniteImages
+from nami_lightning.pipelines.nami_pipeline import NamiPipeline
 
 pytest_plugins = "helpers.tiny_models"
 
@@ -238,7 +238,7 @@ def test_offloading_computes_on_one_device(
     assert pipeline.text_encoder_2.device.type == pipeline.transformer.device.type == "cpu"
     monkeypatch.setattr("accelerate.hooks.UserCpuOffloadHook.offload", lambda _: None)  # nothing comes back from meta
     monkeypatch.setattr(pipeline, "maybe_free_model_hooks", lambda: None)
-    monkeypatch.setattr("nami_lightning.models.pipeline.find_non_finite", lambda finite: {})
+    monkeypatch.setattr("nami_lightning.pipelines.nami_pipeline.find_non_finite", lambda finite: {})
     monkeypatch.setattr(pipeline, "check_inputs", lambda *_: None)  # it asks whether the bridges are fitted
     monkeypatch.setattr("torch.autocast", lambda *_, **__: nullcontext())  # meta has none
     for kind in ("bidirectional", "causal"):  # they look at the numbers of the masks

@@ -15,9 +15,9 @@ from transformers import PreTrainedTokenizerFast
 
 from nami_lightning.models.autoencoder import PixelCodec
 from nami_lightning.models.bridge import BridgeFlow
-from nami_lightning.models.pipeline import NamiPipeline
 from nami_lightning.models.text_encoder import TextStates
 from nami_lightning.models.transformer import NamiTransformer2DModel
+from nami_lightning.pipelines.nami_pipeline import NamiPipeline
 
 pytest_plugins = "helpers.tiny_models"
 

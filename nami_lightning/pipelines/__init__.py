@@ -1,0 +1,12 @@
+"""Images from prompts: the diffusers pipeline of a NAMI, and what belongs to calling it.
+
+- ``nami_pipeline``: the pipeline: encode, solve a stage, cross a bridge, decode.
+- ``checks``: what it checks: its inputs, and whether its images are finite.
+- ``sampler_settings``: the settings of a call, as a recipe, a callback and a benchmark state them.
+"""
+
+from nami_lightning.utils.lazy_import import lazy
+
+_HOMES = {"NamiPipeline": "nami_pipeline", "NonFiniteImages": "checks", "SamplerSettings": "sampler_settings"}
+
+__all__, __getattr__, __dir__ = lazy(__name__, _HOMES)
