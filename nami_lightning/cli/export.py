@@ -1,13 +1,10 @@
-"""``lightning export``: write a checkpoint as a folder for NamiPipeline.from_pretrained."""
+"""``lightning export``: write a checkpoint as a folder for NamiPipeline.from_pretrained, or for load_lora_weights."""
 
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 from nami_lightning.cli.argument_types import RUN_HELP, add_checkpoint_options
-
-SHARD_SIZE = "2GB"
-"""Largest size of a file of weights; writing needs this much memory in addition to the model."""
 
 
 def add_command(commands: Any) -> None:
@@ -16,36 +13,41 @@ def add_command(commands: Any) -> None:
         "export",
         help="write a checkpoint as a diffusers pipeline",
         description="Write a checkpoint, of one process or of many, as a folder for NamiPipeline.from_pretrained. "
-        "This needs no GPU, and only as much memory as the model itself.",
+        "This needs no GPU, and only as much memory as the model itself. Of a LoRA's run the LoRA alone is written, "
+        "for load_lora_weights.",
     )
     parser.add_argument("run", metavar="RUN", help=RUN_HELP)
     add_checkpoint_options(parser)
     parser.add_argument("--output", metavar="DIR", help="folder to create (default: RUN/pipelines/step=NNNNNNN)")
+    parser.add_argument("--merge", action="store_true", help="of a LoRA's run: the whole pipeline, with the LoRA in it")
     parser.set_defaults(execute=export)
 
 
 def export(options: Namespace) -> None:
-    """Write the pipeline's folder under a temporary name, and rename it when it is complete.
+    """Write a run's pipeline, or the LoRA that it trains.
 
     Args:
         options: ``run``; ``step``, or None for the newest checkpoint; ``output``, or None for a folder in the run;
-            ``ema``: False for the trained weights in place of the EMA's.
+            ``ema``: False for the trained weights in place of the EMA's; ``merge``: add a LoRA to the weights that it
+            was trained beside, and write all of them.
 
     Raises:
         FileNotFoundError: the run or the checkpoint does not exist.
         FileExistsError: the output already exists.
+        ValueError: ``merge`` for a run that trains no LoRA.
     """
-    from nami_lightning.runs.load import load_module
-    from nami_lightning.runs.run_dir import find_run, remove, step_of
+    from nami_lightning.runs.export import Export, trains_lora
+    from nami_lightning.runs.run_dir import find_run, step_of
 
     run = find_run(options.run)
-    ema = options.ema is not False
-    step = step_of(run.checkpoint(options.step))
-    target = Path(options.output or run.folder / "pipelines" / f"step={step:07d}{'' if ema else '_no_ema'}")
-    if target.exists():
-        raise FileExistsError(f"{target} exists: remove it, or give another --output")
-    partial = target.with_name(f"{target.name}.partial")
-    remove(partial)
-    load_module(run, step, ema).pipeline().save_pretrained(partial, max_shard_size=SHARD_SIZE)
-    partial.rename(target)
-    print(f"{target}: load it with NamiPipeline.from_pretrained, or use: lightning sample {target} --prompt '...'")
+    checkpoint = run.checkpoint(options.step)
+    of_lora = trains_lora(checkpoint)
+    if options.merge and not of_lora:
+        raise ValueError(f"{run.folder} trains no LoRA: there is nothing to --merge")
+    made = Export(run, step_of(checkpoint), options.ema is not False, lora=of_lora and not options.merge)
+    target = Path(options.output or made.folder)
+    made.write(target)
+    if made.lora:
+        print(f"{target}: load it with pipeline.load_lora_weights, or use: lightning sample PIPELINE --lora {target}")
+    else:
+        print(f"{target}: load it with NamiPipeline.from_pretrained, or use: lightning sample {target} --prompt '...'")

@@ -112,7 +112,7 @@ def read_setup(name: str, objects: Any, options: Namespace) -> Setup:
         raise ValueError(f"--device must be one of {', '.join(DEVICES)}; got {options.device}")
     with torch.device("meta"):
         kind = type(module.make_transformer())
-    network = Network.from_config(kind, module.transformer_config)
+    network = Network.from_config(kind, module.transformer_config, module.lora)
     setup = Setup(
         name=name,
         network=network,
@@ -188,13 +188,13 @@ def read_sharding(strategy: Any) -> Sharding:
 
 
 def optimizer_state(module: NamiModule, network: Network) -> float:
-    """Return the bytes of the optimizer's state for each byte of weights.
+    """Return the bytes of the optimizer's state for each byte of trained weights.
 
     It is found by one step on small tensors that have the same names as the weights.
     """
     import torch
 
-    real = dict(network.model.named_parameters())
+    real = network.trained
     small = {name: torch.nn.Parameter(torch.zeros([2] * weight.ndim)) for name, weight in real.items()}
     optimizer = module.make_optimizer(small.items())
     for weight in small.values():

@@ -45,6 +45,7 @@ def add_command(commands: Any) -> None:
 def run(options: Namespace) -> None:
     """Train a recipe; if its run has a checkpoint, resume from the newest one."""
     from nami_lightning.callbacks.terminal import bring_terminal_output
+    from nami_lightning.runs.export import find_start
     from nami_lightning.runs.lock import hold
     from nami_lightning.runs.rank_logs import output_of_rank
     from nami_lightning.runs.rank_start import decided_by_rank_zero
@@ -53,6 +54,10 @@ def run(options: Namespace) -> None:
     from nami_lightning.training.checks import check_precision
 
     recipe = Recipe(options.recipe, options.overrides)
+    fresh = options.fresh and not is_restart()
+    start = find_start(recipe, fresh)
+    if start is not None:
+        recipe = Recipe(options.recipe, [*options.overrides, "--model.pretrained", str(start.folder)])
     check_precision(recipe.config.trainer.precision)
     run = Run(recipe.folder)
     model, data, trainer = recipe.make()
@@ -60,7 +65,6 @@ def run(options: Namespace) -> None:
     if recipe.config.trainer.enable_checkpointing is not False:
         bring_checkpoints(trainer)
     model.accept_changed_data = options.accept_changed_data
-    fresh = options.fresh and not is_restart()
     with ExitStack() as stack:
         stack.enter_context(output_of_rank(trainer.global_rank, run.folder / "logs"))
 
@@ -71,6 +75,8 @@ def run(options: Namespace) -> None:
             stack.enter_context(hold(run.folder))
             decision = decide_start(run, recipe, model, trainer)
             if not decision["finished"]:
+                if start is not None and not start.folder.exists():
+                    start.write(start.folder)
                 run.write_recipe(recipe.dump())
             return decision
 
@@ -131,19 +137,23 @@ def train(
     from lightning.pytorch.utilities import rank_zero_info
 
     from nami_lightning.datamodules import MultiResolutionDataModule
+    from nami_lightning.runs.loggers import GuardedLogger, continue_service_runs, log_recipe, report_failures
 
     curriculum = model.curriculum
     if isinstance(data, MultiResolutionDataModule):
         data.keep_prepared = checkpoint is not None and not model.accept_changed_data
     model.same_on_all_ranks = {"recipe": recipe.digest(), "checkpoint": checkpoint}
     path = None if checkpoint is None else run.folder / "checkpoints" / checkpoint
+    continue_service_runs(trainer.loggers, run.folder, resumed=checkpoint is not None)
     for logger in trainer.loggers:
-        logger.log_hyperparams(recipe.values())
+        log_recipe(logger, recipe.values())
+    guarded = [GuardedLogger(logger) for logger in trainer.loggers]
     trainer.fit(model, data, ckpt_path=path, weights_only=True)
     if model.step < curriculum.total_steps:
         rank_zero_info(f"Stopped at {curriculum.describe(model.step)}. Run the same command again to resume.")
     else:
         rank_zero_info(f"Done. {run.describe_results()}")
+    report_failures(guarded)
 
 
 def is_restart() -> bool:

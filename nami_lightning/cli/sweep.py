@@ -39,6 +39,6 @@ def sweep(options: Namespace) -> None:
     trained = [folder for folder in folders if Run(folder).recipe.exists()]
     if trained:
         output = Path(options.output or Path(file.output_dir) / "comparisons" / path.stem)
-        write_comparison(trained, file.by, options.resamples, output)
+        write_comparison(trained, file.by, options.resamples, output, options.logger)
     if failed:
         raise RuntimeError(f"failed: {', '.join(failed)}; run the same command again to resume what isn't finished")

@@ -5,11 +5,13 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from lightning.pytorch.loggers import Logger
 from PIL import Image
 
 from nami_lightning.comparison.compare import Difference, RunRecord
 from nami_lightning.comparison.plots import image_grid, write_loss_plots, write_plots, write_tensorboard
 from nami_lightning.comparison.report import Table, make_tables
+from nami_lightning.runs.loggers import log_image, log_table
 from nami_lightning.utils.atomic_write import write_text
 from nami_lightning.utils.image_grid import data_url, save_image
 
@@ -86,6 +88,22 @@ def write_page(records: Sequence[RunRecord], by: str, output: Path, found: Seque
     for name, text in files.items():
         write_text(output / name, text)
     return shown
+
+
+def log_comparison(logger: Logger, tables: Sequence[Table], output: Path) -> None:
+    """Give the tables of a comparison, and its grid if there is one, to a logger that takes them.
+
+    Args:
+        logger: for this comparison alone; it is told that it ends.
+        tables: what :func:`write_page` returned.
+        output: the folder that it wrote into.
+    """
+    for table in tables:
+        log_table(logger, f"comparison/{table.title}", table.header, table.rows)
+    if (output / "grid.png").is_file():
+        with Image.open(output / "grid.png") as grid:
+            log_image(logger, "comparison/grid", grid.convert("RGB"), 0)
+    logger.finalize("success")
 
 
 def remove_comparison(output: Path) -> None:

@@ -10,6 +10,7 @@ from nami_lightning.comparison import compare
 from nami_lightning.comparison.compare import AXES, HEADLINE_METRICS, Difference, RunRecord, direction
 from nami_lightning.comparison.recipe_differences import differing_keys
 from nami_lightning.comparison.seed_variance import group_by_recipe, seed_differences
+from nami_lightning.utils.text_table import markdown_table
 from nami_lightning.utils.text_table import table as aligned
 
 MISSING = "—"
@@ -63,8 +64,7 @@ class Table:
 
     def markdown(self) -> str:
         """Return the table as Markdown."""
-        lines = [self.header, ["---"] * len(self.header), *self.rows]
-        body = "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
+        body = markdown_table(self.header, self.rows)
         return f"## {self.title}\n\n{body}\n" + (f"\n{self.note}\n" if self.note else "")
 
 

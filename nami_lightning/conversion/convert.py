@@ -12,6 +12,7 @@ from nami_lightning.conversion.pipeline_folder import INDEX, OURS, PipelineFolde
 from nami_lightning.conversion.released import is_release
 from nami_lightning.conversion.weights import local_folder, read_config
 from nami_lightning.models.bridge import BridgeFlow
+from nami_lightning.models.lora import merge_adapter
 from nami_lightning.models.text_encoder import TextSettings
 from nami_lightning.models.transformer import NamiTransformer2DModel
 from nami_lightning.pipelines.nami_pipeline import NamiPipeline
@@ -97,6 +98,8 @@ def load_nami(source: Source, step: int | None = None, ema: bool = True) -> Nami
     """
     if source.kind == "run":
         module = load_module(Run(source.folder), step, ema)
+        if module.lora is not None:
+            merge_adapter(module.transformer)
         pipeline = module.pipeline()
         return Nami(
             module.transformer,

@@ -3,6 +3,8 @@
 - ``flow``: the mathematics: windows, pyramids, interpolation, time, loss weights, solvers.
 - ``bridge``: the windows of the stages, and the linear maps from one stage to the next.
 - ``transformer``: the nested network, made of diffusers' FLUX blocks.
+- ``flux_weights``: a network's way from and to FLUX.
+- ``lora``: adapters beside a network's weights.
 - ``pretrained``: start from a network that was trained or converted before.
 - ``text_encoder``: prompts to text states, by frozen models of transformers.
 - ``autoencoder``: images to latents and back, by a frozen model of diffusers, or pixels.

@@ -4,15 +4,17 @@ All double blocks come before all single ones, as in FLUX, so the last stage's n
 block, and its parameter names are FLUX's too, unless every stage has its own output head.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import accumulate
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
-from diffusers import FluxTransformer2DModel
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.attention import AttentionMixin
+from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.embeddings import CombinedTimestepTextProjEmbeddings
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZero, AdaLayerNormZeroSingle
@@ -21,11 +23,11 @@ from diffusers.models.transformers.transformer_flux import (
     FluxSingleTransformerBlock,
     FluxTransformerBlock,
 )
+from diffusers.utils import apply_lora_scale
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-RopePositions = Literal["aligned", "grid"]
-HeadKind = Literal["shared", "per_stage"]
+from nami_lightning.models.flux_weights import FluxWeightsMixin, HeadKind, RopePositions
 
 SETTINGS_BEFORE = {"rope_unit_stage": None, "output_head": "per_stage"}
 """Settings that configs of earlier versions lack, and what they were then."""
@@ -49,7 +51,7 @@ class OutputHead(nn.Module):
         return self.proj_out(self.norm_out(hidden_states, temb))
 
 
-class NamiTransformer2DModel(ModelMixin, ConfigMixin):
+class NamiTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, FluxWeightsMixin, CacheMixin, AttentionMixin):
     """FLUX's transformer, nested: ``theta_k = m_1 + ... + m_k``. With one stage it is FLUX.
 
     Args:
@@ -124,6 +126,7 @@ class NamiTransformer2DModel(ModelMixin, ConfigMixin):
             heads = [head, *(OutputHead(width, in_channels * patch_size**2) for _ in num_layers[1:])]
             self.heads = nn.ModuleList(heads)
 
+    @apply_lora_scale("joint_attention_kwargs")
     def forward(
         self,
         hidden_states: Tensor,
@@ -131,6 +134,7 @@ class NamiTransformer2DModel(ModelMixin, ConfigMixin):
         pooled_projections: Tensor,
         timestep: Tensor,
         stage: int,
+        joint_attention_kwargs: dict[str, Any] | None = None,
     ) -> Tensor:
         """Predict the velocity at a stage.
 
@@ -140,6 +144,8 @@ class NamiTransformer2DModel(ModelMixin, ConfigMixin):
             pooled_projections: pooled text state ``(B, pooled_projection_dim)``.
             timestep: global time ``(B,)`` in [0, 1], 1 being noise.
             stage: 0 (coarsest) to K-1.
+            joint_attention_kwargs: for the attention of every block, given by its name; of these ``scale`` multiplies
+                the LoRAs.
 
         Returns:
             ``(B, C, H, W)``.
@@ -152,7 +158,7 @@ class NamiTransformer2DModel(ModelMixin, ConfigMixin):
         rotary = self.pos_embed(self._positions(stage, height, width, context.shape[1], x.device))
 
         for block in self.blocks(stage):
-            context, x = block(x, context, temb, rotary)
+            context, x = block(x, context, temb, rotary, joint_attention_kwargs)
         shared = self.config.output_head == "shared"
         tokens = self.proj_out(self.norm_out(x, temb)) if shared else self.heads[stage](x, temb)
         return unpatchify(tokens, height, width, self.config.patch_size)
@@ -247,96 +253,6 @@ class NamiTransformer2DModel(ModelMixin, ConfigMixin):
                 nn.init.zeros_(module.linear.weight)
         for stage in range(self.num_stages):
             nn.init.zeros_(self.head(stage)[1].weight)  # type: ignore[arg-type]
-
-    @classmethod
-    def from_flux(
-        cls,
-        flux: FluxTransformer2DModel,
-        num_layers: Sequence[int] | None = None,
-        num_single_layers: Sequence[int] | None = None,
-        patch_size: int = 2,
-        rope_positions: RopePositions = "aligned",
-        output_head: HeadKind = "shared",
-    ) -> "NamiTransformer2DModel":
-        """Make a NAMI that has FLUX's weights; the tensors are FLUX's own, so that this takes no more memory.
-
-        Args:
-            flux: without a guidance embedding.
-            num_layers: how its double blocks split over the stages; None is one stage.
-            num_single_layers: how its single blocks split over the stages.
-            patch_size: latents a token side; FLUX packs 2x2.
-            rope_positions: see the class.
-            output_head: see the class; every stage's head starts as FLUX's.
-
-        Raises:
-            ValueError: a guidance-distilled FLUX, or splits that do not add up to its depth.
-        """
-        config = flux.config
-        if config.guidance_embeds:
-            raise ValueError(
-                "this FLUX has a guidance embedding, which NAMI has not (FLUX.1-dev): use a model trained without "
-                "(FLUX.1-schnell)"
-            )
-        num_layers = num_layers or [config.num_layers]
-        num_single_layers = num_single_layers or [config.num_single_layers]
-        if (sum(num_layers), sum(num_single_layers)) != (config.num_layers, config.num_single_layers):
-            raise ValueError(
-                f"num_layers {list(num_layers)} and num_single_layers {list(num_single_layers)} must add up to "
-                f"FLUX's {config.num_layers} and {config.num_single_layers}"
-            )
-        with torch.device("meta"):
-            model = cls(
-                in_channels=config.in_channels // patch_size**2,
-                patch_size=patch_size,
-                num_layers=num_layers,
-                num_single_layers=num_single_layers,
-                attention_head_dim=config.attention_head_dim,
-                num_attention_heads=config.num_attention_heads,
-                joint_attention_dim=config.joint_attention_dim,
-                pooled_projection_dim=config.pooled_projection_dim,
-                axes_dims_rope=config.axes_dims_rope,
-                rope_positions=rope_positions,
-                output_head=output_head,
-            )
-        model.load_state_dict(with_heads(flux.state_dict(), output_head, model.num_stages), assign=True)
-        return model
-
-    def to_flux(self) -> FluxTransformer2DModel:
-        """Return the last stage's network as diffusers' own FLUX, for tools that know it; it shares the weights."""
-        config = self.config
-        with torch.device("meta"):
-            flux = FluxTransformer2DModel(
-                patch_size=1,
-                in_channels=config.in_channels * config.patch_size**2,
-                num_layers=sum(config.num_layers),
-                num_single_layers=sum(config.num_single_layers),
-                attention_head_dim=config.attention_head_dim,
-                num_attention_heads=config.num_attention_heads,
-                joint_attention_dim=config.joint_attention_dim,
-                pooled_projection_dim=config.pooled_projection_dim,
-                axes_dims_rope=tuple(config.axes_dims_rope),
-            )
-        last = f"heads.{self.num_stages - 1}."
-        weights = {
-            name.removeprefix(last): tensor
-            for name, tensor in self.state_dict().items()
-            if name.startswith(last) or not name.startswith("heads.")
-        }
-        flux.load_state_dict(weights, assign=True)
-        return flux
-
-
-def with_heads(weights: Mapping[str, Tensor], output_head: HeadKind, stages: int) -> dict[str, Tensor]:
-    """Return weights with FLUX's names, with a copy of its one head for each stage if ``output_head`` asks for that."""
-    if output_head == "shared":
-        return dict(weights)
-    named: dict[str, Tensor] = {}
-    for name, tensor in weights.items():
-        if name.startswith(("norm_out.", "proj_out.")):
-            named |= {f"heads.{stage}.{name}": tensor.clone() for stage in range(stages)}
-        else:
-            named[name] = tensor
-    return named
 
 
 def _check_layers(num_layers: Sequence[int], num_single_layers: Sequence[int]) -> None:

@@ -36,6 +36,7 @@ from nami_lightning.pipelines.checks import (
     finite_rows,
     seeds_of,
 )
+from nami_lightning.pipelines.lora import NamiLoraLoaderMixin
 
 StepCallback = Callable[["NamiPipeline", int, float, dict[str, Any]], dict[str, Any] | None]
 
@@ -47,7 +48,7 @@ class NamiPipelineOutput(BaseOutput):
     images: list[Image.Image] | np.ndarray | Tensor
 
 
-class NamiPipeline(DiffusionPipeline):
+class NamiPipeline(DiffusionPipeline, NamiLoraLoaderMixin):
     """Generates images from text, in stages of rising resolution.
 
     Args:

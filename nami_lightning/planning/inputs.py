@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from nami_lightning.models.lora import LoraSettings, add_adapter, trained_parameters
 from nami_lightning.models.transformer import NamiTransformer2DModel
 from nami_lightning.planning.encoder_memory import FrozenModel
 from nami_lightning.planning.flops import matmul_dtype
@@ -40,24 +41,41 @@ class Network:
     """A network without the values of its parameters.
 
     Attributes:
-        make: function that creates the network.
+        make: function that creates the network, without an adapter.
         config: the network's configuration.
+        lora: the settings of the adapter that is trained; None: all weights are.
     """
 
     make: Callable[[], NamiTransformer2DModel]
     config: Mapping[str, Any]
+    lora: LoraSettings | None = None
 
     @classmethod
-    def from_config(cls, kind: Callable[..., NamiTransformer2DModel], config: Mapping[str, Any]) -> "Network":
+    def from_config(
+        cls,
+        kind: Callable[..., NamiTransformer2DModel],
+        config: Mapping[str, Any],
+        lora: LoraSettings | None = None,
+    ) -> "Network":
         """Return the network of a class and a configuration."""
         settings = {key: value for key, value in config.items() if not key.startswith("_")}
-        return cls(partial(kind, **settings), settings)
+        return cls(partial(kind, **settings), settings, lora)
 
     @cached_property
     def model(self) -> NamiTransformer2DModel:
         """The network on the meta device."""
         with torch.device("meta"):
             return self.make()
+
+    @cached_property
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The parameters that are trained, by name: the adapter's if there is one, or the network's."""
+        if self.lora is None:
+            return dict(self.model.named_parameters())
+        with torch.device("meta"):
+            model = self.make()
+            add_adapter(model, self.lora)
+        return dict(trained_parameters(model))
 
     def groups(self) -> list[tuple[nn.Module | None, list[nn.Parameter]]]:
         """Return the parameters that FSDP2 gathers together: of each of the model's parts, and the rest under None."""
@@ -91,7 +109,7 @@ class Setup:
         precision: Lightning's name of the precision, ``bf16-mixed`` for example.
         sharding: how the weights are stored on the devices.
         ema: whether the run keeps an EMA of the weights.
-        optimizer: bytes of the optimizer's state for each byte of weights.
+        optimizer: bytes of the optimizer's state for each byte of trained weights.
         frozen: the frozen encoders.
     """
 
@@ -152,7 +170,7 @@ class Setup:
         one = replace(
             self,
             name="FLUX-base",
-            network=Network.from_config(type(self.network.model), config),
+            network=Network.from_config(type(self.network.model), config, self.network.lora),
             resolutions=self.resolutions[-1:],
             curriculum=Curriculum(phases, self.curriculum.unit),
             max_micro_batch=self.max_micro_batch[-1:],

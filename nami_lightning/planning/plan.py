@@ -226,7 +226,8 @@ def _communication(setup: Setup, stage: int) -> int:
     sharding, groups = setup.sharding, setup.network.groups()
     if sharding.kind == "ddp":
         unneeded = setup.devices == 1 or sharding.gradient_as_bucket_view
-        return 0 if unneeded else sum(p.numel() for _, part in groups for p in part) * setup.weight_dtype.itemsize
+        trained = sum(p.numel() for p in setup.network.trained.values())
+        return 0 if unneeded else trained * setup.weight_dtype.itemsize
     used = setup.network.groups_used(stage)
     sizes = {group: sum(p.numel() for p in part) for group, part in groups if group in used}
     largest = max(size for group, size in sizes.items() if group is not None)
@@ -243,14 +244,17 @@ def _constant_memory(setup: Setup) -> dict[str, int]:
     parameters = list(setup.network.model.parameters())
     shards = sharding.shards(setup.devices)
     weights = sum(shard_numel(p, shards) for p in parameters) * setup.weight_dtype.itemsize
-    gradients = weights
+    trained = sum(shard_numel(p, shards) for p in setup.network.trained.values()) * setup.weight_dtype.itemsize
+    gradients = trained
     if sharding.kind == "fsdp2" and not sharding.reduce_each_micro_batch:
-        gradients += sum(p.numel() for p in parameters) * getattr(torch, sharding.param_dtype).itemsize
+        gradients += (
+            sum(p.numel() for p in setup.network.trained.values()) * getattr(torch, sharding.param_dtype).itemsize
+        )
     return {
-        "weights": weights,
+        "weights": weights + (0 if setup.network.lora is None else trained),
         "gradients": gradients,
-        "optimizer": round(weights * setup.optimizer),
-        "ema": weights if setup.ema else 0,
+        "optimizer": round(trained * setup.optimizer),
+        "ema": trained if setup.ema else 0,
         "frozen": sum(model.memory or 0 for model in setup.frozen),
     }
 

@@ -138,6 +138,8 @@ def _stages(plan: Plan, base: Plan | None) -> list[str]:
     row("  its activations", lambda s: _gib(s.saved))
     row("  temporary, at its peak", lambda s: _gib(s.temporary))
     total = f"parameters: {plan.parameters:,}, of which {plan.shared_parameters:,} are shared by all stages"
+    if plan.setup.network.lora is not None:
+        total += f"; the LoRA trains {sum(p.numel() for p in plan.setup.network.trained.values()):,}"
     return [total + (f"; FLUX-base {base.parameters:,}" if base else ""), *table(rows, "<" + ">" * len(stages))]
 
 
@@ -230,6 +232,8 @@ def _uncounted(plan: Plan) -> Sequence[str]:
     ]
     if any(model.memory is not None for model in plan.setup.frozen):
         notes.append("the text encoders' activations, and the workspaces of convolutions")
+    if plan.setup.network.lora is not None:
+        notes.append("what a LoRA saves: operations and activations are counted as if all weights were trained")
     return [
         *notes,
         "validation, sampling and checkpoints; images that aren't square, whose number of tokens differs a little",

@@ -12,6 +12,7 @@ from nami_lightning.errors import first_line
 from nami_lightning.pipelines.nami_pipeline import NamiPipeline
 from nami_lightning.runs.recipe import Recipe
 from nami_lightning.runs.run_dir import Run, describe_runs, find_run, is_run, load_weights, read_metadata
+from nami_lightning.training.checks import check_pretrained_weights
 from nami_lightning.training.module import NamiModule
 
 LOADING = "Loading the weights of {} ..."
@@ -35,9 +36,13 @@ def load_module(run: Run, step: int | None = None, ema: bool = True) -> NamiModu
     checkpoint = read_metadata(path)
     model = Recipe(run.recipe).make_model()
     model.check_checkpoint(checkpoint)
-    with torch.device("meta"):
-        model.transformer = model.make_transformer()
-    model.transformer.to_empty(device="cpu")
+    if model.lora is None:
+        with torch.device("meta"):
+            model.transformer = model.make_transformer()
+        model.transformer.to_empty(device="cpu")
+    else:
+        model.transformer = model.new_transformer()
+        check_pretrained_weights(checkpoint["nami"], model.pretrained, model.pretrained_weights)
     network = "ema." if ema and checkpoint["nami"]["ema"] else "transformer."
     load_weights(path, model, {name: name.replace("transformer.", network, 1) for name in model.state_dict()})
     return model.eval().requires_grad_(False)

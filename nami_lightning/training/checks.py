@@ -9,6 +9,7 @@ from typing import Any
 from nami_lightning.models.autoencoder import AutoencoderConfig
 from nami_lightning.models.bridge import BridgeFlow
 from nami_lightning.models.encoder_revisions import EncoderDescriptions, first_difference
+from nami_lightning.models.lora import NO_LORA, LoraSettings
 from nami_lightning.models.transformer import SETTINGS_BEFORE as TRANSFORMER_BEFORE
 from nami_lightning.training.curriculum import Curriculum
 
@@ -106,9 +107,12 @@ def check_shapes(
         )
 
 
-def model_settings(transformer: dict[str, Any], bridge: BridgeFlow, resolutions: list[int]) -> dict[str, Any]:
+def model_settings(
+    transformer: dict[str, Any], bridge: BridgeFlow, resolutions: list[int], lora: LoraSettings | None
+) -> dict[str, Any]:
     """Return the settings without which a checkpoint's weights mean something else, as plain values."""
-    parts = {"transformer": transformer, "bridge": dict(bridge.config)}
+    adapter = NO_LORA if lora is None else lora.describe()
+    parts = {"transformer": transformer, "bridge": dict(bridge.config), "lora": adapter}
     settings = {
         f"{part}.{key}": list(value) if isinstance(value, tuple) else value
         for part, config in parts.items()
@@ -193,3 +197,36 @@ def per_stage(value: float | list[float], stages: int) -> list[float]:
     if len(values) != stages:
         raise ValueError(f"tau_mean and tau_std need one number, or {stages} (one a stage); got {value}")
     return values
+
+
+def check_data(before: str | None, now: str | None) -> None:
+    """Refuse another data set than the checkpoint's; where either is not known, none is refused.
+
+    Raises:
+        ValueError: naming what can be done.
+    """
+    if None in (before, now) or before == now:
+        return
+    raise ValueError(
+        f"the data set is not the one that this run was trained on so far ({now}, not {before}): restore it, go on "
+        "with the new one by --accept_changed_data, or start over with --fresh"
+    )
+
+
+def check_pretrained_weights(saved: dict[str, Any], source: str | None, now: str | None) -> None:
+    """Refuse a LoRA's checkpoint that was trained beside other weights than those that are there now.
+
+    Args:
+        saved: what the checkpoint says of itself.
+        source: ``model.pretrained``.
+        now: the fingerprint of the weights there; None: no LoRA.
+
+    Raises:
+        ValueError: naming both fingerprints.
+    """
+    before = saved.get("pretrained")
+    if now is not None and before != now:
+        raise ValueError(
+            f"model.pretrained {source} does not hold the weights that this run's LoRA was trained beside "
+            f"(fingerprint {now}, not {before}): restore them, or start over with --fresh"
+        )

@@ -2,15 +2,33 @@
 
 On the device it samples as it is: under FSDP2 it gathers its own blocks as they run, never all of it. On the host it
 costs the device nothing; for sampling and validation its weights and the trained ones are swapped, tensor by tensor.
+So are those of a LoRA, wherever they are kept: its EMA is of the adapter alone.
 """
 
 from collections.abc import Callable
 
 import torch
 from lightning.pytorch.strategies import Strategy
+from torch import nn
 
+from nami_lightning.models.lora import in_adapter, trained_parameters
 from nami_lightning.models.transformer import NamiTransformer2DModel
 from nami_lightning.training.strategies import local_shards, parallelize
+
+
+class AdapterCopy(nn.Module):
+    """The weights of a network's adapter, with the same names and sharded in the same way, and nothing else."""
+
+    def __init__(self, transformer: NamiTransformer2DModel) -> None:
+        super().__init__()
+        for name, parameter in trained_parameters(transformer):
+            *path, last = name.split(".")
+            owner: nn.Module = self
+            for part in path:
+                if not hasattr(owner, part):
+                    owner.add_module(part, nn.Module())
+                owner = getattr(owner, part)
+            owner.register_parameter(last, nn.Parameter(parameter.detach().clone(), requires_grad=False))
 
 
 def make_ema_model(
@@ -18,8 +36,8 @@ def make_ema_model(
     make: Callable[[], NamiTransformer2DModel],
     strategy: Strategy | None,
     on_host: bool,
-) -> NamiTransformer2DModel:
-    """Make a network with the same weights, sharded in the same way, that is never trained.
+) -> nn.Module:
+    """Make a network with the same weights, sharded in the same way, that is never trained; of a LoRA its adapter.
 
     Args:
         transformer: the trained network, parallelized.
@@ -27,15 +45,30 @@ def make_ema_model(
         strategy: Lightning's, if there is one.
         on_host: keep it in the host's memory, whatever its parents are moved to.
     """
-    with torch.device("meta"):
-        ema = make().requires_grad_(False)
-    parallelize(ema, strategy)
-    ema.to_empty(device="cpu" if on_host else transformer.device)
-    for average, weight in zip(local_shards(ema), local_shards(transformer), strict=True):
-        average.copy_(weight)
+    ema: nn.Module
+    if any(in_adapter(name) for name, _ in transformer.named_parameters()):
+        ema = AdapterCopy(transformer)
+        ema.to("cpu" if on_host else transformer.device)
+    else:
+        ema = _network_copy(transformer, make, strategy, "cpu" if on_host else transformer.device)
     if on_host:
-        ema._apply = lambda function, recurse=True: ema
+        ema._apply = lambda function, recurse=True: ema  # type: ignore[method-assign]
     return ema
+
+
+def _network_copy(
+    transformer: NamiTransformer2DModel,
+    make: Callable[[], NamiTransformer2DModel],
+    strategy: Strategy | None,
+    device: str | torch.device,
+) -> NamiTransformer2DModel:
+    with torch.device("meta"):
+        copy = make().requires_grad_(False)
+    parallelize(copy, strategy)
+    copy.to_empty(device=device)
+    for average, weight in zip(local_shards(copy), local_shards(transformer), strict=True):
+        average.copy_(weight)
+    return copy
 
 
 def adapt_ema(weights: dict[str, torch.Tensor], wanted: bool) -> None:
@@ -53,8 +86,8 @@ def adapt_ema(weights: dict[str, torch.Tensor], wanted: bool) -> None:
 
 
 @torch.no_grad()
-def swap_weights(first: NamiTransformer2DModel, second: NamiTransformer2DModel) -> None:
-    """Swap the weights of two networks, each staying on its device; this needs memory for one more tensor."""
+def swap_weights(first: nn.Module, second: nn.Module) -> None:
+    """Swap the trained weights of two networks, each staying on its device; this needs memory for one more tensor."""
     for a, b in zip(local_shards(first), local_shards(second), strict=True):
         kept = a.to(b.device, copy=True)
         a.copy_(b)
@@ -69,7 +102,7 @@ class SwapWeights:
         source: holds the weights, and the network's own meanwhile; None: nothing is swapped.
     """
 
-    def __init__(self, network: NamiTransformer2DModel, source: NamiTransformer2DModel | None) -> None:
+    def __init__(self, network: NamiTransformer2DModel, source: nn.Module | None) -> None:
         self.network, self.source = network, source
         self.depth = 0
 

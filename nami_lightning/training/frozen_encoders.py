@@ -18,7 +18,10 @@ from nami_lightning.models.autoencoder import (
     encode_posterior,
     load_autoencoder,
 )
+from nami_lightning.models.bridge import BridgeFlow
 from nami_lightning.models.text_encoder import PromptEncoder, TextEncoderConfig, TextStates
+from nami_lightning.models.transformer import NamiTransformer2DModel
+from nami_lightning.pipelines.nami_pipeline import NamiPipeline
 from nami_lightning.training import rng
 from nami_lightning.training.batch import MicroBatch, pixels
 from nami_lightning.training.strategies import shard_text_encoder
@@ -138,6 +141,29 @@ class EncodingModule(L.LightningModule):
         """Return text states of ``prompts``; where ``drop`` (bool, ``(n,)``) is set, those of the empty prompt."""
         states = self.text_encoder(prompts)
         return states if drop is None else states.replaced(drop, self._empty_prompt)
+
+    def assemble_pipeline(
+        self, transformer: NamiTransformer2DModel, bridge: BridgeFlow, resolution: int
+    ) -> NamiPipeline:
+        """Return a pipeline of a network, its bridges and the frozen encoders; all are shared, not copied."""
+        text = self.text_encoder
+        pipeline = NamiPipeline(
+            transformer=transformer,
+            bridge=bridge,
+            vae=self.vae,
+            text_encoder_2=text.sequence,
+            tokenizer_2=text.sequence_tokenizer,
+            text_encoder=text.pooled,
+            tokenizer=text.pooled_tokenizer,
+            resolution=resolution,
+            max_sequence_length=text.settings.max_length,
+            pooled_max_length=text.settings.pooled_max_length,
+            attention_mask=text.settings.attention_mask,
+            zero_padding=text.settings.zero_padding,
+            pooling=text.settings.pooling,
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
 
 
 def _without_attribute_errors(load: Callable[[], T]) -> T:

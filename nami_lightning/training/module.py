@@ -10,19 +10,28 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
+from torch import Tensor, nn
 
 from nami_lightning.models import flow
 from nami_lightning.models.autoencoder import AutoencoderConfig
 from nami_lightning.models.bridge import BridgeFlow
 from nami_lightning.models.encoder_revisions import describe_encoders
 from nami_lightning.models.flow import LossWeighting, TauKind
+from nami_lightning.models.lora import LoraSettings, add_adapter, fingerprint, leave_out_base, trained_parameters
 from nami_lightning.models.pretrained import load_pretrained
 from nami_lightning.models.text_encoder import TextEncoderConfig
 from nami_lightning.models.transformer import NamiTransformer2DModel
 from nami_lightning.pipelines.nami_pipeline import NamiPipeline
 from nami_lightning.training.batch import MicroBatch
-from nami_lightning.training.checks import TrainingIdentity, check_precision, check_stages, model_settings, per_stage
+from nami_lightning.training.checks import (
+    TrainingIdentity,
+    check_data,
+    check_precision,
+    check_pretrained_weights,
+    check_stages,
+    model_settings,
+    per_stage,
+)
 from nami_lightning.training.curriculum import Curriculum
 from nami_lightning.training.ema import SwapWeights, adapt_ema, make_ema_model
 from nami_lightning.training.frozen_encoders import EncodingModule, LatentPyramid
@@ -59,7 +68,8 @@ class NamiModule(EncodingModule):
         activation_checkpointing: recompute every so many-th block in the backward pass; 1 is every block, 0 none.
         compile_blocks: compile each block: one graph a kind of block and shape.
         float8: multiply in float8 in the blocks' linear layers; worth it on large ones, compiled.
-        pretrained: folder or hub name of a NamiPipeline, or folder of a NamiTransformer2DModel, to start from.
+        pretrained: the start: a run, a NamiPipeline's folder or hub name, or a NamiTransformer2DModel's folder.
+        lora: train adapters beside the weights of ``pretrained``, which stay as they are; null: train the weights.
 
     Raises:
         ValueError: numbers of stages that differ, or resolutions that the network can't take.
@@ -89,6 +99,7 @@ class NamiModule(EncodingModule):
         compile_blocks: bool = False,
         float8: bool = False,
         pretrained: str | None = None,
+        lora: LoraSettings | None = None,
     ) -> None:
         with torch.device("meta"):
             config = dict(transformer().config)
@@ -108,9 +119,14 @@ class NamiModule(EncodingModule):
         self.gradient_clip_norm, self.max_skipped_steps = gradient_clip_norm, max_skipped_steps
         self.activation_checkpointing = activation_checkpointing
         self.compile_blocks, self.float8 = compile_blocks, float8
-        self.pretrained = pretrained
+        self.pretrained, self.lora = pretrained, lora
         if max_skipped_steps < 1:
             raise ValueError(f"model.max_skipped_steps must be at least 1; got {max_skipped_steps}")
+        if lora is not None and pretrained is None:
+            raise ValueError("model.lora trains adapters beside trained weights: name their folder as model.pretrained")
+        if lora is not None:
+            leave_out_base(self, "transformer.")
+            self.strict_loading = False
         check_stages(self.transformer_config, self.bridge, resolutions, curriculum, autoencoder)
 
         self.step = 0
@@ -129,21 +145,25 @@ class NamiModule(EncodingModule):
         self.accept_changed_data = False
         """The data set that the checkpoint was trained on; whether to go on with another one."""
         self.use_ema = self.ema_on_host = False
+        self.pretrained_weights: str | None = None
+        """A LoRA's fingerprint of the weights that it is trained beside, which no checkpoint of it holds."""
         self._ratios: dict[tuple[int, ...], Tensor] = {}
         self.transformer: NamiTransformer2DModel
-        self.ema: NamiTransformer2DModel | None = None
+        self.ema: nn.Module | None = None
         self.running_losses: Tensor
         self.register_buffer("running_losses", torch.full((self.num_stages,), torch.nan))
 
     @property
     def sampling_transformer(self) -> NamiTransformer2DModel:
         """The network to sample and to validate with, inside :attr:`ema_weights`: the EMA's if there is one."""
-        return self.transformer if self.ema is None or self.ema_on_host else self.ema
+        if isinstance(self.ema, NamiTransformer2DModel) and not self.ema_on_host:
+            return self.ema
+        return self.transformer
 
     @cached_property
     def ema_weights(self) -> SwapWeights:
-        """A ``with`` block in which the trained network holds the EMA's weights, if those are kept on the host."""
-        return SwapWeights(self.transformer, self.ema if self.ema_on_host else None)
+        """A ``with`` block in which the trained network holds the EMA's weights, if the EMA has no network to run."""
+        return SwapWeights(self.transformer, self.ema if self.sampling_transformer is self.transformer else None)
 
     def tokens(self, stage: int) -> int:
         """Return the tokens of one square sample of ``stage``, image and text."""
@@ -160,23 +180,27 @@ class NamiModule(EncodingModule):
             return
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            self.transformer = self._new_transformer()
+            self.transformer = self.new_transformer()
         parallelize(self.transformer, self._strategy, self.activation_checkpointing, self.compile_blocks, self.float8)
         if self.use_ema:
             self.ema = make_ema_model(self.transformer, self.make_transformer, self._strategy, self.ema_on_host)
 
-    def _new_transformer(self) -> NamiTransformer2DModel:
+    def new_transformer(self) -> NamiTransformer2DModel:
+        """Make the network with the weights that it starts from, and with a LoRA's adapter."""
         transformer = self.make_transformer()
         if self.pretrained is None:
             transformer.init_weights()
         else:
             for note in load_pretrained(self.pretrained, transformer, self.bridge):
                 rank_zero_info(note)
+        if self.lora is not None:
+            self.pretrained_weights = fingerprint(transformer)
+            add_adapter(transformer, self.lora)
         return transformer
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Make one optimizer over the network; the bridges are frozen."""
-        return self.make_optimizer(self.transformer.named_parameters())
+        """Make one optimizer over the network, or over its adapter alone; the bridges are frozen."""
+        return self.make_optimizer(trained_parameters(self.transformer))
 
     # --- training ----------------------------------------------------------------------------
 
@@ -238,7 +262,8 @@ class NamiModule(EncodingModule):
             RuntimeError: the ranks differ; it names in what.
         """
         require_same_start(self.same_on_all_ranks | {"step": self.step, "data set": self.data_identity()})
-        self._check_data()
+        if not self.accept_changed_data:
+            check_data(self.data_before, self.data_identity())
         if not self.bridge.fitted:
             raise ValueError(
                 "the bridges are not fitted: trainer.callbacks needs nami_lightning.callbacks.BridgePretraining"
@@ -311,31 +336,14 @@ class NamiModule(EncodingModule):
         Use it inside :attr:`ema_weights`.
         """
         self.heartbeat.beat("sampling")
-        text = self.text_encoder
-        pipeline = NamiPipeline(
-            transformer=self.sampling_transformer,
-            bridge=self.bridge,
-            vae=self.vae,
-            text_encoder_2=text.sequence,
-            tokenizer_2=text.sequence_tokenizer,
-            text_encoder=text.pooled,
-            tokenizer=text.pooled_tokenizer,
-            resolution=self.resolutions[-1],
-            max_sequence_length=text.settings.max_length,
-            pooled_max_length=text.settings.pooled_max_length,
-            attention_mask=text.settings.attention_mask,
-            zero_padding=text.settings.zero_padding,
-            pooling=text.settings.pooling,
-        )
-        pipeline.set_progress_bar_config(disable=True)
-        return pipeline
+        return self.assemble_pipeline(self.sampling_transformer, self.bridge, self.resolutions[-1])
 
     # --- checkpoints -------------------------------------------------------------------------
 
     @cached_property
     def identity(self) -> TrainingIdentity:
         """What a checkpoint must have in common with this module to be resumed by it."""
-        settings = model_settings(self.transformer_config, self.bridge, self.resolutions)
+        settings = model_settings(self.transformer_config, self.bridge, self.resolutions, self.lora)
         encoders = describe_encoders(self.text_encoder_config, self.autoencoder_config)
         return TrainingIdentity(settings, encoders, self.seed, self.curriculum)
 
@@ -346,12 +354,14 @@ class NamiModule(EncodingModule):
             "skipped": asdict(self.skipped),
             "ema": self.ema is not None,
             "data": self.data_identity(),
+            "pretrained": self.pretrained_weights,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on from the checkpoint's step."""
         self.identity.check(checkpoint)
         saved = checkpoint["nami"]
+        check_pretrained_weights(saved, self.pretrained, self.pretrained_weights)
         self.step = saved["step"]
         self.skipped = SkippedSteps(**saved.get("skipped", {}))
         self.data_before = saved.get("data")
@@ -383,12 +393,3 @@ class NamiModule(EncodingModule):
     def data_identity(self) -> str | None:
         """Return what tells the data set from others, if its DataModule says it."""
         return getattr(getattr(self._trainer, "datamodule", None), "identity", None)
-
-    def _check_data(self) -> None:
-        now = self.data_identity()
-        if None in (self.data_before, now) or self.data_before == now or self.accept_changed_data:
-            return
-        raise ValueError(
-            f"the data set is not the one that this run was trained on so far ({now}, not {self.data_before}): restore "
-            "it, go on with the new one by --accept_changed_data, or start over with --fresh"
-        )

@@ -87,10 +87,9 @@ class MuonAdamW(Optimizer):
         others = [pair for pair in named if not is_hidden_matrix(*pair)]
         if not matrices:
             raise ValueError("MuonAdamW found no block's matrix among the parameters: use AdamW")
-        self.parts: list[Optimizer] = [
-            Muon(matrices, lr, weight_decay, momentum),
-            AdamW(others, lr, betas, weight_decay=weight_decay, fused=True),
-        ]
+        self.parts: list[Optimizer] = [Muon(matrices, lr, weight_decay, momentum)]
+        if others:  # a LoRA has matrices alone
+            self.parts.append(AdamW(others, lr, betas, weight_decay=weight_decay, fused=True))
         super().__init__([group for part in self.parts for group in part.param_groups], {})
         self._share()
 

@@ -29,6 +29,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from nami_lightning.models.lora import in_adapter, trained_parameters
 from nami_lightning.models.text_encoder import PromptEncoder
 from nami_lightning.models.transformer import NamiTransformer2DModel, is_hidden_layer
 
@@ -196,7 +197,7 @@ def to_float8(model: NamiTransformer2DModel) -> None:
     def fits(layer: nn.Module, name: str) -> bool:
         """Tell whether a layer lies between hidden features and has sizes that the hardware's kernels take."""
         multiple = isinstance(layer, nn.Linear) and layer.in_features % 16 == layer.out_features % 16 == 0
-        return multiple and is_hidden_layer(name)
+        return multiple and is_hidden_layer(name) and not in_adapter(name)
 
     emulate = not (torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9))
     convert_to_float8_training(model, module_filter_fn=fits, config=Float8LinearConfig(emulate=emulate))
@@ -238,12 +239,12 @@ def reduce_gradients(model: nn.Module, strategy: object, last: bool) -> None:
 
 @torch.no_grad()
 def local_shards(model: nn.Module) -> list[torch.Tensor]:
-    """Return the parameters' values on this rank: their shards under FSDP2, all of them otherwise."""
+    """Return the values on this rank of what is trained (:func:`trained_parameters`): under FSDP2 their shards."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # With reshard_after_forward: false, a forward pass without a backward leaves them whole.
             module.reshard()
-    return [p.to_local() if isinstance(p, DTensor) else p.data for p in model.parameters()]
+    return [p.to_local() if isinstance(p, DTensor) else p.data for _, p in trained_parameters(model)]
 
 
 def full_tensor(value: torch.Tensor) -> torch.Tensor:

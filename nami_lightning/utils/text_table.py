@@ -1,4 +1,4 @@
-"""Tables for the terminal."""
+"""Tables for the terminal, and in Markdown."""
 
 from collections.abc import Sequence
 
@@ -13,3 +13,9 @@ def table(rows: Sequence[Sequence[str]], alignments: str) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     cells = [[f"{cell:{way}{width}}" for cell, way, width in zip(row, alignments, widths, strict=True)] for row in rows]
     return ["  ".join(row).rstrip() for row in cells]
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table in Markdown; a bar in a cell becomes a slash."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)

@@ -258,3 +258,16 @@ def test_a_folder_with_a_slash_is_the_same_folder(kind: Any) -> None:
 def test_openmoji_refuses_a_language_it_has_not() -> None:
     with pytest.raises(ValueError, match="tlh"):
         OpenMoji(["tlh"])
+
+
+def test_openmoji_in_ink_is_blue_where_the_colours_are_dark() -> None:
+    pictures = []
+    for source in (OpenMoji(limit=3, size=32), OpenMoji(limit=3, size=32, style="ink")):
+        files = [sample.image for sample in source.read("0000-0003")]
+        pictures.append(np.stack([np.asarray(Image.open(io.BytesIO(file))) for file in files]).astype(float))
+    light = pictures[0] @ [0.299, 0.587, 0.114] / 255
+    dark_blue, white = np.array([0x10, 0x28, 0x8C]), np.array([255, 255, 255])
+    expected = dark_blue + light[..., None] * (white - dark_blue)
+    assert np.abs(pictures[1] - expected).max() < 3
+    assert "style" not in OpenMoji().settings()
+    assert OpenMoji(style="ink").settings()["style"] == "ink"

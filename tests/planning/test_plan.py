@@ -93,6 +93,17 @@ def test_memory_time_and_hours_follow_from_the_settings(toy: Callable[[float], s
     assert make_plan(sgd).memory.optimizer == make_plan(sgd).memory.ema == 0
 
 
+def test_of_a_lora_the_adapter_alone_has_gradients() -> None:
+    lora = make_plan(
+        setup_of(TINY, "--model.pretrained", "nami", "--model.lora", "{rank: 3, target_modules: [attn.to_q]}")
+    )
+    trained = 4 * 3 * 3 * (32 + 32)  # in each of three blocks 32 wide: two matrices of rank 3, in float32
+    memory = lora.memory
+    assert (memory.gradients, memory.ema, memory.optimizer) == (trained, trained, 2 * trained)
+    assert memory.weights == 4 * lora.parameters + trained
+    assert lora.parameters == make_plan(setup_of(TINY)).parameters
+
+
 def test_samples_and_epochs_by_bucket() -> None:
     plan = make_plan(setup_of(TINY))
     drawn = samples_by_resolution(plan, TrainingImages("test", {8: 100, 16: 100, 32: 200}))
