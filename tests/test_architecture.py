@@ -57,7 +57,7 @@ def room(module: str) -> str:
 
 
 def test_the_graph_is_read() -> None:
-    assert "nami_lightning.models.flow" in GRAPH["nami_lightning.training.loss"]
+    assert "nami_lightning.models.bridge" in GRAPH["nami_lightning.training.loss"]
     assert "nami_lightning.runs.recipe" in GRAPH["nami_lightning.cli.run"]
     assert {room(name) for name in FILES} - {"", "__init__"} == set(FLOOR)
 

@@ -6,6 +6,7 @@ These files import nothing heavy at their top, so that ``--help`` answers at onc
 
 - ``main``: the parser of all commands, and how errors are printed.
 - ``run``: trains what a recipe describes.
+- ``distill``: trains a student that samples in few steps.
 - ``sample``: generates images from prompts.
 - ``show``: prints the state of a run.
 - ``plan``: prints what a recipe needs before it runs.

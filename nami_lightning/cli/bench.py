@@ -15,7 +15,8 @@ def add_command(commands: Any) -> None:
         "bench",
         help="measure the speed of training, sampling or data loading",
         description="Measure the speed of this project and of something comparable, in turns within one run, and print "
-        "medians and quotients. Nothing is written, except for the data set if it isn't prepared yet.",
+        "medians and quotients. Nothing is written, except for the data set if it isn't prepared yet, and what "
+        "--output asks for.",
     )
     benchmarks = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
 
@@ -28,7 +29,15 @@ def add_command(commands: Any) -> None:
         "--devices", type=positive_int, help="number of GPUs, or of CPU processes (default: the recipe's)"
     )
 
-    sample = _add(benchmarks, "sample", "the seconds to sample images, next to FLUX-base and flow-only", RECIPE_HELP)
+    what = "the seconds and operations to sample images, next to FLUX-base and flow-only"
+    sample = _add(benchmarks, "sample", what, RECIPE_HELP)
+    sample.add_argument(
+        "--resolutions",
+        type=positive_int,
+        nargs="+",
+        metavar="PX",
+        help="side of the finest stage; every other stage has half of the next one's (default: the recipe's)",
+    )
     sample.add_argument(
         "--steps", type=positive_int, default=10, help="solver steps of each stage (default 10, as in Table 2)"
     )
@@ -38,6 +47,13 @@ def add_command(commands: Any) -> None:
     sample.add_argument(
         "--rounds", type=positive_int, default=5, help="number of rounds; medians over them are printed (default 5)"
     )
+    sample.add_argument(
+        "--warm_up", type=whole_number, default=1, help="number of rounds before them that don't count (default 1)"
+    )
+    sample.add_argument(
+        "--with_encoders", action="store_true", help="measure the recipe's text encoders and its decoder too"
+    )
+    sample.add_argument("--output", metavar="DIR", help="folder of sampling.csv, and of the plot as PNG and SVG")
 
     data = _add(
         benchmarks,

@@ -7,16 +7,31 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 
-from nami_lightning.cli import bench, compare, convert, data, evaluate, export, launch, plan, run, sample, show, sweep
+from nami_lightning.cli import (
+    bench,
+    compare,
+    convert,
+    data,
+    distill,
+    evaluate,
+    export,
+    launch,
+    plan,
+    run,
+    sample,
+    show,
+    sweep,
+)
 from nami_lightning.cli.argument_types import CommandParser
 
-COMMANDS = (run, sample, show, plan, data, convert, export, launch, evaluate, compare, sweep, bench)
+COMMANDS = (run, distill, sample, show, plan, data, convert, export, launch, evaluate, compare, sweep, bench)
 """The commands in the order of ``lightning --help``."""
 
 EXAMPLES = """\
 examples:
   lightning run recipes/openmoji.yaml                      train the demo; run it again to resume
   lightning run recipes/openmoji.yaml --curriculum.unit 8  change the value of any recipe key
+  lightning distill openmoji --steps 1 1 1                 train a student that samples in few steps
   lightning sample openmoji --prompt "red apple"           sample with the run's newest checkpoint
   lightning show openmoji                                  show its progress and where its files are
   lightning export openmoji                                write its newest checkpoint as a diffusers pipeline

@@ -184,6 +184,17 @@ def velocity_target(start: Tensor, end: Tensor, window: Window) -> Tensor:
     return (start - end) / window.duration
 
 
+def clean_estimate(x: Tensor, velocity: Tensor, tau: float, window: Window) -> Tensor:
+    """Return the clean latents to which ``x`` at local time ``tau`` and a velocity there point.
+
+    A stage moves along ``sigma * eps + (1 - sigma) * z``, so ``z`` lies ``sigma`` further the same way. That is exact
+    for a straight flow of stage 1, and the last stage's end is its own estimate; at the start of the other stages the
+    bridge's image stands for ``z``.
+    """
+    sigma = window.end + tau * (window.start - window.end)
+    return x - sigma * window.duration / (window.start - window.end) * velocity
+
+
 # --- local time --------------------------------------------------------------------------------
 
 TauKind = Literal["logit_normal", "uniform", "mixture"]
@@ -269,7 +280,7 @@ def loss_weights(kind: LossWeighting, ratio: Tensor, running_losses: Tensor) -> 
 
 SolverKind = Literal["euler", "heun", "multistep"]
 SpacingKind = Literal["even", "linspace"]
-Velocity = Callable[[Tensor, float], Tensor]
+Velocity = Callable[[Tensor, Time], Tensor]
 
 
 def local_times(steps: int, window: Window, mu: float | None = None, spacing: SpacingKind = "even") -> list[float]:
@@ -295,15 +306,15 @@ class SolverStep(NamedTuple):
 
     x: Tensor
     velocity: Tensor
-    length: float
+    length: float | Tensor
 
 
 def solver_step(
     kind: SolverKind,
-    velocity: Velocity,
+    velocity: Velocity[Time],
     x: Tensor,
-    tau: float,
-    tau_next: float,
+    tau: Time,
+    tau_next: Time,
     duration: float,
     previous: SolverStep | None,
 ) -> SolverStep:
@@ -314,8 +325,8 @@ def solver_step(
             (two-step Adams-Bashforth: second order at one call a step, Euler at a stage's first).
         velocity: ``v(x, tau)``.
         x: the state at ``tau``.
-        tau: local time now.
-        tau_next: local time after the step, below ``tau``.
+        tau: local time now: a number, or ``(B, 1, 1, 1)``.
+        tau_next: local time after the step, below ``tau``; likewise.
         duration: of the stage, in the velocity's time.
         previous: the result of the stage's last step, or None at a stage's start.
 

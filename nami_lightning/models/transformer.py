@@ -12,6 +12,9 @@ from typing import Any, get_args
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.hooks import HookRegistry, PyramidAttentionBroadcastConfig
+from diffusers.hooks.first_block_cache import _FBC_BLOCK_HOOK, FirstBlockCacheConfig
+from diffusers.hooks.layerwise_casting import _LAYERWISE_CASTING_HOOK
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.cache_utils import CacheMixin
@@ -151,7 +154,7 @@ class NamiTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, FluxWeig
             ``(B, C, H, W)``.
         """
         height, width = (side // self.config.patch_size for side in hidden_states.shape[-2:])
-        dtype = self.x_embedder.weight.dtype  # under FSDP2 that of the computation; time stays exact, FLUX rounds it
+        dtype = self._computing_dtype  # time stays exact, FLUX rounds it
         x = self.x_embedder(patchify(hidden_states.to(dtype), self.config.patch_size))
         context = self.context_embedder(encoder_hidden_states.to(dtype))
         temb = self.time_text_embed(timestep.float() * 1000, pooled_projections.to(dtype))
@@ -162,6 +165,37 @@ class NamiTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, FluxWeig
         shared = self.config.output_head == "shared"
         tokens = self.proj_out(self.norm_out(x, temb)) if shared else self.heads[stage](x, temb)
         return unpatchify(tokens, height, width, self.config.patch_size)
+
+    def enable_cache(self, config: FirstBlockCacheConfig | PyramidAttentionBroadcastConfig) -> None:
+        """Reuse what changes little from one solver step to the next, by a step cache of diffusers.
+
+        Args:
+            config: diffusers' own. The pipeline empties the cache at each stage's start.
+
+        Raises:
+            ValueError: another cache, which takes a call for one flow at one resolution; or a first-block cache of a
+                network whose first stage runs one block.
+        """
+        if not isinstance(config, FirstBlockCacheConfig | PyramidAttentionBroadcastConfig):
+            raise ValueError(
+                f"{type(config).__name__} takes a call for one flow at one resolution; the caches that work for stages "
+                "are FirstBlockCacheConfig and PyramidAttentionBroadcastConfig"
+            )
+        first_block = isinstance(config, FirstBlockCacheConfig)
+        if first_block and len(self.blocks(0)) < 2:
+            raise ValueError("a first-block cache needs two blocks in stage 1; this network has one")
+        super().enable_cache(config)
+        if first_block:  # each stage ends at another block, and the last one that runs counts
+            for block in self.blocks(self.num_stages - 1)[1:]:
+                HookRegistry.check_if_exists_or_initialize(block).get_hook(_FBC_BLOCK_HOOK).is_tail = True
+
+    @property
+    def _computing_dtype(self) -> torch.dtype:
+        """The dtype that layers take: with layerwise casting and quantized weights it isn't that of their weights."""
+        weight = self.x_embedder.weight  # under FSDP2 already that of the computation
+        hooks = getattr(self.x_embedder, "_diffusers_hook", None)
+        casting = hooks and hooks.get_hook(_LAYERWISE_CASTING_HOOK)
+        return casting.compute_dtype if casting else weight.dtype if weight.is_floating_point() else self.dtype
 
     def head(self, stage: int) -> tuple[nn.Module, nn.Module]:
         """Return the last two layers of a stage: the modulated norm and the projection."""

@@ -2,12 +2,15 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor
 
 from nami_lightning.models.flow import SolverKind
+
+if TYPE_CHECKING:
+    from nami_lightning.pipelines.nami_pipeline import NamiPipeline
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 DECODING = "decoding"
@@ -66,6 +69,122 @@ def finite_rows(tensor: Tensor) -> Tensor:
 
 
 # --- inputs --------------------------------------------------------------------------------------
+
+
+CHECKED = (
+    "prompt",
+    "negative_prompt",
+    "height",
+    "width",
+    "num_inference_steps",
+    "guidance_scale",
+    "solver",
+    "num_images_per_prompt",
+    "generator",
+    "latents",
+    "prompt_embeds",
+    "pooled_prompt_embeds",
+    "negative_prompt_embeds",
+    "negative_pooled_prompt_embeds",
+    "image",
+    "strength",
+    "entry_stage",
+    "keep_detail",
+    "output_type",
+    "callback_on_step_end_tensor_inputs",
+    "max_sequence_length",
+)
+"""The arguments of a call that are checked."""
+
+
+def check_call(pipeline: "NamiPipeline", **inputs: Any) -> None:
+    """Check the arguments of a pipeline's call: those of :data:`CHECKED`.
+
+    Raises:
+        ValueError: one is wrong, or two don't fit together; the message names them.
+    """
+    if not pipeline.bridge.fitted:
+        raise ValueError(
+            "the bridges of this model were never fitted: lightning run RECIPE --model.pretrained FOLDER fits them "
+            "on its data, and trains on"
+        )
+    stages, height, width = pipeline.bridge.num_stages, inputs["height"], inputs["width"]
+    check_guidance(inputs["guidance_scale"], stages)
+    rows = check_texts(pipeline, **inputs)
+    for name in ("num_images_per_prompt", "max_sequence_length"):
+        if name != "max_sequence_length" or inputs[name] is not None:
+            check_count(name, inputs[name])
+    batch = rows * inputs["num_images_per_prompt"]
+    check_generator(inputs["generator"], batch)
+    check_size(height, width, pipeline._multiple)
+    check_steps(inputs["num_inference_steps"], stages)
+    check_choices(inputs["solver"], inputs["output_type"])
+    check_latents(inputs["latents"], pipeline._latent_shapes(batch, height, width))
+    check_image(inputs["image"], batch, inputs["strength"], inputs["entry_stage"], inputs["keep_detail"], stages)
+    unknown = set(inputs["callback_on_step_end_tensor_inputs"]) - set(pipeline._callback_tensor_inputs)
+    if unknown:
+        raise ValueError(
+            f"callback_on_step_end_tensor_inputs {sorted(unknown)} are none of {pipeline._callback_tensor_inputs}"
+        )
+    for stage in range(1, stages):
+        pipeline.bridge.check_size(stage, *pipeline._latent_shapes(1, height, width)[stage][2:])
+
+
+def check_texts(pipeline: "NamiPipeline", **inputs: Any) -> int:
+    """Check prompts and encoded prompts; return the number of prompts.
+
+    Raises:
+        ValueError: one is missing, given twice, or of another shape.
+    """
+    prompt, prompt_embeds = inputs["prompt"], inputs["prompt_embeds"]
+    if prompt is None and prompt_embeds is None:
+        raise ValueError("give either a prompt or prompt_embeds")
+    guided = max(per_stage(inputs["guidance_scale"], pipeline.bridge.num_stages)) > 1
+    to_encode = prompt is not None or (guided and inputs["negative_prompt_embeds"] is None)
+    if to_encode and pipeline.text_encoder_2 is None:
+        raise ValueError(
+            "this pipeline has no text encoder: give prompt_embeds and pooled_prompt_embeds, and with a "
+            "guidance_scale above 1 negative_prompt_embeds and negative_pooled_prompt_embeds"
+        )
+    config = pipeline.transformer.config
+    prompts = {}
+    for name, pooled_name in (
+        ("prompt", "pooled_prompt_embeds"),
+        ("negative_prompt", "negative_pooled_prompt_embeds"),
+    ):
+        texts, embeds, pooled = inputs[name], inputs[f"{name}_embeds"], inputs[pooled_name]
+        if embeds is not None or pooled is not None:
+            if texts is not None:
+                raise ValueError(f"give either a {name} or {name}_embeds, not both")
+            check_embeds(name, embeds, pooled, config.joint_attention_dim, config.pooled_projection_dim)
+            prompts[name] = len(embeds)
+        elif texts is not None:
+            check_prompts(name, texts)
+            prompts[name] = 1 if isinstance(texts, str) else len(texts)
+    rows = prompts["prompt"]
+    if prompts.get("negative_prompt", 1) not in (1, rows):
+        raise ValueError(f"{prompts['negative_prompt']} negative prompts for {rows} prompts: give one, or one a prompt")
+    return rows
+
+
+def check_image(image: Any, batch: int, strength: Any, entry_stage: Any, keep_detail: bool, stages: int) -> None:
+    """Check the image, or images, to be drawn anew, and how.
+
+    Raises:
+        ValueError: a share or a stage that there isn't, settings without an image, or another number of images.
+    """
+    several = isinstance(image, list | tuple) or getattr(image, "ndim", 0) == 4
+    if several and len(image) not in (1, batch):
+        raise ValueError(f"{len(image)} images for a batch of {batch}: give one image, or one an image")
+    number = isinstance(strength, int | float) and not isinstance(strength, bool)
+    if not number or not 0 < strength <= 1:
+        raise ValueError(f"strength must be above 0 and at most 1; got {strength!r}")
+    if isinstance(entry_stage, bool) or not isinstance(entry_stage, int) or not 0 <= entry_stage < stages:
+        raise ValueError(f"entry_stage must be a stage, 0 to {stages - 1}; got {entry_stage!r}")
+    if image is None and (strength != 1 or entry_stage or keep_detail):
+        raise ValueError("strength, entry_stage and keep_detail say how an image is drawn anew: give an image")
+    if keep_detail and stages == 1:
+        raise ValueError("keep_detail takes the detail of the stages after the first: this model has one stage")
 
 
 def check_prompts(name: str, prompts: Any) -> None:
@@ -147,25 +266,37 @@ def check_size(height: Any, width: Any, multiple: int) -> None:
 
 
 def check_steps(steps: Any, stages: int) -> None:
-    """Check that the numbers of solver steps are one for all stages, or one a stage.
+    """Check that the solver steps are a total that gives each stage one, or one number a stage.
 
     Raises:
         ValueError: they aren't, or one is below 1.
     """
-    listed = list(steps) if isinstance(steps, list | tuple) else [steps] * stages
+    listed = list(steps) if isinstance(steps, list | tuple) else [steps]
     whole = all(isinstance(number, int) and not isinstance(number, bool) and number >= 1 for number in listed)
-    if len(listed) != stages or not whole:
-        raise ValueError(f"num_inference_steps {steps!r} must be one number, or {stages} (one a stage), all >= 1")
+    if not whole or sum(listed) < stages or (isinstance(steps, list | tuple) and len(listed) != stages):
+        raise ValueError(
+            f"num_inference_steps {steps!r} must be the number of all stages' steps together, at least {stages}, or a "
+            f"list of {stages} (one a stage), all >= 1"
+        )
 
 
-def check_guidance(scale: Any) -> None:
-    """Check that a guidance scale is a finite number.
+def check_guidance(scale: Any, stages: int) -> None:
+    """Check that a guidance scale is a finite number, or one a stage.
 
     Raises:
         ValueError: it isn't.
     """
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
-        raise ValueError(f"guidance_scale must be a number; got {scale!r}")
+    listed = list(scale) if isinstance(scale, list | tuple) else [scale] * stages
+    for one in listed:
+        if isinstance(one, bool) or not isinstance(one, int | float) or not math.isfinite(one):
+            raise ValueError(f"guidance_scale must be a number, or one a stage; got {scale!r}")
+    if len(listed) != stages:
+        raise ValueError(f"guidance_scale {scale!r} must be one number, or {stages} (one a stage)")
+
+
+def per_stage(value: Any, stages: int) -> list[float]:
+    """Return one number a stage of one for all, or of a list."""
+    return list(value) if isinstance(value, list | tuple) else [value] * stages
 
 
 def check_generator(generator: Any, images: int) -> None:

@@ -1,51 +1,51 @@
 """NamiPipeline: images from prompts, as a diffusers pipeline that saves and loads with all its parts."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from diffusers import DiffusionPipeline
-from diffusers.image_processor import VaeImageProcessor
+from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 
-from nami_lightning.models import flow
-from nami_lightning.models.autoencoder import Autoencoder, autoencoder_factor, decode_latents
+from nami_lightning.models.autoencoder import Autoencoder, autoencoder_factor, decode_latents, encode_posterior
 from nami_lightning.models.bridge import BridgeFlow
 from nami_lightning.models.flow import SolverKind
 from nami_lightning.models.text_encoder import PromptEncoder, TextSettings, TextStates
 from nami_lightning.models.transformer import NamiTransformer2DModel
 from nami_lightning.pipelines.checks import (
+    CHECKED,
     DECODING,
     NonFiniteImages,
-    check_choices,
-    check_count,
-    check_embeds,
-    check_generator,
-    check_guidance,
-    check_latents,
+    check_call,
     check_prompts,
-    check_size,
-    check_steps,
     find_non_finite,
     finite_rows,
+    per_stage,
     seeds_of,
 )
 from nami_lightning.pipelines.lora import NamiLoraLoaderMixin
-
-StepCallback = Callable[["NamiPipeline", int, float, dict[str, Any]], dict[str, Any] | None]
+from nami_lightning.pipelines.stages import Reference, StageSampler, StepCallback, share_steps
 
 
 @dataclass
 class NamiPipelineOutput(BaseOutput):
-    """Holds ``images``: PIL images, an array ``(B, H, W, 3)`` in [0, 1], or a tensor, by ``output_type``."""
+    """What a call returns.
+
+    Attributes:
+        images: PIL images, an array ``(B, H, W, 3)`` in [0, 1], or a tensor, by ``output_type``.
+        stages: the same for each stage that ran, coarsest first, if ``output_stages`` asked for them.
+    """
 
     images: list[Image.Image] | np.ndarray | Tensor
+    stages: list[Any] | None = None
 
 
 class NamiPipeline(DiffusionPipeline, NamiLoraLoaderMixin):
@@ -66,11 +66,15 @@ class NamiPipeline(DiffusionPipeline, NamiLoraLoaderMixin):
         attention_mask: hide the padding from the encoder of the sequence.
         zero_padding: set the states of padding to zero.
         pooling: how the pooled state is made.
+        num_inference_steps: solver steps of each stage, the default of calls; None: 10 a stage.
+        guidance_scale: one number, or one a stage, the default of calls.
+        solver: the default of calls.
 
     Raises:
         ValueError: parts of different numbers of stages.
     """
 
+    _callback_tensor_inputs = ["latents", "clean_latents", "prompt_embeds", "pooled_prompt_embeds"]
     # The order of use. The bridge is small, and runs between calls of the transformer: it stays where they compute.
     model_cpu_offload_seq = "text_encoder_2->text_encoder->transformer->vae"
     _exclude_from_cpu_offload = ["bridge"]
@@ -91,6 +95,9 @@ class NamiPipeline(DiffusionPipeline, NamiLoraLoaderMixin):
         attention_mask: bool = True,
         zero_padding: bool = True,
         pooling: str | None = None,  # diffusers can't check a Literal
+        num_inference_steps: list[int] | None = None,
+        guidance_scale: float | list[float] = 3.5,
+        solver: str = "euler",
     ) -> None:
         super().__init__()
         if transformer.num_stages != bridge.num_stages:
@@ -111,7 +118,12 @@ class NamiPipeline(DiffusionPipeline, NamiLoraLoaderMixin):
             attention_mask=attention_mask,
             zero_padding=zero_padding,
             pooling=pooling,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            solver=solver,
         )
+        self.stage, self.interrupt = 0, False
+        self.current_timestep: Tensor | None = None
         self.image_processor = VaeImageProcessor(vae_scale_factor=self._multiple)
 
     def register_to_config(self, **kwargs: Any) -> None:
@@ -142,19 +154,26 @@ class NamiPipeline(DiffusionPipeline, NamiLoraLoaderMixin):
         coarsest = 2 ** (self.bridge.num_stages - 1)
         return autoencoder_factor(self.vae) * self.transformer.config.patch_size * coarsest
 
-    def encode_prompt(self, prompt: str | Sequence[str]) -> TextStates:
+    def encode_prompt(self, prompt: str | Sequence[str], max_sequence_length: int | None = None) -> TextStates:
         """Return the token states and pooled states of one or several prompts, one row a prompt.
+
+        Args:
+            prompt: one or several.
+            max_sequence_length: tokens a prompt; None: as the model was trained.
 
         Raises:
             ValueError: no prompt, or one that is not a string.
         """
         check_prompts("prompt", prompt)
+        settings = self.text_settings
+        if max_sequence_length is not None:
+            settings = replace(settings, max_length=max_sequence_length)
         encoder = PromptEncoder(
             self.text_encoder_2,
             self.tokenizer_2,
             self.text_encoder,
             self.tokenizer,
-            self.text_settings,
+            settings,
             device=self._execution_device,
         )
         return encoder([prompt] if isinstance(prompt, str) else prompt)
@@ -166,9 +185,9 @@ class NamiPipeline(DiffusionPipeline, NamiLoraLoaderMixin):
         negative_prompt: str | list[str] | None = None,
         height: int | None = None,
         width: int | None = None,
-        num_inference_steps: int | Sequence[int] = 10,
-        guidance_scale: float = 3.5,
-        solver: SolverKind = "euler",
+        num_inference_steps: int | Sequence[int] | None = None,
+        guidance_scale: float | Sequence[float] | None = None,
+        solver: SolverKind | None = None,
         num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | Sequence[Tensor] | None = None,
@@ -176,20 +195,31 @@ class NamiPipeline(DiffusionPipeline, NamiLoraLoaderMixin):
         pooled_prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
         negative_pooled_prompt_embeds: Tensor | None = None,
+        image: PipelineImageInput | None = None,
+        strength: float = 1.0,
+        entry_stage: int = 0,
+        keep_detail: bool = False,
         output_type: str = "pil",
+        output_stages: bool = False,
         return_dict: bool = True,
+        joint_attention_kwargs: dict[str, Any] | None = None,
         callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        max_sequence_length: int | None = None,
     ) -> Any:
-        """Generate images; return a :class:`NamiPipelineOutput`, or a tuple of the images.
+        """Generate images; return a :class:`NamiPipelineOutput`, or a tuple of its fields.
 
         Args:
             prompt: one or several; or give ``prompt_embeds`` and ``pooled_prompt_embeds``.
             negative_prompt: what guidance leads away from; one for all or one a prompt. None: the empty prompt.
             height: px, a multiple of the coarsest stage's token; the model's resolution if None.
             width: likewise.
-            num_inference_steps: steps a stage: one number for all stages, or one a stage, coarsest first.
-            guidance_scale: classifier-free guidance; 1 or less is off, and halves the work.
-            solver: ``euler``, ``heun`` (two calls a step) or ``multistep`` (second order at Euler's cost).
+            num_inference_steps: solver steps: their total, shared out over the stages as the model's own default
+                says, or a list with one number a stage, coarsest first. None: the model's default.
+            guidance_scale: classifier-free guidance, one number or one a stage; 1 or less is off, and halves the work.
+                None: the model's default.
+            solver: ``euler``, ``heun`` (two calls a step) or ``multistep`` (second order at Euler's cost). None: the
+                model's default.
             num_images_per_prompt: images of each prompt.
             generator: one, or one an image. With one an image, an image does not depend on the others of its batch,
                 but for the rounding of floating-point sums: at most 1 of 255 levels of a pixel in float32.
@@ -199,10 +229,23 @@ class NamiPipeline(DiffusionPipeline, NamiLoraLoaderMixin):
             pooled_prompt_embeds: pooled states ``(prompts, width)``, with ``prompt_embeds``.
             negative_prompt_embeds: the same for ``negative_prompt``; one row for all, or one a prompt.
             negative_pooled_prompt_embeds: likewise.
+            image: an image to draw anew, as diffusers' image processor takes it, or one an image of the batch; it is
+                resized to ``height`` and ``width``. None: all is drawn from noise.
+            strength: of drawing ``image`` anew: the share of the solver steps from ``entry_stage`` on that run.
+            entry_stage: the first stage that runs on ``image``: 0 may change its layout, a finer one keeps the layout
+                and draws the detail anew.
+            keep_detail: the reverse: the layout of ``image`` is drawn anew, the finer stages take its detail.
             output_type: ``pil``, ``np``, ``pt`` (``(B, 3, H, W)`` in [0, 1]) or ``latent``.
+            output_stages: return each stage's images too: its estimate of the clean image at its resolution.
             return_dict: False gives a plain tuple.
-            callback_on_step_end: called after each step as ``callback(pipeline, step, t, {"latents", "stage"})``;
-                latents in the dictionary that it returns replace the current ones.
+            joint_attention_kwargs: for the attention of every block; of these ``scale`` multiplies the LoRAs.
+            callback_on_step_end: called after each step as ``callback(pipeline, step, timestep, tensors)``, timestep
+                being 1000 at noise; what it returns of ``latents``, ``prompt_embeds`` and ``pooled_prompt_embeds``
+                replaces the current ones. :attr:`stage` tells the stage. Setting :attr:`interrupt` ends the loop: the
+                images are then those latents, at that stage's resolution.
+            callback_on_step_end_tensor_inputs: names of the tensors that it gets, of ``latents``, ``clean_latents``
+                (the current estimate of the end), ``prompt_embeds`` and ``pooled_prompt_embeds``.
+            max_sequence_length: tokens a prompt; None: as the model was trained.
 
         Raises:
             ValueError: inputs that don't fit the model or each other, or bridges that were never fitted; nothing has
@@ -210,103 +253,122 @@ class NamiPipeline(DiffusionPipeline, NamiLoraLoaderMixin):
             NonFiniteImages: images that are NaN or infinite.
         """
         # 1. What is to be drawn
+        stages = self.bridge.num_stages
         height = self.config.resolution if height is None else height
         width = self.config.resolution if width is None else width
-        self.check_inputs(
-            prompt,
-            negative_prompt,
-            height,
-            width,
-            num_inference_steps,
-            guidance_scale,
-            solver,
-            num_images_per_prompt,
-            generator,
-            latents,
-            prompt_embeds,
-            pooled_prompt_embeds,
-            negative_prompt_embeds,
-            negative_pooled_prompt_embeds,
-            output_type,
-        )
-        stages = self.bridge.num_stages
-        steps = [num_inference_steps] * stages if isinstance(num_inference_steps, int) else list(num_inference_steps)
-        generator = list(generator) if isinstance(generator, tuple) else generator
+        guidance_scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
+        solver = self.config.solver if solver is None else solver
+        default_steps = self.config.num_inference_steps or [10] * stages
+        num_inference_steps = default_steps if num_inference_steps is None else num_inference_steps
+        self.check_inputs(**{name: value for name, value in locals().items() if name in CHECKED})
+        guidance = per_stage(guidance_scale, stages)
+        steps = share_steps(num_inference_steps, default_steps)
+        self._guidance_scale, self._joint_attention_kwargs = guidance_scale, joint_attention_kwargs
+        self.interrupt, self._num_timesteps = False, sum(steps)
 
         # 2. Encode the prompts
         device = self._execution_device
         if prompt_embeds is None or pooled_prompt_embeds is None:
             assert prompt is not None
-            prompt_embeds, pooled_prompt_embeds = self.encode_prompt(prompt)
+            prompt_embeds, pooled_prompt_embeds = self.encode_prompt(prompt, max_sequence_length)
         states = _repeat(TextStates(prompt_embeds.to(device), pooled_prompt_embeds.to(device)), num_images_per_prompt)
         batch = len(states.pooled)
-        guided = guidance_scale > 1
-        if guided:
+        negative = None
+        if self.do_classifier_free_guidance:
             if negative_prompt_embeds is None or negative_pooled_prompt_embeds is None:
-                negative_prompt_embeds, negative_pooled_prompt_embeds = self.encode_prompt(negative_prompt or "")
+                negative_prompt_embeds, negative_pooled_prompt_embeds = self.encode_prompt(
+                    negative_prompt or "", max_sequence_length
+                )
             negative = TextStates(negative_prompt_embeds.to(device), negative_pooled_prompt_embeds.to(device))
             negative = _repeat(negative, batch // len(negative.pooled))
-            states = TextStates(*map(torch.cat, zip(negative, states, strict=True)))
 
-        # 3. Noise of the coarsest stage
-        dtype = self.transformer.dtype
+        # 3. Noise of the stages, and the image to start from
         shapes = self._latent_shapes(batch, height, width)
         given = [latents] if isinstance(latents, Tensor) else list(latents or ())
-        noises = [*given, *[None] * (stages - len(given))]
+        generator = list(generator) if isinstance(generator, tuple) else generator
 
+        @cache
         def noise_of(stage: int) -> Tensor:
-            noise = noises[stage]
-            if noise is None:
-                return randn_tensor(shapes[stage], generator, device, torch.float32)
-            return noise.to(device, torch.float32)
+            if stage < len(given):
+                return given[stage].to(device, torch.float32)
+            return randn_tensor(shapes[stage], generator, device, torch.float32)
 
-        x = noise_of(0)
+        reference = None
+        if image is not None:
+            reference = Reference(self.encode_image(image, height, width, batch), entry_stage, strength, keep_detail)
 
         # 4. Stage by stage: solve the window, then cross the bridge with fresh residual noise
-        done, finite = 0, []
-        with self.progress_bar(total=sum(steps)) as progress:
-            for stage, window in enumerate(self.bridge.windows):
-                if stage > 0:
-                    x = self.bridge.start(stage, x, noise_of(stage))
-
-                def velocity(x: Tensor, tau: float, stage: int = stage, window: flow.Window = window) -> Tensor:
-                    x = torch.cat([x, x]) if guided else x
-                    time = torch.full((len(x),), window.timestep(tau), device=device)
-                    v = self.transformer(
-                        x.to(dtype), states.sequence.to(dtype), states.pooled.to(dtype), time, stage
-                    ).float()
-                    if not guided:
-                        return v
-                    v_negative, v_positive = v.chunk(2)
-                    return v_negative + guidance_scale * (v_positive - v_negative)
-
-                tokens = x.shape[-2] * x.shape[-1] // self.transformer.config.patch_size**2
-                state = None
-                for tau, tau_next in pairwise(self.bridge.local_times(stage, steps[stage], tokens)):
-                    state = flow.solver_step(solver, velocity, x, tau, tau_next, window.duration, state)
-                    x = state.x
-                    if callback_on_step_end is not None:
-                        t = window.timestep(tau)
-                        changed = callback_on_step_end(self, done, t, {"latents": x, "stage": stage})
-                        x = (changed or {}).get("latents", x)
-                    done += 1
-                    progress.update()
-                finite.append((f"stage {stage + 1}", finite_rows(x)))
+        sampler = StageSampler(
+            self,
+            states,
+            negative,
+            steps,
+            guidance,
+            solver,
+            noise_of,
+            reference,
+            joint_attention_kwargs,
+            callback_on_step_end,
+            callback_on_step_end_tensor_inputs,
+            output_stages,
+        )
+        x = sampler()
 
         # 5. Decode
-        images: Any = x
-        if output_type != "latent":
-            decoded = decode_latents(self.vae, x)
-            finite.append((DECODING, finite_rows(decoded)))
-            images = self.image_processor.postprocess(decoded.nan_to_num(), output_type)
+        images, finite = self._decode(x, output_type)
+        all_stages = [self._decode(latents, output_type)[0] for latents in sampler.stages] if output_stages else None
         self.maybe_free_model_hooks()
 
         # 6. Never return what is not an image
-        if origins := find_non_finite(finite):
+        if origins := find_non_finite([*sampler.finite, (DECODING, finite)]):
             prompts = None if prompt is None else [prompt] if isinstance(prompt, str) else prompt
             names = prompts and [one for one in prompts for _ in range(num_images_per_prompt)]
             raise NonFiniteImages(images, origins, names, seeds_of(generator, batch))
-        return NamiPipelineOutput(images=images) if return_dict else (images,)
+        if not return_dict:
+            return (images, all_stages) if output_stages else (images,)
+        return NamiPipelineOutput(images=images, stages=all_stages)
+
+    # --- around the loop -----------------------------------------------------------------------
+
+    check_inputs = check_call
+
+    @property
+    def guidance_scale(self) -> float | Sequence[float]:
+        """The guidance of the current call."""
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether the current call is guided at any stage."""
+        return max(per_stage(self._guidance_scale, self.bridge.num_stages)) > 1
+
+    @property
+    def joint_attention_kwargs(self) -> dict[str, Any] | None:
+        """What the current call gives to the attention."""
+        return self._joint_attention_kwargs
+
+    @property
+    def num_timesteps(self) -> int:
+        """Solver steps of the current call, of all stages."""
+        return self._num_timesteps
+
+    def decode(self, latents: Tensor, output_type: str = "pil") -> Any:
+        """Decode latents ``(B, C, H, W)``, of any stage, to images; what is not finite becomes black."""
+        return self._decode(latents, output_type)[0]
+
+    def _decode(self, latents: Tensor, output_type: str) -> tuple[Any, Tensor]:
+        """Return the images, and whether each is finite, ``(B,)``."""
+        if output_type == "latent":
+            return latents, finite_rows(latents)
+        decoded = decode_latents(self.vae, latents)
+        return self.image_processor.postprocess(decoded.nan_to_num(), output_type), finite_rows(decoded)
+
+    def encode_image(self, image: PipelineImageInput, height: int, width: int, batch: int) -> list[Tensor]:
+        """Return an image's clean latents at each stage's resolution, coarsest first, ``batch`` rows each."""
+        pixels = self.image_processor.preprocess(image, height, width).to(self._execution_device, torch.float32)
+        sizes = [(height >> below, width >> below) for below in reversed(range(self.bridge.num_stages))]
+        resized = [F.interpolate(pixels, size, mode="bicubic", antialias=True).clamp(-1, 1) for size in sizes]
+        return [encode_posterior(self.vae, one).mean.expand(batch, -1, -1, -1) for one in resized]
 
     def _latent_shapes(self, batch: int, height: int, width: int) -> list[tuple[int, int, int, int]]:
         """Return the shape of each stage's latents, coarsest first, of ``batch`` images of that size in px."""
@@ -315,71 +377,6 @@ class NamiPipeline(DiffusionPipeline, NamiLoraLoaderMixin):
             (batch, channels, height // factor >> below, width // factor >> below)
             for below in reversed(range(self.bridge.num_stages))
         ]
-
-    def check_inputs(
-        self,
-        prompt: str | list[str] | None,
-        negative_prompt: str | list[str] | None,
-        height: int,
-        width: int,
-        num_inference_steps: int | Sequence[int],
-        guidance_scale: float,
-        solver: SolverKind,
-        num_images_per_prompt: int,
-        generator: torch.Generator | list[torch.Generator] | None,
-        latents: Tensor | Sequence[Tensor] | None,
-        prompt_embeds: Tensor | None,
-        pooled_prompt_embeds: Tensor | None,
-        negative_prompt_embeds: Tensor | None,
-        negative_pooled_prompt_embeds: Tensor | None,
-        output_type: str,
-    ) -> None:
-        """Check the arguments of a call, before anything runs.
-
-        Raises:
-            ValueError: one is wrong, or two don't fit together; the message names them.
-        """
-        if not self.bridge.fitted:
-            raise ValueError(
-                "the bridges of this model were never fitted: lightning run RECIPE --model.pretrained FOLDER fits them "
-                "on its data, and trains on"
-            )
-        if prompt is None and prompt_embeds is None:
-            raise ValueError("give either a prompt or prompt_embeds")
-        check_guidance(guidance_scale)
-        to_encode = prompt is not None or (guidance_scale > 1 and negative_prompt_embeds is None)
-        if to_encode and self.text_encoder_2 is None:
-            raise ValueError(
-                "this pipeline has no text encoder: give prompt_embeds and pooled_prompt_embeds, and with a "
-                "guidance_scale above 1 negative_prompt_embeds and negative_pooled_prompt_embeds"
-            )
-        config = self.transformer.config
-        prompts = {}
-        for name, texts, embeds, pooled in (
-            ("prompt", prompt, prompt_embeds, pooled_prompt_embeds),
-            ("negative_prompt", negative_prompt, negative_prompt_embeds, negative_pooled_prompt_embeds),
-        ):
-            if embeds is not None or pooled is not None:
-                if texts is not None:
-                    raise ValueError(f"give either a {name} or {name}_embeds, not both")
-                check_embeds(name, embeds, pooled, config.joint_attention_dim, config.pooled_projection_dim)
-                prompts[name] = len(embeds)  # type: ignore[arg-type]
-            elif texts is not None:
-                check_prompts(name, texts)
-                prompts[name] = 1 if isinstance(texts, str) else len(texts)
-        rows = prompts["prompt"]
-        if prompts.get("negative_prompt", 1) not in (1, rows):
-            raise ValueError(
-                f"{prompts['negative_prompt']} negative prompts for {rows} prompts: give one, or one a prompt"
-            )
-        check_count("num_images_per_prompt", num_images_per_prompt)
-        check_generator(generator, rows * num_images_per_prompt)
-        check_size(height, width, self._multiple)
-        check_steps(num_inference_steps, self.bridge.num_stages)
-        check_choices(solver, output_type)
-        check_latents(latents, self._latent_shapes(rows * num_images_per_prompt, height, width))
-        for stage in range(1, self.bridge.num_stages):
-            self.bridge.check_size(stage, *self._latent_shapes(1, height, width)[stage][2:])
 
 
 def _repeat(states: TextStates, times: int) -> TextStates:

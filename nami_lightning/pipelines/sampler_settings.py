@@ -11,8 +11,10 @@ class SamplerSettings:
     """How a pipeline samples; what is null is left to the pipeline's own default.
 
     Args:
-        num_inference_steps: solver steps of each stage: one number, or one a stage. NamiPipeline's default: 10.
-        guidance_scale: weight of classifier-free guidance; 1 is off. NamiPipeline's default: 3.5.
+        num_inference_steps: solver steps: their total, shared out over the stages, or a list with one number a stage.
+            NamiPipeline's default: 10 a stage, or what the model was tuned to.
+        guidance_scale: weight of classifier-free guidance, one number or one a stage; 1 is off. NamiPipeline's default:
+            3.5, or what the model was tuned to.
         solver: of a NAMI: euler (as in the paper, and the default), heun (two calls of the network a step), or
             multistep (second order at Euler's cost).
         negative_prompt: the prompt that guidance leads away from.
@@ -21,7 +23,7 @@ class SamplerSettings:
     """
 
     num_inference_steps: int | list[int] | None = None
-    guidance_scale: float | None = None
+    guidance_scale: float | list[float] | None = None
     solver: SolverKind | None = None
     negative_prompt: str | None = None
     height: int | None = None

@@ -111,6 +111,7 @@ class Setup:
         ema: whether the run keeps an EMA of the weights.
         optimizer: bytes of the optimizer's state for each byte of trained weights.
         frozen: the frozen encoders.
+        teacher_calls: forward passes of a student's frozen teacher for one sample; 0: there is none.
     """
 
     name: str
@@ -129,6 +130,7 @@ class Setup:
     ema: bool
     optimizer: float
     frozen: tuple[FrozenModel, ...] = ()
+    teacher_calls: int = 0
 
     @property
     def matmul_dtype(self) -> str:

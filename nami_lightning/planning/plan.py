@@ -8,13 +8,14 @@ weights          all of them on every device, or one shard (FSDP2 cuts each para
 gradients        as many as weights; FSDP2 with ``reduce_gradients: step`` also keeps unsharded ones in ``param_dtype``
 optimizer        the state that the recipe's optimizer keeps for the weights
 EMA              as many as weights, if the recipe has an EMA
+frozen models    the encoders; and a student's teacher, with as many weights as the student
 communication    DDP: its buckets, unless gradients are views of them. FSDP2: the root and three gathered blocks (the
                  one that computes, the next one, which is being gathered, and a copy), or all that have been gathered
                  if ``reshard_after_forward`` is off; and the gradients of one block, which are being reduced
 ===============  ====================================================================================================
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -183,6 +184,7 @@ def _stage(setup: Setup, stage: int) -> StagePlan:
     activations_of = measure_activations(network.make, _shape(setup, stage, samples)) if samples else None
     doubles, singles = (list(accumulate(config[key]))[stage] for key in ("num_layers", "num_single_layers"))
     tokens = setup.image_tokens(stage)
+    flops = transformer_flops(config, stage, tokens, setup.text_tokens, setup.activation_checkpointing)
     return StagePlan(
         resolution=setup.resolutions[stage],
         image_tokens=tokens,
@@ -191,7 +193,7 @@ def _stage(setup: Setup, stage: int) -> StagePlan:
         parameters=sum(sizes[group] for group in used - before),
         parameters_used=sum(sizes[group] for group in used),
         micro_batch=samples,
-        flops=transformer_flops(config, stage, tokens, setup.text_tokens, setup.activation_checkpointing),
+        flops=replace(flops, forward=flops.forward * (1 + setup.teacher_calls)),
         encoding_flops=sum(model.flops[stage] for model in setup.frozen),
         saved=activations_of.saved if activations_of else 0,
         temporary=max(activations_of.peak - activations_of.saved, 0) if activations_of else 0,
@@ -255,7 +257,7 @@ def _constant_memory(setup: Setup) -> dict[str, int]:
         "gradients": gradients,
         "optimizer": round(trained * setup.optimizer),
         "ema": trained if setup.ema else 0,
-        "frozen": sum(model.memory or 0 for model in setup.frozen),
+        "frozen": sum(model.memory or 0 for model in setup.frozen) + (weights if setup.teacher_calls else 0),
     }
 
 

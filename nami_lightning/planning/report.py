@@ -12,7 +12,7 @@ from nami_lightning.planning.suggestions import Suggestion
 from nami_lightning.utils.text_table import table
 
 MEMORY_ROWS = ("weights", "gradients", "optimizer", "ema", "frozen", "communication", "activations", "temporary")
-MEMORY_NAMES = {"ema": "EMA", "frozen": "frozen encoders"}
+MEMORY_NAMES = {"ema": "EMA", "frozen": "frozen models"}
 
 
 @dataclass(frozen=True)

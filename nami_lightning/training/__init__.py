@@ -1,7 +1,7 @@
 """One training step, and what it needs: the module, its loss, its curriculum, its random numbers, its devices.
 
 - ``module``: ``NamiModule``, the LightningModule that trains a NAMI.
-- ``loss``: the loss of training and of validation.
+- ``loss``: the loss of training and of validation; ``paths``: the points of the flow where it is measured.
 - ``curriculum``: which phase a step belongs to, its sampling ratio, its learning rate.
 - ``batch``: what the data hands to the model.
 - ``frozen_encoders``: samples to latents and text states.

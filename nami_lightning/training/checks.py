@@ -187,18 +187,6 @@ def _of_another_model(key: str, was: Any, now: Any) -> ValueError:
     )
 
 
-def per_stage(value: float | list[float], stages: int) -> list[float]:
-    """Return one number for each stage, given one for all or a list.
-
-    Raises:
-        ValueError: a list of another length.
-    """
-    values = [float(value)] * stages if isinstance(value, int | float) else value
-    if len(values) != stages:
-        raise ValueError(f"tau_mean and tau_std need one number, or {stages} (one a stage); got {value}")
-    return values
-
-
 def check_data(before: str | None, now: str | None) -> None:
     """Refuse another data set than the checkpoint's; where either is not known, none is refused.
 
@@ -213,13 +201,27 @@ def check_data(before: str | None, now: str | None) -> None:
     )
 
 
+def check_training(max_skipped_steps: int, pretrained: str | None, lora: bool, distillation: bool) -> None:
+    """Refuse settings of the training that can't be right: a LoRA or a distillation without weights to begin from.
+
+    Raises:
+        ValueError: naming the recipe keys.
+    """
+    if max_skipped_steps < 1:
+        raise ValueError(f"model.max_skipped_steps must be at least 1; got {max_skipped_steps}")
+    if pretrained is None and lora:
+        raise ValueError("model.lora trains adapters beside trained weights: name their folder as model.pretrained")
+    if pretrained is None and distillation:
+        raise ValueError("model.distillation learns from a trained model: name that one as model.pretrained")
+
+
 def check_pretrained_weights(saved: dict[str, Any], source: str | None, now: str | None) -> None:
-    """Refuse a LoRA's checkpoint that was trained beside other weights than those that are there now.
+    """Refuse the checkpoint of a LoRA or a student that was trained beside other weights than those there now.
 
     Args:
         saved: what the checkpoint says of itself.
         source: ``model.pretrained``.
-        now: the fingerprint of the weights there; None: no LoRA.
+        now: the fingerprint of the weights there; None: neither a LoRA nor a student.
 
     Raises:
         ValueError: naming both fingerprints.
@@ -227,6 +229,6 @@ def check_pretrained_weights(saved: dict[str, Any], source: str | None, now: str
     before = saved.get("pretrained")
     if now is not None and before != now:
         raise ValueError(
-            f"model.pretrained {source} does not hold the weights that this run's LoRA was trained beside "
+            f"model.pretrained {source} does not hold the weights that this run was trained beside "
             f"(fingerprint {now}, not {before}): restore them, or start over with --fresh"
         )

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import cached_property
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import lightning as L
 import torch
@@ -137,15 +137,28 @@ class EncodingModule(L.LightningModule):
         text, empty = (TextStates(*map(Tensor.float, states)) for states in micro.encodings[2:])
         return text.replaced(drop, empty)
 
+    def empty_prompt_states(self, micro: MicroBatch) -> TextStates:
+        """Return one row, the text states of the empty prompt, padded as those of the micro-batch."""
+        if micro.encodings is None:
+            return self._empty_prompt
+        return TextStates(*map(Tensor.float, micro.encodings.empty_prompt))
+
     def encode_prompts(self, prompts: list[str], drop: Tensor | None = None) -> TextStates:
         """Return text states of ``prompts``; where ``drop`` (bool, ``(n,)``) is set, those of the empty prompt."""
         states = self.text_encoder(prompts)
         return states if drop is None else states.replaced(drop, self._empty_prompt)
 
     def assemble_pipeline(
-        self, transformer: NamiTransformer2DModel, bridge: BridgeFlow, resolution: int
+        self, transformer: NamiTransformer2DModel, bridge: BridgeFlow, resolution: int, sampler: dict[str, Any]
     ) -> NamiPipeline:
-        """Return a pipeline of a network, its bridges and the frozen encoders; all are shared, not copied."""
+        """Return a pipeline of a network, its bridges and the frozen encoders; all are shared, not copied.
+
+        Args:
+            transformer: the network.
+            bridge: its bridges.
+            resolution: px of the finest stage.
+            sampler: the pipeline's defaults of how it samples, by the names of its arguments.
+        """
         text = self.text_encoder
         pipeline = NamiPipeline(
             transformer=transformer,
@@ -161,6 +174,7 @@ class EncodingModule(L.LightningModule):
             attention_mask=text.settings.attention_mask,
             zero_padding=text.settings.zero_padding,
             pooling=text.settings.pooling,
+            **sampler,
         )
         pipeline.set_progress_bar_config(disable=True)
         return pipeline

@@ -8,38 +8,14 @@ import torch.nn.functional as F
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 
-from nami_lightning.models import flow
 from nami_lightning.models.bridge import BridgeFlow
-from nami_lightning.models.flow import TauKind
 from nami_lightning.training import rng
 from nami_lightning.training.batch import MicroBatch
 from nami_lightning.training.frozen_encoders import EncodingModule
+from nami_lightning.training.paths.straight import Path
 
 TAU_BINS = 4
 """Equal parts of [0, 1]."""
-
-
-@dataclass(frozen=True)
-class TauDistribution:
-    """The distribution of the local time in training.
-
-    Attributes:
-        kind: ``logit_normal``, ``uniform``, or a ``mixture`` of both.
-        mean: mean of the logit, one number a stage.
-        std: standard deviation of the logit, one number a stage.
-        uniform_share: share of the uniform part of a mixture.
-    """
-
-    kind: TauKind
-    mean: list[float]
-    std: list[float]
-    uniform_share: float
-
-    def sample(self, stage: int, random: rng.RandomNumbers, shift: float | None) -> Tensor:
-        """Return tau ``(n,)`` of a stage's samples, moved towards noise by FLUX's ``mu`` if ``shift`` is that."""
-        uniform = random.uniform[:, :2]
-        tau = flow.sample_tau(self.kind, random.normal, uniform, self.mean[stage], self.std[stage], self.uniform_share)
-        return tau if shift is None else flow.shift_tau(tau, shift)
 
 
 @dataclass(frozen=True)
@@ -48,15 +24,13 @@ class FlowLoss:
 
     Attributes:
         bridge: the windows, and the start of each stage.
-        tau_distribution: of the local time.
-        patch_size: side of the square of latents that makes one token.
+        path: the points that the network sees, and the velocity that it should give there.
         local_velocity: measure the error in the stage's local time, as written in the paper: times the square of the
             window's duration.
     """
 
     bridge: BridgeFlow
-    tau_distribution: TauDistribution
-    patch_size: int
+    path: Path
     local_velocity: bool
 
     def __call__(
@@ -86,20 +60,14 @@ class FlowLoss:
         latents, coarse_latents = encoders.latents(micro, seed_key)
         random = rng.sample(encoders.seed, seed_key, micro.global_indices, latents.shape[1:], encoders.device)
         text = encoders.text_states(micro, drop=random.uniform[:, 2] < prompt_dropout)
-        tau = self.tau_distribution.sample(stage, random, shift=self.bridge.time_shift(self.tokens(latents)))
 
         start, end = self.bridge.endpoints(stage, latents, coarse_latents, random.noise)
-        x = flow.interpolate(start, end, tau)
+        x, tau, target = self.path(encoders, micro, start, end, text, random)
         t = window.timestep(tau)
 
         velocity = transformer(x, text.sequence, text.pooled, t, stage).float()
-        target = flow.velocity_target(start, end, window)
         loss = F.mse_loss(velocity, target, reduction=reduction)
         return (loss * window.duration**2 if self.local_velocity else loss), tau
-
-    def tokens(self, latents: Tensor) -> int:
-        """Return the number of image tokens of latents ``(n, C, H, W)``."""
-        return latents.shape[-2] * latents.shape[-1] // self.patch_size**2
 
 
 class LossByTau:

@@ -29,13 +29,15 @@ from nami_lightning.training.checks import (
     check_precision,
     check_pretrained_weights,
     check_stages,
+    check_training,
     model_settings,
-    per_stage,
 )
 from nami_lightning.training.curriculum import Curriculum
 from nami_lightning.training.ema import SwapWeights, adapt_ema, make_ema_model
 from nami_lightning.training.frozen_encoders import EncodingModule, LatentPyramid
-from nami_lightning.training.loss import FlowLoss, LossByTau, TauDistribution
+from nami_lightning.training.loss import FlowLoss, LossByTau
+from nami_lightning.training.paths.rectified import DistillationSettings, RectifiedPath, make_path
+from nami_lightning.training.paths.straight import TauDistribution
 from nami_lightning.training.step_sync import SkippedSteps, agree, require_same_start
 from nami_lightning.training.strategies import full_tensor, parallelize, reduce_gradients
 from nami_lightning.utils.heartbeat import Heartbeat
@@ -70,6 +72,7 @@ class NamiModule(EncodingModule):
         float8: multiply in float8 in the blocks' linear layers; worth it on large ones, compiled.
         pretrained: the start: a run, a NamiPipeline's folder or hub name, or a NamiTransformer2DModel's folder.
         lora: train adapters beside the weights of ``pretrained``, which stay as they are; null: train the weights.
+        distillation: learn to sample in few steps from the model of ``pretrained``; null: learn from the data.
 
     Raises:
         ValueError: numbers of stages that differ, or resolutions that the network can't take.
@@ -100,6 +103,7 @@ class NamiModule(EncodingModule):
         float8: bool = False,
         pretrained: str | None = None,
         lora: LoraSettings | None = None,
+        distillation: DistillationSettings | None = None,
     ) -> None:
         with torch.device("meta"):
             config = dict(transformer().config)
@@ -112,18 +116,15 @@ class NamiModule(EncodingModule):
         # Not AdamW as a default above: jsonargparse would hand its settings on to any optimizer that a recipe names.
         self.make_transformer, self.make_optimizer = transformer, optimizer or torch.optim.AdamW
         self.resolutions, self.curriculum = resolutions, curriculum
-        means, stds = (per_stage(value, num_stages) for value in (tau_mean, tau_std))
-        tau_distribution = TauDistribution(tau, means, stds, tau_uniform_share)
-        self.flow_loss = FlowLoss(self.bridge, tau_distribution, config["patch_size"], local_velocity_loss)
+        tau_distribution = TauDistribution.make(tau, tau_mean, tau_std, tau_uniform_share, num_stages)
+        path = make_path(self.bridge, config["patch_size"], tau_distribution, distillation)
+        self.flow_loss = FlowLoss(self.bridge, path, local_velocity_loss)
         self.loss_weighting, self.prompt_dropout = loss_weighting, prompt_dropout
         self.gradient_clip_norm, self.max_skipped_steps = gradient_clip_norm, max_skipped_steps
         self.activation_checkpointing = activation_checkpointing
         self.compile_blocks, self.float8 = compile_blocks, float8
-        self.pretrained, self.lora = pretrained, lora
-        if max_skipped_steps < 1:
-            raise ValueError(f"model.max_skipped_steps must be at least 1; got {max_skipped_steps}")
-        if lora is not None and pretrained is None:
-            raise ValueError("model.lora trains adapters beside trained weights: name their folder as model.pretrained")
+        self.pretrained, self.lora, self.distillation = pretrained, lora, distillation
+        check_training(max_skipped_steps, pretrained, lora is not None, distillation is not None)
         if lora is not None:
             leave_out_base(self, "transformer.")
             self.strict_loading = False
@@ -146,7 +147,7 @@ class NamiModule(EncodingModule):
         """The data set that the checkpoint was trained on; whether to go on with another one."""
         self.use_ema = self.ema_on_host = False
         self.pretrained_weights: str | None = None
-        """A LoRA's fingerprint of the weights that it is trained beside, which no checkpoint of it holds."""
+        """The fingerprint of the weights that a LoRA is trained beside, or a student; no checkpoint holds them."""
         self._ratios: dict[tuple[int, ...], Tensor] = {}
         self.transformer: NamiTransformer2DModel
         self.ema: nn.Module | None = None
@@ -182,6 +183,8 @@ class NamiModule(EncodingModule):
             torch.manual_seed(self.seed)
             self.transformer = self.new_transformer()
         parallelize(self.transformer, self._strategy, self.activation_checkpointing, self.compile_blocks, self.float8)
+        if isinstance(path := self.flow_loss.path, RectifiedPath):
+            path.load_teacher(self.pretrained, self.make_transformer, self._strategy, self.compile_blocks)
         if self.use_ema:
             self.ema = make_ema_model(self.transformer, self.make_transformer, self._strategy, self.ema_on_host)
 
@@ -193,8 +196,9 @@ class NamiModule(EncodingModule):
         else:
             for note in load_pretrained(self.pretrained, transformer, self.bridge):
                 rank_zero_info(note)
-        if self.lora is not None:
+        if self.lora is not None or self.distillation is not None:
             self.pretrained_weights = fingerprint(transformer)
+        if self.lora is not None:
             add_adapter(transformer, self.lora)
         return transformer
 
@@ -336,7 +340,8 @@ class NamiModule(EncodingModule):
         Use it inside :attr:`ema_weights`.
         """
         self.heartbeat.beat("sampling")
-        return self.assemble_pipeline(self.sampling_transformer, self.bridge, self.resolutions[-1])
+        sampler = {} if self.distillation is None else self.distillation.sampler
+        return self.assemble_pipeline(self.sampling_transformer, self.bridge, self.resolutions[-1], sampler)
 
     # --- checkpoints -------------------------------------------------------------------------
 

@@ -57,7 +57,7 @@ def pipeline(t5: TextModel, clip: TextModel) -> NamiPipeline:
 def _draw(pipeline: NamiPipeline, prompt: str | list[str] | None = "a red cat", seed: int = 0, **settings: Any) -> Any:
     defaults: dict[str, Any] = {
         "generator": torch.Generator().manual_seed(seed),
-        "num_inference_steps": 2,
+        "num_inference_steps": 6,
         "output_type": "latent",
     }
     return pipeline(prompt, **defaults | settings).images
@@ -83,7 +83,7 @@ def test_output_types(pipeline: NamiPipeline) -> None:
 
 
 def test_a_plain_tuple(pipeline: NamiPipeline) -> None:
-    result = pipeline("a cat", num_inference_steps=1, output_type="latent", return_dict=False)
+    result = pipeline("a cat", num_inference_steps=3, output_type="latent", return_dict=False)
     assert isinstance(result, tuple)
     assert result[0].shape == (1, 3, 16, 16)
 
@@ -223,7 +223,7 @@ def test_encoded_prompts_instead_of_prompts(pipeline: NamiPipeline) -> None:
 
 
 def test_steps_are_one_number_or_one_a_stage(pipeline: NamiPipeline) -> None:
-    assert torch.equal(_draw(pipeline, num_inference_steps=3), _draw(pipeline, num_inference_steps=[3, 3, 3]))
+    assert torch.equal(_draw(pipeline, num_inference_steps=9), _draw(pipeline, num_inference_steps=[3, 3, 3]))
     for steps in ([3, 3], [1, 2, 3, 4], [2, 0, 2], 0):
         with pytest.raises(ValueError, match="num_inference_steps"):
             _draw(pipeline, num_inference_steps=steps)
@@ -247,8 +247,9 @@ def test_solvers_cost_what_they_say(pipeline: NamiPipeline, solver: str, calls: 
 def test_callback_sees_every_step_and_may_replace_the_latents(pipeline: NamiPipeline) -> None:
     seen: list[tuple[int, float, int, int]] = []
 
-    def watch(_: NamiPipeline, step: int, t: float, state: dict[str, Any]) -> None:
-        seen.append((step, t, state["stage"], state["latents"].shape[-1]))
+    def watch(pipe: NamiPipeline, step: int, t: Tensor, tensors: dict[str, Any]) -> None:
+        assert pipe.current_timestep == t
+        seen.append((step, float(t) / 1000, pipe.stage, tensors["latents"].shape[-1]))
 
     watched = _draw(pipeline, num_inference_steps=[1, 2, 2], callback_on_step_end=watch)
     assert torch.equal(watched, _draw(pipeline, num_inference_steps=[1, 2, 2]))
@@ -256,8 +257,8 @@ def test_callback_sees_every_step_and_may_replace_the_latents(pipeline: NamiPipe
     assert [row[1] for row in seen] == pytest.approx([1, 2 / 3, 1 / 2, 1 / 3, 1 / 6])
     assert [row[2:] for row in seen] == [(0, 4), (1, 8), (1, 8), (2, 16), (2, 16)]
 
-    def replace(_: NamiPipeline, step: int, t: float, state: dict[str, Any]) -> dict[str, Any] | None:
-        return {"latents": torch.full_like(state["latents"], 0.5)} if step == 4 else None
+    def replace(_: NamiPipeline, step: int, t: Tensor, tensors: dict[str, Any]) -> dict[str, Any] | None:
+        return {"latents": torch.full_like(tensors["latents"], 0.5)} if step == 4 else None
 
     replaced = _draw(pipeline, num_inference_steps=[1, 2, 2], callback_on_step_end=replace)
     assert torch.equal(replaced, torch.full((1, 3, 16, 16), 0.5))

@@ -26,7 +26,7 @@ def pipeline(t5: TextModel, clip: TextModel) -> NamiPipeline:
 
 
 def draw(pipeline: NamiPipeline, prompt: Any = "a red cat", **settings: Any) -> Any:
-    defaults: dict[str, Any] = {"num_inference_steps": 1, "output_type": "latent"}
+    defaults: dict[str, Any] = {"num_inference_steps": 2, "output_type": "latent"}
     return pipeline(prompt, **defaults | settings).images
 
 
@@ -57,12 +57,23 @@ def generators(number: int) -> list[torch.Generator]:
         ({"width": 17}, "must be multiples of 4 px"),
         ({"height": -16}, "must be multiples of 4 px"),
         ({"height": 16.0}, "must be multiples of 4 px"),
-        ({"num_inference_steps": 0}, "num_inference_steps 0 must be one number, or 2"),
-        ({"num_inference_steps": 1.5}, "num_inference_steps 1.5 must be one number, or 2"),
+        (
+            {"num_inference_steps": 0},
+            "num_inference_steps 0 must be the number of all stages' steps",
+        ),
+        ({"num_inference_steps": 1}, "num_inference_steps 1 must be .* at least 2"),
+        ({"num_inference_steps": 1.5}, "num_inference_steps 1.5 must be .* a list of 2"),
         ({"num_inference_steps": []}, "num_inference_steps"),
-        ({"num_inference_steps": None}, "num_inference_steps None must be"),
-        ({"guidance_scale": float("nan")}, "guidance_scale must be a number; got nan"),
-        ({"guidance_scale": None}, "guidance_scale must be a number; got None"),
+        ({"num_inference_steps": [4]}, "num_inference_steps"),
+        ({"guidance_scale": float("nan")}, "guidance_scale must be a number, or one a stage; got nan"),
+        ({"guidance_scale": "high"}, "guidance_scale must be a number, or one a stage; got 'high'"),
+        ({"guidance_scale": [1.0, 2.0, 3.0]}, r"guidance_scale .* must be one number, or 2 \(one a stage\)"),
+        ({"max_sequence_length": 0}, "max_sequence_length must be a whole number"),
+        ({"callback_on_step_end_tensor_inputs": ["noise"]}, r"callback_on_step_end_tensor_inputs \['noise'\] are none"),
+        ({"strength": 0.5}, "strength, entry_stage and keep_detail .* give an image"),
+        ({"image": torch.zeros(1, 3, 16, 16), "strength": 0.0}, "strength must be above 0 and at most 1; got 0.0"),
+        ({"image": torch.zeros(1, 3, 16, 16), "entry_stage": 2}, "entry_stage must be a stage, 0 to 1; got 2"),
+        ({"image": torch.zeros(3, 3, 16, 16)}, "3 images for a batch of 1"),
         ({"solver": "rk4"}, "solver must be one of euler, heun, multistep; got 'rk4'"),
         ({"output_type": "jpg"}, "output_type must be one of pil, np, pt, latent; got 'jpg'"),
     ],
@@ -239,7 +250,7 @@ def test_offloading_computes_on_one_device(
     monkeypatch.setattr("accelerate.hooks.UserCpuOffloadHook.offload", lambda _: None)  # nothing comes back from meta
     monkeypatch.setattr(pipeline, "maybe_free_model_hooks", lambda: None)
     monkeypatch.setattr("nami_lightning.pipelines.nami_pipeline.find_non_finite", lambda finite: {})
-    monkeypatch.setattr(pipeline, "check_inputs", lambda *_: None)  # it asks whether the bridges are fitted
+    monkeypatch.setattr(pipeline, "check_inputs", lambda **_: None)  # it asks whether the bridges are fitted
     monkeypatch.setattr("torch.autocast", lambda *_, **__: nullcontext())  # meta has none
     for kind in ("bidirectional", "causal"):  # they look at the numbers of the masks
         monkeypatch.setattr(f"transformers.masking_utils._ignore_{kind}_mask_sdpa", lambda *_, **__: False)

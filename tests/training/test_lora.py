@@ -196,7 +196,7 @@ def test_a_lora_needs_the_weights_that_it_was_trained_beside(whole: Path, base: 
     content = file.read_bytes()
     weights = load_file(file)
     save_file(weights | {"x_embedder.bias": weights["x_embedder.bias"] + 0.01}, file, {"format": "pt"})
-    with pytest.raises(ValueError, match=r"does not hold the weights that this run's LoRA was trained beside"):
+    with pytest.raises(ValueError, match=r"does not hold the weights that this run was trained beside"):
         load_module(Run(whole))
     file.write_bytes(content)
     load_module(Run(whole))
