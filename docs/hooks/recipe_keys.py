@@ -30,6 +30,7 @@ def render() -> str:
     from nami_lightning.datamodules.sources import Source
     from nami_lightning.models.lora import LoraSettings
     from nami_lightning.runs.recipe import make_parser
+    from nami_lightning.training.paths.rectified import DistillationSettings
 
     parser = make_parser()
     links = {action.target[0] for action in parser._links_group._group_actions}  # type: ignore[attr-defined]
@@ -53,6 +54,7 @@ def render() -> str:
         "### model.transformer", *class_section(NamiTransformer2DModel, set(), "nami_lightning", heading=False),
         "### model.bridge", *class_section(BridgeFlow, set(), "nami_lightning", heading=False),
         "### model.lora", doc(LoraSettings), table(rows_of_class(LoraSettings)),
+        "### model.distillation", doc(DistillationSettings), table(rows_of_class(DistillationSettings)),
         "### model.optimizer", "Any optimizer of torch by its class path, or:",
         *classes("model.optimizer", Optimizer, "nami_lightning"),
         "## data", *classes("data", L.LightningDataModule, "nami_lightning.datamodules"),

@@ -202,7 +202,7 @@ def time_sampling(pipeline: NamiPipeline, steps: Sequence[int], images: int, sid
             torch.cuda.synchronize(device)
         return perf_counter()
 
-    def record_end_of_stage(_: Any, step: int, t: float, state: dict[str, Any]) -> dict[str, Any]:
+    def record_end_of_stage(_: Any, step: int, t: Any, state: dict[str, Any]) -> dict[str, Any]:
         if (step + 1) % steps[0] == 0:  # the last step of a stage
             ends.append(now())
         return state

@@ -181,6 +181,8 @@ def write_plot(measured: Sequence[Measurement], stem: Path) -> Path:
         )
         seconds.bar_label(bars, fmt="%.3g", fontsize=8)
     seconds.set(yscale="log", ylabel="seconds a call", title="Time by resolution (smaller is better)")
+    for formatted in (seconds.yaxis.set_major_formatter, seconds.yaxis.set_minor_formatter):
+        formatted("{x:g}")  # not as powers of ten
     _plot_savings(saved, measured, sides)
     for axes in (seconds, saved):
         axes.set_xticks(range(len(sides)), [f"{side} px" for side in sides])
@@ -207,6 +209,6 @@ def _plot_savings(axes: Any, measured: Sequence[Measurement], sides: Sequence[in
         if one.model.removesuffix(PAPER) in groups and one.model.endswith(PAPER):
             value = 100 * (less_than_flux_base(one, measured, "seconds") or 0.0)
             left = sides.index(one.side) - 0.4 + 0.4 * groups.index(one.model.removesuffix(PAPER))
-            label = "the paper's NAMI-2B, seconds" if one.model.startswith(groups[0]) else None
+            label = "the paper, seconds" if one.model.startswith(groups[0]) else None
             axes.plot([left, left + 0.4], [value, value], color="black", linestyle="--", label=label)
     axes.set(ylabel="% less than FLUX-base", title="What is saved (larger is better)")

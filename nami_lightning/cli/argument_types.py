@@ -108,3 +108,8 @@ def add_size_options(parser: Any) -> None:
     """Add the options of the images' size: ``--height`` and ``--width``."""
     parser.add_argument("--height", type=positive_int, metavar="PX", help="height of the images in px")
     parser.add_argument("--width", type=positive_int, metavar="PX", help="width of the images in px")
+
+
+def one_or_all(values: list[Any] | None) -> Any:
+    """Return the value of an option that takes one number, or one a stage: the number, the list, or None."""
+    return values[0] if values and len(values) == 1 else values

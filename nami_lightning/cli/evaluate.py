@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nami_lightning.cli.argument_types import one_or_all
 from nami_lightning.cli.evaluate_options import IMAGES_PER_PROMPT, add_options, check_options
 
 if TYPE_CHECKING:
@@ -107,9 +108,9 @@ def generate_all(
     from nami_lightning.evaluation.generate import GeneratedImages, GenerationSettings, generate
     from nami_lightning.pipelines.sampler_settings import SamplerSettings
 
-    steps = options.steps[0] if options.steps and len(options.steps) == 1 else options.steps
     sampler = SamplerSettings(
-        steps, options.guidance_scale, options.solver, options.negative_prompt, options.height, options.width
+        *(one_or_all(options.steps), one_or_all(options.guidance_scale), options.solver),
+        *(options.negative_prompt, options.height, options.width),
     )
     batch_size = options.batch_size or GenerationSettings.batch_size
     ema = options.ema is not False

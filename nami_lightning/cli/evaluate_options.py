@@ -76,9 +76,17 @@ def _add_generation_options(parser: argparse.ArgumentParser) -> None:
         help="number of images per prompt (default: geneval 4, dpg 4, nami1k 1; a grid shows 1)",
     )
     generation.add_argument(
-        "--steps", type=positive_int, nargs="+", help="solver steps: one number, or for a NAMI one per stage"
+        "--steps",
+        type=positive_int,
+        nargs="+",
+        help="solver steps: their number, which a NAMI shares out over its stages, or for a NAMI one number per stage",
     )
-    generation.add_argument("--guidance_scale", type=float, help="weight of classifier-free guidance; 1 is off")
+    generation.add_argument(
+        "--guidance_scale",
+        type=float,
+        nargs="+",
+        help="weight of classifier-free guidance, for a NAMI also one number per stage; 1 is off",
+    )
     generation.add_argument("--negative_prompt", metavar="TEXT", help="prompt that guidance leads away from")
     generation.add_argument("--solver", choices=["euler", "heun", "multistep"], help="ODE solver of a NAMI")
     add_size_options(generation)

@@ -21,10 +21,11 @@ from nami_lightning.cli import (
     sample,
     show,
     sweep,
+    tune,
 )
 from nami_lightning.cli.argument_types import CommandParser
 
-COMMANDS = (run, distill, sample, show, plan, data, convert, export, launch, evaluate, compare, sweep, bench)
+COMMANDS = (run, distill, sample, show, plan, data, convert, export, launch, evaluate, compare, sweep, tune, bench)
 """The commands in the order of ``lightning --help``."""
 
 EXAMPLES = """\
@@ -32,6 +33,7 @@ examples:
   lightning run recipes/openmoji.yaml                      train the demo; run it again to resume
   lightning run recipes/openmoji.yaml --curriculum.unit 8  change the value of any recipe key
   lightning distill openmoji --steps 1 1 1                 train a student that samples in few steps
+  lightning tune steps openmoji --export my_model          find the solver steps that pay, and make them its default
   lightning sample openmoji --prompt "red apple"           sample with the run's newest checkpoint
   lightning show openmoji                                  show its progress and where its files are
   lightning export openmoji                                write its newest checkpoint as a diffusers pipeline

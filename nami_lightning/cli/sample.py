@@ -9,6 +9,7 @@ from nami_lightning.cli.argument_types import (
     add_checkpoint_options,
     add_device_options,
     add_size_options,
+    one_or_all,
     positive_int,
 )
 
@@ -46,14 +47,25 @@ def add_command(commands: Any) -> None:
         "--steps",
         type=positive_int,
         nargs="+",
-        default=[10],
-        help="solver steps of each stage: one number, or one per stage (default 10)",
+        help="solver steps: their number, shared out over the stages, or one number per stage (default: the model's)",
     )
     parser.add_argument(
-        "--guidance_scale", type=float, default=3.5, help="weight of classifier-free guidance; 1 is off (default 3.5)"
+        "--guidance_scale",
+        type=float,
+        nargs="+",
+        help="weight of classifier-free guidance, one number or one per stage; 1 is off (default: the model's)",
     )
     parser.add_argument(
-        "--solver", choices=["euler", "heun", "multistep"], default="multistep", help="ODE solver (default multistep)"
+        "--solver",
+        choices=["euler", "heun", "multistep"],
+        help="ODE solver (default: the model's, euler if it has none)",
+    )
+    parser.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FOLDER[:WEIGHT]",
+        help="LoRA to draw with, and its weight (default 1); may be given several times",
     )
     add_size_options(parser)
     parser.add_argument(
@@ -83,6 +95,7 @@ def sample(options: Namespace) -> None:
     """
     import torch
 
+    from nami_lightning.pipelines.lora import load_loras
     from nami_lightning.pipelines.nami_pipeline import NamiPipeline
     from nami_lightning.runs.load import load_pipeline
     from nami_lightning.utils.image_grid import caption_grid, save_image
@@ -98,6 +111,7 @@ def sample(options: Namespace) -> None:
     pipeline: Any = load_pipeline(options.run, options.dtype, options.step, options.ema is not False, options.device)
     if not isinstance(pipeline, NamiPipeline):
         raise ValueError(f"{options.run} is a {type(pipeline).__name__}; lightning sample takes only a NAMI")
+    load_loras(pipeline, options.lora)
 
     grids = 0
     shown: list[Any] = []
@@ -110,8 +124,8 @@ def sample(options: Namespace) -> None:
             negative_prompt=options.negative_prompt,
             height=options.height,
             width=options.width,
-            num_inference_steps=options.steps[0] if len(options.steps) == 1 else options.steps,
-            guidance_scale=options.guidance_scale,
+            num_inference_steps=one_or_all(options.steps),
+            guidance_scale=one_or_all(options.guidance_scale),
             solver=options.solver,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
         ).images

@@ -6,5 +6,6 @@
 - ``report``: the comparison as tables.
 - ``plots``: the comparison as plots, a grid of images, and TensorBoard events.
 - ``page``: the whole comparison as one HTML page.
+- ``tune_steps``: the solver steps of each stage that pay, on a trained run.
 - ``sweep``: trains a list of recipes one after the other.
 """

@@ -199,8 +199,9 @@ def generate(
         raise ValueError(f"{type(pipeline).__name__} of {source} does not take {', '.join(unknown)}")
     if "negative_prompt" in record["settings"] and "true_cfg_scale" in known:
         raise ValueError(f"{source} is a guidance-distilled model: a negative prompt would change nothing")
-    if isinstance(record["settings"].get("num_inference_steps"), list) and not isinstance(pipeline, NamiPipeline):
-        raise ValueError(f"{source} has only one stage: give --steps a single number")
+    for option, name in (("--steps", "num_inference_steps"), ("--guidance_scale", "guidance_scale")):
+        if isinstance(record["settings"].get(name), list) and not isinstance(pipeline, NamiPipeline):
+            raise ValueError(f"{source} has only one stage: give {option} a single number")
     write_json(folder.folder / SETTINGS_FILE, record)
     failures: list[str] = []
     remembered = dict(folder.not_finite(record))

@@ -1,6 +1,7 @@
 """Images from prompts: the diffusers pipeline of a NAMI, and what belongs to calling it.
 
-- ``nami_pipeline``: the pipeline: encode, solve a stage, cross a bridge, decode.
+- ``nami_pipeline``: the pipeline: encode, draw stage by stage, decode.
+- ``stages``: its loop: solve a stage, cross the bridge to the next, from noise or from an image.
 - ``lora``: its loader of LoRAs, and several LoRAs by one list.
 - ``checks``: what it checks: its inputs, and whether its images are finite.
 - ``sampler_settings``: the settings of a call, as a recipe, a callback and a benchmark state them.

@@ -2,15 +2,12 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from nami_lightning.models.flow import SolverKind
-
-if TYPE_CHECKING:
-    from nami_lightning.pipelines.nami_pipeline import NamiPipeline
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 DECODING = "decoding"
@@ -97,8 +94,8 @@ CHECKED = (
 """The arguments of a call that are checked."""
 
 
-def check_call(pipeline: "NamiPipeline", **inputs: Any) -> None:
-    """Check the arguments of a pipeline's call: those of :data:`CHECKED`.
+def check_call(pipeline: Any, **inputs: Any) -> None:
+    """Check the arguments of a NamiPipeline's call: those of :data:`CHECKED`.
 
     Raises:
         ValueError: one is wrong, or two don't fit together; the message names them.
@@ -130,7 +127,7 @@ def check_call(pipeline: "NamiPipeline", **inputs: Any) -> None:
         pipeline.bridge.check_size(stage, *pipeline._latent_shapes(1, height, width)[stage][2:])
 
 
-def check_texts(pipeline: "NamiPipeline", **inputs: Any) -> int:
+def check_texts(pipeline: Any, **inputs: Any) -> int:
     """Check prompts and encoded prompts; return the number of prompts.
 
     Raises:

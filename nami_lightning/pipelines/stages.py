@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,10 +14,7 @@ from nami_lightning.models.flow import SolverKind
 from nami_lightning.models.text_encoder import TextStates
 from nami_lightning.pipelines.checks import finite_rows
 
-if TYPE_CHECKING:
-    from nami_lightning.pipelines.nami_pipeline import NamiPipeline
-
-StepCallback = Callable[["NamiPipeline", int, Tensor, dict[str, Any]], dict[str, Any] | None]
+StepCallback = Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any] | None]
 
 
 def share_steps(total: int | Sequence[int], default: Sequence[int]) -> list[int]:
@@ -94,7 +91,7 @@ class StageSampler:
         keep_stages: note each stage's clean latents.
     """
 
-    pipeline: "NamiPipeline"
+    pipeline: Any  # a NamiPipeline
     prompts: TextStates
     negatives: TextStates | None
     steps: list[int]

@@ -56,10 +56,23 @@ def upgrade_saved(recipe: dict[str, Any]) -> dict[str, Any]:
     A saved recipe states all that its version knew, and ``base: null``. Any other recipe stays as it is: what it leaves
     out is today's default.
     """
-    transformer = (recipe.get("model") or {}).get("transformer") or {}
-    if recipe.get("base", "") is None and isinstance(transformer.get("init_args"), dict):
+    model = recipe.get("model") or {}
+    transformer = model.get("transformer") or {}
+    if recipe.get("base", "") is not None:
+        return recipe
+    if isinstance(transformer.get("init_args"), dict):
         transformer["init_args"] = ADDED.get(transformer.get("class_path", ""), {}) | transformer["init_args"]
+    if "lora" not in model:
+        _count_all_stages(recipe)
     return recipe
+
+
+def _count_all_stages(recipe: dict[str, Any]) -> None:
+    """Turn a sampler's steps of each stage, as versions without LoRA counted them, into those of all stages."""
+    for callback in (recipe.get("trainer") or {}).get("callbacks") or []:
+        sampler = (callback.get("init_args") or {}).get("sampler") or {}
+        if isinstance(sampler.get("num_inference_steps"), int):
+            sampler["num_inference_steps"] *= len(recipe.get("resolutions") or [1])
 
 
 def joined(content: Any) -> Any:

@@ -340,7 +340,7 @@ class NamiModule(EncodingModule):
         Use it inside :attr:`ema_weights`.
         """
         self.heartbeat.beat("sampling")
-        sampler = {} if self.distillation is None else self.distillation.sampler
+        sampler = {"solver": "multistep"} if self.distillation is None else self.distillation.sampler
         return self.assemble_pipeline(self.sampling_transformer, self.bridge, self.resolutions[-1], sampler)
 
     # --- checkpoints -------------------------------------------------------------------------

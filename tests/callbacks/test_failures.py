@@ -24,7 +24,7 @@ from nami_lightning.runs.run_dir import Run
 PHASES = "[{steps: 4, ratio: [1, 1, 1], learning_rate: 1.0e-3}]"
 METRICS = (
     "{class_path: nami_lightning.callbacks.Metrics, init_args: {samples: 4, training_images: 4, every_n_steps: 2, "
-    "sampler: {num_inference_steps: 1}}}"
+    "sampler: {num_inference_steps: 3}}}"
 )
 
 

@@ -72,7 +72,7 @@ def pictures(name: str, folder: Path) -> list[Image.Image]:
     if name == "TensorBoardLogger":
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-        found = []
+        found: list[Image.Image] = []
         for part in event_folders(folder):
             events = EventAccumulator(str(part), size_guidance={"images": 0})
             events.Reload()

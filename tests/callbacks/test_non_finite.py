@@ -24,7 +24,7 @@ def test_images_that_are_not_finite_end_no_training(
 
     monkeypatch.setattr(NamiTransformer2DModel, "forward", spoilt)
     metrics = (
-        "{class_path: nami_lightning.callbacks.Metrics, init_args: {samples: 4, sampler: {num_inference_steps: 1}}}"
+        "{class_path: nami_lightning.callbacks.Metrics, init_args: {samples: 4, sampler: {num_inference_steps: 3}}}"
     )
     assert main(["run", *tiny, "--curriculum.phases", PHASES, "--trainer.callbacks+", metrics]) == 0
     run = tmp_path / "runs" / "tiny"

@@ -32,7 +32,7 @@ def draw(model: str, tmp_path: Path) -> Any:
     def run(*options: str, prompt: str = "a red cat") -> int:
         output = [] if "--output" in options else ["--output", str(tmp_path / "out")]
         given = [] if "--prompts" in options else ["--prompt", prompt]
-        return main(["sample", model, *given, "--steps", "1", *output, *options])
+        return main(["sample", model, *given, "--steps", "2", *output, *options])
 
     return run
 
@@ -180,7 +180,7 @@ def test_a_run_is_sampled_at_a_step(tiny: list[str], tmp_path: Path, capsys: Any
     run = str(tmp_path / "runs" / "tiny")
     for out, options in (("new", []), ("old", ["--step", "7"]), ("raw", ["--no-ema"])):
         output = ["--output", str(tmp_path / out), *options]
-        assert main(["sample", run, "--prompt", "dog", "--steps", "1", *output]) == 0
+        assert main(["sample", run, "--prompt", "dog", "--steps", "3", *output]) == 0
     pictures = {(tmp_path / out / "00000.png").read_bytes() for out in ("new", "old", "raw")}
     assert len(pictures) == 3
     capsys.readouterr()
@@ -194,7 +194,7 @@ def test_a_run_is_sampled_at_a_step(tiny: list[str], tmp_path: Path, capsys: Any
         "--limit",
         "1",
         "--steps",
-        "1",
+        "3",
         "--output",
         str(tmp_path / "e"),
     ]

@@ -407,7 +407,7 @@ def test_a_sweep_trains_resumes_skips_and_compares(
                 "every_n_steps": 2,
                 "agreement": None,
                 "features": {"class_path": "helpers.tiny_models.MeanColours"},
-                "sampler": {"num_inference_steps": 1, "guidance_scale": 1.0},
+                "sampler": {"num_inference_steps": 3, "guidance_scale": 1.0},
             },
         },
         {"class_path": "nami_lightning.callbacks.RunCheckpoint", "init_args": {"every_n_steps": 2}},
@@ -466,7 +466,7 @@ def test_every_packaged_sweep_describes_models_that_measure_the_same(name: str) 
         assert model.curriculum.num_stages == len(model.resolutions)
         settings = [c.init_args for c in recipe.config.trainer.callbacks if c.class_path.endswith(".Metrics")]
         assert len(settings) == 1
-        solver_steps = settings[0].sampler.num_inference_steps * model.num_stages
+        solver_steps = settings[0].sampler.num_inference_steps
         features = settings[0].features and settings[0].features.class_path
         measured.add((settings[0].samples, settings[0].seed, features, settings[0].agreement, solver_steps))
     assert len(measured) == 1

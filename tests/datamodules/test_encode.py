@@ -179,7 +179,7 @@ def test_metrics_of_latents_see_what_the_autoencoder_decodes(root: Path, tmp_pat
     recipe = [*with_vae(root), "--output_dir", str(tmp_path)]
     folder = encode(recipe, root / "images", tmp_path / "encoded")
     measure = Metrics(
-        samples=4, training_images=4, features=Colours(), agreement=None, sampler=SamplerSettings(num_inference_steps=1)
+        samples=4, training_images=4, features=Colours(), agreement=None, sampler=SamplerSettings(num_inference_steps=3)
     )
     _, module = train(recipe, folder, measure)
     assert measure.reference is not None

@@ -124,7 +124,7 @@ def test_images_of_two_kinds_never_mix(nami: str, tmp_path: Path) -> None:
 
 def test_any_pipeline_of_diffusers_draws(flux: str, tmp_path: Path) -> None:
     folder = GeneratedImages(tmp_path / "images", "flux")
-    sampler = SamplerSettings(num_inference_steps=1, height=16, width=16, guidance_scale=1.0)
+    sampler = SamplerSettings(num_inference_steps=3, height=16, width=16, guidance_scale=1.0)
     sampling = GenerationSettings(sampler, batch_size=3)
     generate(flux, folder, ITEMS, ITEMS, 2, sampling)
     first, second = pixels(folder.path(ITEMS[0], 0)), pixels(folder.path(ITEMS[0], 1))
@@ -176,7 +176,7 @@ def test_geneval_from_drawing_to_table(
 ) -> None:
     out = str(tmp_path / "evaluation")
     common = ["--benchmark", "geneval", "--limit", "1", "--images", "1", "--output", out]
-    small = ["--steps", "1", "--height", "16", "--width", "16", "--batch_size", "6"]
+    small = ["--steps", "3", "--height", "16", "--width", "16", "--batch_size", "6"]
     assert main(["evaluate", nami, *common, *small, "--draw_only"]) == 0
     assert main(["evaluate", flux, *common, *small, "--draw_only"]) == 0
     assert not list(Path(out).rglob("results*.json"))
@@ -187,7 +187,7 @@ def test_geneval_from_drawing_to_table(
     saved = json.loads((Path(out) / "geneval" / "nami" / "results-first-1.json").read_text())
     assert saved["scores"]["prompts"] == dict.fromkeys(saved["scores"]["tasks"], 1)
     assert saved["judge"]["detector"] == str(tmp_path / "detector")
-    assert saved["drawing"]["settings"] == {"num_inference_steps": 1, "height": 16, "width": 16}
+    assert saved["drawing"]["settings"] == {"num_inference_steps": 3, "height": 16, "width": 16}
     assert len(saved["drawing"]["prompts"]) == 64
 
 
@@ -204,7 +204,7 @@ def test_dpg_from_questions_to_table(nami: str, tmp_path: Path, capsys: pytest.C
         "--output",
         str(tmp_path / "out"),
     ]
-    arguments += ["--images", "1", "--steps", "1"]
+    arguments += ["--images", "1", "--steps", "3"]
     assert main([*arguments]) == 2
     assert "the images are generated; to judge them, give --judge" in capsys.readouterr().err
     assert main([*arguments, "--judge", str(make_vilt(tmp_path / "vilt", 1))]) == 0
@@ -216,7 +216,7 @@ def test_nami1k_from_drawing_to_pages_grid_and_description(
 ) -> None:
     out = tmp_path / "out"
     common = ["--benchmark", "nami1k", "--output", str(out), "--limit", "1"]
-    small = ["--steps", "1", "--height", "16", "--width", "16"]
+    small = ["--steps", "3", "--height", "16", "--width", "16"]
     assert main(["evaluate", nami, flux, *common, *small, "--annotate", "--raters", "2"]) == 0
     assert sorted(path.name for path in out.rglob("*.html")) == ["rater-1-part-01.html", "rater-2-part-01.html"]
     assert main(["evaluate", nami, flux, *common, "--grid", "2"]) == 0
@@ -280,7 +280,7 @@ def test_an_attempt_that_drew_nothing_binds_nothing(nami: str, tmp_path: Path, c
 def test_another_model_in_the_same_folder_is_noticed(nami: str, tmp_path: Path, capsys: Any) -> None:
     model = tmp_path / "model"
     shutil.copytree(nami, model)
-    small = ["--limit", "1", "--steps", "1", "--height", "16", "--width", "16"]
+    small = ["--limit", "1", "--steps", "3", "--height", "16", "--width", "16"]
     arguments = ["evaluate", str(model), "--benchmark", "nami1k", "--output", str(tmp_path / "out"), *small]
     assert main(arguments) == 0
     os.utime(model / "model_index.json", (1, 1))
@@ -328,7 +328,7 @@ def test_images_that_are_not_finite_are_named_and_not_written(
 ) -> None:
     poison(monkeypatch, NamiTransformer2DModel)
     poison(monkeypatch, FluxTransformer2DModel)
-    sampler = SamplerSettings(num_inference_steps=1, height=16, width=16, guidance_scale=1.0)
+    sampler = SamplerSettings(num_inference_steps=3, height=16, width=16, guidance_scale=1.0)
     for name, source, origin in (("nami", nami, "since stage 1"), ("flux", flux, "in the result")):
         folder = GeneratedImages(tmp_path / "images" / name, name)
         generate(source, folder, ITEMS, ITEMS, 2, GenerationSettings(sampler, batch_size=2))
@@ -348,7 +348,7 @@ def test_judges_leave_out_what_is_not_finite(
     questions = tmp_path / "dpg.csv"
     questions.write_text(FILE)
     arguments = ["evaluate", nami, "--benchmark", "dpg", "--questions", str(questions), "--guidance_scale", "1"]
-    arguments += ["--steps", "1", "--judge", str(make_vilt(tmp_path / "vilt", 1)), "--output", str(tmp_path / "out")]
+    arguments += ["--steps", "3", "--judge", str(make_vilt(tmp_path / "vilt", 1)), "--output", str(tmp_path / "out")]
     assert main([*arguments, "--images", "2"]) == 0
     shown = capsys.readouterr().out
     saved = json.loads((tmp_path / "out" / "dpg" / "nami" / "results.json").read_text())
@@ -364,7 +364,7 @@ def test_raters_see_no_image_that_is_not_finite(
     nami: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     poison(monkeypatch, NamiTransformer2DModel)
-    arguments = ["evaluate", nami, "--benchmark", "nami1k", "--limit", "1", "--steps", "1", "--guidance_scale", "1"]
+    arguments = ["evaluate", nami, "--benchmark", "nami1k", "--limit", "1", "--steps", "3", "--guidance_scale", "1"]
     assert main([*arguments, "--annotate", "--raters", "1", "--output", str(tmp_path)]) == 0
     key = json.loads((tmp_path / "nami1k" / "ratings" / "key.json").read_text())
     assert len(key["images"]) == 2, "three prompts in one batch, of which the first failed"

@@ -285,7 +285,7 @@ def test_an_evaluation_comes_back_as_it_was(tmp_path: Path) -> None:
 # --- the callback ----------------------------------------------------------------------------------
 
 
-SAMPLER = SamplerSettings(num_inference_steps=2, guidance_scale=2.0)
+SAMPLER = SamplerSettings(num_inference_steps=6, guidance_scale=2.0)
 PHASES = "[{steps: 4, ratio: [2, 1, 1], learning_rate: 0.002}, {steps: %d, ratio: [0, 2, 1], learning_rate: 0.002}]"
 
 
@@ -425,7 +425,7 @@ def test_two_processes_measure_what_one_does(tiny: list[str], tmp_path: Path) ->
             "training_images": 20,
             "agreement": None,
             "features": {"class_path": "helpers.tiny_models.MeanColours"},
-            "sampler": {"num_inference_steps": 1, "guidance_scale": 1.0},
+            "sampler": {"num_inference_steps": 3, "guidance_scale": 1.0},
             "batch_size": 2,
         },
     }

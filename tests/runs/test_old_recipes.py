@@ -38,7 +38,7 @@ def test_a_saved_recipe_is_read_with_todays_names(tiny: list[str], tmp_path: Pat
     trainer = Recipe(path).parser.instantiate(Recipe(path).config).trainer
     assert isinstance(trainer.strategy, FSDP2Strategy)
     callbacks = {type(callback).__name__: callback for callback in trainer.callbacks}
-    assert callbacks["ImageSamples"].sampler == SamplerSettings(2, 2.0, "multistep")
+    assert callbacks["ImageSamples"].sampler == SamplerSettings(6, 2.0, "multistep")
     assert callbacks["Metrics"].sampler.num_inference_steps == 3
     assert isinstance(callbacks["Metrics"].features, EfficientNetLite0)
 
@@ -53,6 +53,19 @@ def test_a_saved_recipe_without_a_newer_setting_means_what_it_meant(tiny: list[s
     del saved["base"]  # a recipe that a person wrote: today's default
     path.write_text(yaml.safe_dump(saved))
     assert Recipe(path).config.model.transformer.init_args.output_head == "shared"
+
+
+def test_steps_of_each_stage_become_steps_of_all(tiny: list[str], tmp_path: Path) -> None:
+    """Versions without ``model.lora`` counted the steps of each of the three stages."""
+    saved = yaml.safe_load(Recipe(tiny[0], tiny[1:]).dump())
+    path = tmp_path / "recipe.yaml"
+    for lora, steps in (({"lora": None}, 6), ({}, 18)):
+        saved["model"].pop("lora", None)
+        saved["model"] |= lora
+        path.write_text(yaml.safe_dump(saved))
+        callbacks = {callback.class_path: callback for callback in Recipe(path).config.trainer.callbacks}
+        sampler = callbacks["nami_lightning.callbacks.ImageSamples"].init_args.sampler
+        assert sampler.num_inference_steps == steps
 
 
 def test_an_overlay_and_an_override_are_read_so_too(tiny: list[str], tmp_path: Path) -> None:

@@ -114,7 +114,7 @@ class RectifiedPath:
         assert source is not None
         teacher = make()
         differences = load_pretrained(source, teacher, self.bridge)
-        if not self.bridge.fitted:
+        if not differences and not self.bridge.fitted:
             differences.append(f"{source} holds no bridges of the recipe's model.bridge.")
         if differences:
             raise ValueError(
