@@ -61,8 +61,14 @@ class PipelineFolder:
                 shutil.copytree(source / part, self.folder / part)
                 self.homes[part] = (home[0], home[1])
 
-    def finish(self, resolution: int, text: TextSettings) -> None:
-        """Write ``model_index.json``, which makes the folder a pipeline's."""
+    def finish(self, resolution: int, text: TextSettings, **sampler: Any) -> None:
+        """Write ``model_index.json``, which makes the folder a pipeline's.
+
+        Args:
+            resolution: px of the finest stage.
+            text: how text states are made.
+            sampler: the model's defaults of a call: ``num_inference_steps``, ``guidance_scale``, ``solver``.
+        """
         index = {
             "_class_name": NamiPipeline.__name__,
             "_diffusers_version": diffusers_version,
@@ -73,6 +79,7 @@ class PipelineFolder:
             "attention_mask": text.attention_mask,
             "zero_padding": text.zero_padding,
             "pooling": text.pooling,
+            **sampler,
         }
         write_json(self.folder / INDEX, index)
 
