@@ -17,6 +17,7 @@ These files import nothing heavy at their top, so that ``--help`` answers at onc
 - ``evaluate``: runs the benchmarks of generated images; ``evaluate_options`` has its options.
 - ``compare``: compares runs.
 - ``sweep``: trains a list of recipes, then compares the runs.
+- ``tune``: finds the solver steps that pay.
 - ``bench``: measures the speed of training, sampling and data loading.
 - ``argument_types``: types of command-line arguments, and the help that several commands share.
 """

@@ -1,6 +1,7 @@
 """Types of command-line arguments, and the parser, options and help that several commands share."""
 
 import argparse
+import re
 from typing import Any
 
 RUN_HELP = "a run: its folder, or its name below runs/"
@@ -108,6 +109,18 @@ def add_size_options(parser: Any) -> None:
     """Add the options of the images' size: ``--height`` and ``--width``."""
     parser.add_argument("--height", type=positive_int, metavar="PX", help="height of the images in px")
     parser.add_argument("--width", type=positive_int, metavar="PX", help="width of the images in px")
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """Return I and N of ``I/N``.
+
+    Raises:
+        ValueError: the text has another form, or I is not one of 0..N-1.
+    """
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or int(match[1]) >= int(match[2]):
+        raise ValueError(f"--shard must be I/N with I from 0 to N-1, 0/4 for example; got {text}")
+    return int(match[1]), int(match[2])
 
 
 def one_or_all(values: list[Any] | None) -> Any:

@@ -13,6 +13,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nami_lightning.cli.argument_types import parse_shard
+
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
@@ -230,18 +232,6 @@ def _source_arguments(value: str) -> list[str]:
         return ["--source", value if "." in value else f"nami_lightning.datamodules.sources.{value}"]
     kind = type(find_source(value))
     return ["--source", f"{kind.__module__}.{kind.__name__}", "--source.path", value]
-
-
-def parse_shard(text: str) -> tuple[int, int]:
-    """Return I and N of ``I/N``.
-
-    Raises:
-        ValueError: the text has another form, or I is not one of 0..N-1.
-    """
-    match = re.fullmatch(r"(\d+)/(\d+)", text)
-    if not match or int(match[1]) >= int(match[2]):
-        raise ValueError(f"--shard must be I/N with I from 0 to N-1, 0/4 for example; got {text}")
-    return int(match[1]), int(match[2])
 
 
 def encode(options: Namespace) -> None:

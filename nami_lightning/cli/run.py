@@ -137,16 +137,14 @@ def train(
     from lightning.pytorch.utilities import rank_zero_info
 
     from nami_lightning.datamodules import MultiResolutionDataModule
-    from nami_lightning.runs.loggers import GuardedLogger, continue_service_runs, log_recipe, report_failures
+    from nami_lightning.runs.loggers import GuardedLogger, report_failures, start_loggers
 
     curriculum = model.curriculum
     if isinstance(data, MultiResolutionDataModule):
         data.keep_prepared = checkpoint is not None and not model.accept_changed_data
     model.same_on_all_ranks = {"recipe": recipe.digest(), "checkpoint": checkpoint}
     path = None if checkpoint is None else run.folder / "checkpoints" / checkpoint
-    continue_service_runs(trainer.loggers, run.folder, resumed=checkpoint is not None)
-    for logger in trainer.loggers:
-        log_recipe(logger, recipe.values())
+    start_loggers(trainer.loggers, run.folder, recipe.values(), resumed=checkpoint is not None)
     guarded = [GuardedLogger(logger) for logger in trainer.loggers]
     trainer.fit(model, data, ckpt_path=path, weights_only=True)
     if model.step < curriculum.total_steps:

@@ -2,7 +2,9 @@
 
 import re
 from argparse import Namespace
+from dataclasses import asdict, replace
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 from nami_lightning.cli.argument_types import (
@@ -10,6 +12,7 @@ from nami_lightning.cli.argument_types import (
     add_device_options,
     add_size_options,
     one_or_all,
+    parse_shard,
     positive_int,
 )
 
@@ -24,7 +27,9 @@ def add_command(commands: Any) -> None:
         "sample",
         help="generate images from prompts",
         description="Generate images from prompts. They are written one after the other as 00000.png, 00001.png, ..., "
-        f"and together as grid.png; with more than {GRID_ROWS} rows the grid goes on in grid-2.png, and so on.",
+        "with their settings in the PNG; then index.jsonl with a line for each, and all together as grid.png; with "
+        f"more than {GRID_ROWS} rows the grid goes on in grid-2.png, and so on. After an interruption the same command "
+        "goes on where it was.",
     )
     parser.add_argument(
         "run", metavar="RUN", help="a run (its folder, or its name below runs/), or the folder of a saved pipeline"
@@ -32,7 +37,18 @@ def add_command(commands: Any) -> None:
     parser.add_argument(
         "--prompt", action="append", default=[], metavar="TEXT", help="prompt to generate; may be given several times"
     )
-    parser.add_argument("--prompts", metavar="FILE", help="text file with one prompt per line, in UTF-8 or UTF-16")
+    parser.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help="text file with one prompt per line, in UTF-8 or UTF-16; or .jsonl or .csv with prompt and, where they "
+        "differ from the options, seed, negative_prompt, height, width, steps, guidance_scale, solver",
+    )
+    parser.add_argument(
+        "--shard",
+        default="0/1",
+        metavar="I/N",
+        help="generate only every N-th image, from image I on: run the command with 0/N to N-1/N on as many processes",
+    )
     parser.add_argument("--negative_prompt", default="", metavar="TEXT", help="prompt that guidance leads away from")
     parser.add_argument(
         "--output", default="drawn", metavar="DIR", help="folder of the PNGs and grid.png (default: drawn)"
@@ -87,77 +103,159 @@ def add_command(commands: Any) -> None:
 
 
 def sample(options: Namespace) -> None:
-    """Write one PNG per image as it is generated, and grids of all.
+    """Write one PNG per image as it is generated, then an index and grids of all; what is there already stays.
 
     Raises:
         ValueError: there is no prompt, or the pipeline is not a NAMI's, or an option doesn't fit the model.
-        FileExistsError: the output folder holds images of an earlier command.
+        FileExistsError: the output folder holds images of another command.
+        RuntimeError: images that are NaN or infinite; all others are written.
     """
-    import torch
-
+    from nami_lightning.pipelines.image_rows import batches, save_with_settings
     from nami_lightning.pipelines.lora import load_loras
     from nami_lightning.pipelines.nami_pipeline import NamiPipeline
     from nami_lightning.runs.load import load_pipeline
-    from nami_lightning.utils.image_grid import caption_grid, save_image
 
-    prompts = read_prompts(options)
+    rows = read_prompts(options)
     folder = Path(options.output)
+    expected = {f"{number:05d}.png": settings_of(row, options) for number, row in enumerate(rows)}
     earlier = find_images(folder)
-    if earlier and not options.overwrite:
-        raise FileExistsError(
-            f"{folder} holds {len(earlier)} image(s) of an earlier command: give another --output, or --overwrite to "
-            "remove them"
+    kept = set() if options.overwrite else keep(folder, earlier, expected)
+    index, shards = parse_shard(options.shard)
+    missing = [(n, row) for n, row in enumerate(rows) if f"{n:05d}.png" not in kept and n % shards == index]
+    begin, failures = perf_counter(), []
+    if missing:
+        pipeline: Any = load_pipeline(
+            options.run, options.dtype, options.step, options.ema is not False, options.device
         )
-    pipeline: Any = load_pipeline(options.run, options.dtype, options.step, options.ema is not False, options.device)
-    if not isinstance(pipeline, NamiPipeline):
-        raise ValueError(f"{options.run} is a {type(pipeline).__name__}; lightning sample takes only a NAMI")
-    load_loras(pipeline, options.lora)
-
-    grids = 0
-    shown: list[Any] = []
-    in_grid = options.columns * GRID_ROWS
-    for first in range(0, len(prompts), options.batch_size):
-        batch = prompts[first : first + options.batch_size]
-        seeds = range(options.seed + first, options.seed + first + len(batch))
-        images = pipeline(
-            batch,
-            negative_prompt=options.negative_prompt,
-            height=options.height,
-            width=options.width,
-            num_inference_steps=one_or_all(options.steps),
-            guidance_scale=one_or_all(options.guidance_scale),
-            solver=options.solver,
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-        ).images
-        if first == 0:
-            for path in earlier:
-                path.unlink()
-        for i, image in enumerate(images, first):
-            save_image(image, folder / f"{i:05d}.png")
-            image.thumbnail((GRID_SIDE, GRID_SIDE))
-            shown.append(image)
-            if len(shown) == in_grid or i == len(prompts) - 1:
-                captions = prompts[i + 1 - len(shown) : i + 1]
-                name = f"grid-{grids + 1}.png" if grids else "grid.png"
-                save_image(caption_grid(shown, captions, options.columns), folder / name)
-                grids, shown = grids + 1, []
-    print(f"{len(prompts)} image(s) and {'grid.png' if grids == 1 else f'{grids} grids'} in {folder}")
+        if not isinstance(pipeline, NamiPipeline):
+            raise ValueError(f"{options.run} is a {type(pipeline).__name__}; lightning sample takes only a NAMI")
+        load_loras(pipeline, options.lora)
+        begin = perf_counter()
+        for batch in batches(missing, options.batch_size):
+            images, failed = generate(pipeline, batch)
+            failures += failed
+            for path in earlier if options.overwrite else ():
+                path.unlink(missing_ok=True)
+            for (number, _), image in zip(batch, images, strict=True):
+                if image is not None:
+                    name = f"{number:05d}.png"
+                    save_with_settings(image, folder / name, expected[name])
+    seconds = perf_counter() - begin
+    drawn = len(missing) - len(failures)
+    speed = f", {drawn / seconds:.2f} images/s" if drawn else ""
+    if all((folder / name).exists() for name in expected):
+        grids = write_index_and_grids(folder, expected, options.columns)
+        print(f"{len(rows)} image(s) and {'grid.png' if grids == 1 else f'{grids} grids'} in {folder}{speed}")
+    else:
+        print(f"{drawn} image(s) in {folder}{speed}; index.jsonl and grid.png are written once all are there")
+    if failures:
+        raise RuntimeError(f"{len(failures)} image(s) were not finite and are not written: {'; '.join(failures[:3])}")
 
 
-def read_prompts(options: Namespace) -> list[str]:
-    """Return the prompt of each image, from ``--prompt``, ``--prompts`` and ``--images``.
+def generate(pipeline: Any, batch: list[tuple[int, Any]]) -> tuple[list[Any], list[str]]:
+    """Return a batch's images, None for those that are not finite, and what those were."""
+    import torch
+
+    from nami_lightning.pipelines.checks import NonFiniteImages
+
+    rows = [row for _, row in batch]
+    try:
+        output = pipeline(
+            [row.prompt for row in rows],
+            negative_prompt=[row.negative_prompt or "" for row in rows],
+            generator=[torch.Generator().manual_seed(row.seed) for row in rows],
+            **rows[0].settings,
+        )
+    except NonFiniteImages as error:
+        images = [None if i in error.origins else image for i, image in enumerate(error.images)]
+        return images, [f"prompt {rows[i].prompt!r}, seed {rows[i].seed}" for i in error.origins]
+    return output.images, []
+
+
+def settings_of(row: Any, options: Namespace) -> dict[str, Any]:
+    """Return what an image is drawn with, as its PNG tells it."""
+    return asdict(row) | {
+        "model": options.run,
+        "step": options.step,
+        "ema": options.ema is not False,
+        "dtype": options.dtype,
+        "lora": options.lora,
+    }
+
+
+def keep(folder: Path, earlier: list[Path], expected: dict[str, dict[str, Any]]) -> set[str]:
+    """Return the names of the images that are there already.
 
     Raises:
-        ValueError: there is none, or the file is not text.
+        FileExistsError: images of another command are in the folder.
     """
-    from nami_lightning.utils.text_files import read_lines
+    from nami_lightning.pipelines.image_rows import read_settings
 
-    prompts = list(options.prompt)
+    kept = set()
+    for path in [path for path in earlier if not path.name.startswith("grid")]:
+        found, wanted = read_settings(path), expected.get(path.name)
+        if found != wanted or wanted is None:
+            differing = [name for name in wanted or () if (found or {}).get(name) != (wanted or {})[name]]
+            why = f" ({path.name} differs in {differing[0]})" if found and differing else ""
+            raise FileExistsError(
+                f"{folder} holds {len(earlier)} image(s) of an earlier command{why}: give another --output, or "
+                "--overwrite to remove them"
+            )
+        kept.add(path.name)
+    return kept
+
+
+def write_index_and_grids(folder: Path, expected: dict[str, dict[str, Any]], columns: int) -> int:
+    """Write ``index.jsonl`` and the grids from the images on the disk; return the number of grids."""
+    import json
+
+    from PIL import Image
+
+    from nami_lightning.utils.atomic_write import write_text
+    from nami_lightning.utils.image_grid import caption_grid, save_image
+
+    lines = [json.dumps({"file": name} | settings, ensure_ascii=False) for name, settings in expected.items()]
+    write_text(folder / "index.jsonl", "\n".join(lines) + "\n")
+    names, page = list(expected), columns * GRID_ROWS
+    pages = range(0, len(names), page)
+    for number, first in enumerate(pages, 1):
+        shown = []
+        for name in names[first : first + page]:
+            with Image.open(folder / name) as image:
+                image.thumbnail((GRID_SIDE, GRID_SIDE))
+                shown.append(image.convert("RGB"))
+        captions = [expected[name]["prompt"] for name in names[first : first + page]]
+        name = "grid.png" if number == 1 else f"grid-{number}.png"
+        save_image(caption_grid(shown, captions, columns), folder / name)
+    return len(pages)
+
+
+def read_prompts(options: Namespace) -> list[Any]:
+    """Return a row for each image, from ``--prompt``, ``--prompts`` and ``--images``.
+
+    Raises:
+        ValueError: there is none, or the file holds something else.
+    """
+    from nami_lightning.pipelines.image_rows import ImageRow, read_rows
+
+    rows = [ImageRow(prompt) for prompt in options.prompt]
     if options.prompts:
-        prompts += [line.strip() for line in read_lines(Path(options.prompts)) if line.strip()]
-    if not prompts:
+        rows += read_rows(Path(options.prompts))
+    if not rows:
         raise ValueError("no prompt: give --prompt TEXT, or --prompts FILE with one prompt per line")
-    return [prompt for prompt in prompts for _ in range(options.images)]
+    stated = {
+        "negative_prompt": options.negative_prompt,
+        "height": options.height,
+        "width": options.width,
+        "steps": one_or_all(options.steps),
+        "guidance_scale": one_or_all(options.guidance_scale),
+        "solver": options.solver,
+    }
+    images = [(row, copy) for row in rows for copy in range(options.images)]
+    return [
+        replace(row.over(stated), seed=options.seed + number if row.seed is None else row.seed + copy)
+        for number, (row, copy) in enumerate(images)
+    ]
 
 
 def find_images(folder: Path) -> list[Path]:

@@ -66,41 +66,54 @@ def log_table(logger: Logger, name: str, header: Sequence[str], rows: Sequence[S
 
 
 @rank_zero_only
-def continue_service_runs(loggers: Sequence[Logger], folder: Path, resumed: bool) -> None:
-    """Let a resumed training go on in its runs of Weights & Biases and MLflow, and note which those are, on rank 0.
+def start_loggers(loggers: Sequence[Logger], folder: Path, recipe: dict[str, Any], resumed: bool) -> None:
+    """Give the resolved recipe to the loggers as hyperparameters, on rank 0, before a training starts.
 
-    An id that the recipe names is used in any case. Comet's logger has begun its experiment by then: only the recipe
-    can name it.
+    A resumed training goes on in its runs of Weights & Biases and MLflow; which those are is noted in its folder. An id
+    that the recipe names is used in any case. Comet's logger has begun its experiment by then: only the recipe can name
+    it.
 
     Args:
         loggers: of the training.
-        folder: of the run; the ids are noted in it.
+        folder: of the run.
+        recipe: the resolved recipe's values.
         resumed: whether the training goes on from a checkpoint.
+
+    Raises:
+        RuntimeError: a logger fails; its service can't be reached, for example.
     """
     file, ids = folder / SERVICE_RUNS, {}
     known = json.loads(file.read_text(encoding="utf-8")) if resumed and file.is_file() else {}
     for logger in loggers:
         name = type(logger).__name__
-        if isinstance(logger, WandbLogger):
-            logger._wandb_init["id"] = logger._wandb_init["id"] or known.get(name)
-            ids[name] = logger.experiment.id
-        elif isinstance(logger, MLFlowLogger):
-            logger._run_id = logger._run_id or known.get(name)
-            ids[name] = logger.run_id
+        try:
+            if (service_run := _open_service_run(logger, known.get(name))) is not None:
+                ids[name] = service_run
+            if not _has_parameters(logger):
+                logger.log_hyperparams(recipe)
+        except Exception as error:
+            raise RuntimeError(
+                f"trainer.logger: {name} can't start: {first_line(error)}; if its service can't be reached, let it "
+                "write to a folder, or leave it out"
+            ) from error
     if ids:
         write_text(file, json.dumps(ids))
 
 
-@rank_zero_only
-def log_recipe(logger: Logger, values: dict[str, Any]) -> None:
-    """Give the resolved recipe to a logger as hyperparameters, on rank 0.
+def _open_service_run(logger: Logger, known: str | None) -> str | None:
+    """Open a logger's run in its service, the known one unless the recipe names one, and return its id."""
+    if isinstance(logger, WandbLogger):
+        logger._wandb_init["id"] = logger._wandb_init["id"] or known
+        return str(logger.experiment.id)
+    if isinstance(logger, MLFlowLogger):
+        logger._run_id = logger._run_id or known
+        return logger.run_id
+    return None
 
-    MLflow refuses another value of a parameter that a run has. So a run that goes on in the same run of MLflow keeps
-    the parameters that it began with.
-    """
-    if isinstance(logger, MLFlowLogger) and logger.experiment.get_run(logger.run_id).data.params:
-        return
-    logger.log_hyperparams(values)
+
+def _has_parameters(logger: Logger) -> bool:
+    """Tell whether a run of MLflow has parameters already: it refuses other values, so a resumed run keeps them."""
+    return isinstance(logger, MLFlowLogger) and bool(logger.experiment.get_run(logger.run_id).data.params)
 
 
 def make_logger(text: str) -> Logger:

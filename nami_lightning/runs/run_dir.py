@@ -4,6 +4,7 @@ runs/NAME/recipe.yaml                     the recipe as it was resolved
 runs/NAME/checkpoints/step=0000900.ckpt   the newest few
 runs/NAME/events.out.tfevents.*           TensorBoard
 runs/NAME/samples/step=0000900.png        grids of generated images
+runs/NAME/logger_runs.json                the run's ids at Weights & Biases and MLflow, if it is logged there
 runs/NAME/lock                            which process trains it, or was the last to
 """
 

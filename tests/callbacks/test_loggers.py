@@ -166,6 +166,16 @@ def test_a_run_and_its_resume_give_all_loggers_the_same_grids_and_go_on_in_the_s
     assert [int(step) for _, _, step in losses] == [0, 1, 2, 3]
 
 
+def test_a_service_that_is_not_there_when_a_run_starts_is_one_clear_message(
+    tiny: list[str], offline: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    logger = described("MLFlowLogger", offline) | {"init_args": {"tracking_uri": "http://127.0.0.1:9"}}
+    assert main(arguments(tiny, [logger], 2)) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: trainer.logger: MLFlowLogger can't start: API request to http://127.0.0.1:9/")
+
+
 def test_a_logger_that_fails_loses_neither_the_training_nor_the_others_values(
     tiny: list[str], offline: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

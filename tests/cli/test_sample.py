@@ -13,6 +13,7 @@ from PIL import Image
 
 from nami_lightning.cli import sample
 from nami_lightning.cli.main import main, make_parser
+from nami_lightning.pipelines.image_rows import read_rows
 from nami_lightning.pipelines.nami_pipeline import NamiPipeline
 
 pytest_plugins = "helpers.tiny_models"
@@ -53,14 +54,13 @@ def test_earlier_images_are_neither_overwritten_nor_left_beside_a_new_grid(
     (out / "notes.txt").write_text("mine")
     assert draw("--seed", "5") == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert (
-        error
-        == f"error: {out} holds 4 image(s) of an earlier command: give another --output, or --overwrite to "
-        + ("remove them")
+    assert error == (
+        f"error: {out} holds 4 image(s) of an earlier command (00000.png differs in seed): give another --output, or "
+        "--overwrite to remove them"
     )
-    assert {path.name: path.read_bytes() for path in out.glob("*.png")} == before
+    assert {path.name: path.read_bytes() for path in out.iterdir() if path.name != "notes.txt"} == before
     assert draw("--seed", "5", "--overwrite") == 0
-    assert names(out) == ["00000.png", "grid.png", "notes.txt"]
+    assert names(out) == ["00000.png", "grid.png", "index.jsonl", "notes.txt"]
     assert (out / "00000.png").read_bytes() != before["00000.png"]
 
 
@@ -68,7 +68,7 @@ def test_a_refused_call_removes_nothing(draw: Any, tmp_path: Path, capsys: Any) 
     assert draw() == 0
     for wrong in (["--height", "17"], ["--steps", "1", "2", "3"], ["--device", "cuda:77"], ["--step", "3"]):
         assert draw("--overwrite", *wrong) == 2
-        assert names(tmp_path / "out") == ["00000.png", "grid.png"]
+        assert names(tmp_path / "out") == ["00000.png", "grid.png", "index.jsonl"]
     assert "is not a run" in capsys.readouterr().err
 
 
@@ -87,7 +87,7 @@ def test_images_are_written_as_they_are_generated(
     monkeypatch.setattr(NamiPipeline, "__call__", watched)
     assert draw("--images", "7", "--batch_size", "2", "--columns", "2") == 0
     assert there == [0, 2, 4, 6]
-    assert names(tmp_path / "out") == [*(f"{i:05d}.png" for i in range(7)), "grid-2.png", "grid.png"]
+    assert names(tmp_path / "out") == [*(f"{i:05d}.png" for i in range(7)), "grid-2.png", "grid.png", "index.jsonl"]
     assert "7 image(s) and 2 grids in" in capsys.readouterr().out
 
 
@@ -115,8 +115,7 @@ def test_size_dtype_and_batches(draw: Any, tmp_path: Path) -> None:
 def test_prompts_in_usual_encodings(draw: Any, tmp_path: Path, encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
     text = "红苹果\r\n\r\n  яблёки\u2028цвёты \rcafé\n"
     (tmp_path / "prompts.txt").write_bytes(text.encode(encoding))
-    options = argparse.Namespace(prompt=[], prompts=str(tmp_path / "prompts.txt"), images=1)
-    assert sample.read_prompts(options) == ["红苹果", "яблёки\u2028цвёты", "café"]
+    assert [row.prompt for row in read_rows(tmp_path / "prompts.txt")] == ["红苹果", "яблёки\u2028цвёты", "café"]
 
 
 @pytest.mark.parametrize(
