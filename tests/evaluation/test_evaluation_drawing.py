@@ -270,7 +270,7 @@ def test_an_attempt_that_drew_nothing_binds_nothing(nami: str, tmp_path: Path, c
         "--limit",
         "1",
         "--steps",
-        "1",
+        "3",
     ]
     assert main([*arguments, "--width", "16", "--height", "17"]) == 2
     assert "must be multiples of" in capsys.readouterr().err

@@ -54,6 +54,8 @@ def reads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[], int]:
 def test_ranks_that_start_together_read_a_folder_once(encoder: Path, reads: Callable[[], int], tmp_path: Path) -> None:
     with multiprocessing.get_context("fork").Pool(4) as ranks:
         assert set(ranks.map(revision_of, [str(encoder)] * 8)) == {expected_hash(encoder)}
+        ranks.close()  # not ended by SIGTERM, which a fork may have learnt to ignore in an earlier test
+        ranks.join()
     assert reads() == 1
     moved = encoder.rename(tmp_path / "moved")
     assert revision_of(str(moved)) == expected_hash(moved)
