@@ -170,7 +170,7 @@ def test_sample_writes_images_and_a_grid(finished: Path, tmp_path: Path, capsys:
     arguments = ["sample", str(finished), *PROMPT, "--prompts", str(prompts), "--output", str(tmp_path / "out")]
     assert main([*arguments, "--images", "2"]) == 0
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert names == [*(f"{i:05d}.png" for i in range(8)), "grid.png"]
+    assert names == [*(f"{i:05d}.png" for i in range(8)), "grid.png", "index.jsonl"]
     assert Image.open(tmp_path / "out" / "00000.png").size == (32, 32)
 
 
