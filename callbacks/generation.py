@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from time import perf_counter
 from typing import Any
@@ -114,6 +114,12 @@ def report_failures(trainer: L.Trainer, last: Attempts) -> None:
         raise RuntimeError(f"the training is saved, but {'; '.join(failed)}")
 
 
+def trainer_precision(module: NamiModule) -> AbstractContextManager[Any]:
+    """Return a ``with`` block that computes as a step of training does: under autocast with ``bf16-mixed``."""
+    trainer = module._trainer
+    return nullcontext() if trainer is None else trainer.precision_plugin.forward_context()
+
+
 def generate(
     module: NamiModule,
     sampler: SamplerSettings,
@@ -123,7 +129,7 @@ def generate(
     height: int | None = None,
     width: int | None = None,
 ) -> Any:
-    """Generate an image of each prompt with the EMA's weights, if there are any.
+    """Generate an image of each prompt with the EMA's weights, if there are any, in the trainer's precision.
 
     Args:
         module: the model.
@@ -143,7 +149,7 @@ def generate(
     size = {name: value for name, value in (("height", height), ("width", width)) if value is not None}
     try:
         states, negative = module.encode_prompts(prompts), module.encode_prompts([negative_prompt])
-        with module.ema_weights:
+        with module.ema_weights, trainer_precision(module):
             output = module.pipeline()(
                 prompt_embeds=states.sequence,
                 pooled_prompt_embeds=states.pooled,

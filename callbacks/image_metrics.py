@@ -5,7 +5,7 @@ recall, how near they are to training images, and how well they agree with their
 the run's ``metrics.jsonl`` with the samples, operations and seconds that the training had used by then.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -22,12 +22,13 @@ from nami_lightning.callbacks.fit_bridges import BridgePretraining
 from nami_lightning.callbacks.generation import Attempts, generate, report_failures
 from nami_lightning.datamodules.multi_resolution import MultiResolutionDataModule
 from nami_lightning.metrics import distances
-from nami_lightning.metrics.budget import sample_flops
+from nami_lightning.metrics.budget import training_flops
 from nami_lightning.metrics.caption_agreement import ClipScore, Probe, check_clip
 from nami_lightning.metrics.features import EfficientNetLite0, metric_name
 from nami_lightning.metrics.record import Entry, Evaluation, read_entries, write_entries
 from nami_lightning.pipelines.checks import NonFiniteImages
 from nami_lightning.pipelines.sampler_settings import SamplerSettings
+from nami_lightning.training.batch import MicroBatch
 from nami_lightning.training.module import NamiModule
 from nami_lightning.utils.collectives import gather_objects
 
@@ -135,7 +136,6 @@ class Metrics(L.Callback):
         assert isinstance(pl_module, NamiModule)
         self._check(trainer)
         self.trainer, self.module = trainer, pl_module
-        self.flops = [sample_flops(pl_module, stage).model for stage in range(pl_module.num_stages)]
         if pl_module.step == 0:
             self.seconds_before = 0.0
         elif self.seconds_before is None:
@@ -183,7 +183,7 @@ class Metrics(L.Callback):
         data = trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(data, MultiResolutionDataModule)
         last = len(data.resolutions) - 1
-        images = sum(len(part[2]) for part in data.heldout(self.samples).parts if part[0] == last)
+        images = sum(len(part.refs) for part in data.heldout(self.samples).parts if part.stage == last)
         if images < FEWEST:
             raise ValueError(
                 f"Metrics needs at least {FEWEST} held-out images of the finest stage, but there are {images}: raise "
@@ -227,7 +227,7 @@ class Metrics(L.Callback):
         evaluation = self._evaluate(module.step, self.reference, rows)
         values = self._summary(evaluation, self.reference)
         counts = module.curriculum.samples_before(module.step)
-        flops = sum(count * each for count, each in zip(counts, self.flops, strict=True))
+        flops = training_flops(module, module.step)
         entry = Entry(module.step, sum(counts), flops, seconds, len(rows), values)
         folder = Path(trainer.default_root_dir)
         evaluation.save(folder)
@@ -247,7 +247,7 @@ class Metrics(L.Callback):
         """Generate this rank's share of the held-out captions' images, one row an image."""
         assert self.features is not None
         rows: list[dict[str, Any]] = []
-        for micro in tqdm(self._heldout(trainer, data), "generating", leave=False, disable=not trainer.is_global_zero):
+        for micro in self._heldout(trainer, data, "generating"):
             seeds = [self.seed + index for index in micro.global_indices]
             height, width = micro.images.shape[-2:]
             try:
@@ -256,13 +256,13 @@ class Metrics(L.Callback):
                 failed = {"failed": str(error)}
                 rows += [
                     {"index": index} | (failed if i in error.origins else {})
-                    for i, index in enumerate(micro.global_indices)
+                    for i, index in enumerate(micro.global_indices[: len(micro) - micro.padding])
                 ]
                 continue
             images = (images * 255).round().byte()
             features = self.features(images).float().cpu()
             scores = self.clip(images, micro.captions) if self.clip else [0.0] * len(micro)
-            for i, index in enumerate(micro.global_indices):
+            for i, index in enumerate(micro.global_indices[: len(micro) - micro.padding]):
                 shown = images[i].permute(1, 2, 0).cpu().numpy() if index < self.shown else None
                 row = {"index": index, "caption": micro.captions[i], "id": micro.ids[i], "seed": seeds[i]}
                 rows.append(row | {"features": features[i], "clip": scores[i], "image": shown})
@@ -320,12 +320,13 @@ class Metrics(L.Callback):
 
     # --- what is measured against ------------------------------------------------------------------
 
-    def _heldout(self, trainer: L.Trainer, data: MultiResolutionDataModule) -> list[Any]:
-        """Return this rank's held-out micro-batches of the finest stage."""
+    def _heldout(self, trainer: L.Trainer, data: MultiResolutionDataModule, task: str) -> Iterator[MicroBatch]:
+        """Read this rank's held-out micro-batches of the finest stage, one at a time; ``task`` names the progress."""
         last = len(data.resolutions) - 1
         rank, ranks = trainer.global_rank, trainer.world_size
         heldout = data.heldout(self.samples, rank, ranks, [self.batch_size] * (last + 1))
-        return [heldout[number] for number, part in enumerate(heldout.parts) if part[0] == last]
+        numbers = [number for number, part in enumerate(heldout.parts) if part.stage == last]
+        return (heldout[number] for number in tqdm(numbers, task, leave=False, disable=not trainer.is_global_zero))
 
     def _reference(self, trainer: L.Trainer, data: MultiResolutionDataModule) -> Reference:
         """Compute the features of held-out and of training images, once, and prepare the measure of agreement.
@@ -333,9 +334,7 @@ class Metrics(L.Callback):
         Where a data set stores latents alone, its images are the decoded latents.
         """
         quiet = not trainer.is_global_zero
-        real = gather_rows(
-            self._rows(tqdm(self._heldout(trainer, data), "held-out images", leave=False, disable=quiet))
-        )
+        real = gather_rows(self._rows(self._heldout(trainer, data, "held-out images")))
         last = len(data.resolutions) - 1
         steps = data.steps(trainer.global_rank, trainer.world_size, self.seed)  # the same images whatever a run's seed
         there = sum(sum(steps.images.sizes(last, aspect)) for aspect in steps.images.aspects[last])
@@ -358,16 +357,14 @@ class Metrics(L.Callback):
             training=(features, captions),
         )
 
-    def _rows(self, micros: Any) -> list[dict[str, Any]]:
+    def _rows(self, micros: Iterable[MicroBatch]) -> list[dict[str, Any]]:
         """Return the features, captions and ids of images, one row an image."""
         assert self.features is not None
         rows = []
         for micro in micros:
             features = self.features(self.module.images(micro.to(self.module.device))).float().cpu()
-            for index, caption, name, row in zip(
-                micro.global_indices, micro.captions, micro.ids, features, strict=True
-            ):
-                rows.append({"index": index, "caption": caption, "id": name, "features": row})
+            for i, index in enumerate(micro.global_indices[: len(micro) - micro.padding]):
+                rows.append({"index": index, "caption": micro.captions[i], "id": micro.ids[i], "features": features[i]})
         return rows
 
 

@@ -50,7 +50,6 @@ class Throughput(L.Callback):
         """Start counting."""
         assert isinstance(pl_module, NamiModule)
         self.total_waited = self.total_worked = self.waited_before = 0.0
-        self.flops = [sample_flops(pl_module, stage) for stage in range(pl_module.num_stages)]
         self.peak = self.peak_flops or device_peak(trainer, pl_module.device)
         self.memory = StageMemory(pl_module.transformer) if pl_module.device.type == "cuda" else None
         self._reset(pl_module.num_stages)
@@ -109,9 +108,10 @@ class Throughput(L.Callback):
         for stage, (images, tokens) in enumerate(zip(self.images, self.tokens, strict=True), 1):
             rates[f"images_per_second_stage{stage}"] = images / elapsed
             rates[f"tokens_per_second_stage{stage}"] = tokens / elapsed
+        flops_of = [sample_flops(module, stage, module.step - 1) for stage in range(module.num_stages)]
         device_seconds = elapsed * module.trainer.world_size
         needed, computed = (
-            sum(images * getattr(flops, kind) for images, flops in zip(self.images, self.flops, strict=True))
+            sum(images * getattr(flops, kind) for images, flops in zip(self.images, flops_of, strict=True))
             / device_seconds
             for kind in ("model", "hardware")
         )

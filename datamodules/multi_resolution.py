@@ -6,7 +6,7 @@ interruption and on any number of ranks. The only state is the number of the ste
 """
 
 from base64 import b64decode
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
 from nami_lightning.datamodules.aspect_buckets import Aspect
@@ -23,9 +24,10 @@ from nami_lightning.datamodules.preparation.parts_folder import OtherSettings
 from nami_lightning.datamodules.preparation.prepare import prepare
 from nami_lightning.datamodules.preparation.prepare_parts import Preparation, fingerprint, settings_of
 from nami_lightning.datamodules.sources.base import Source
+from nami_lightning.datamodules.read_ahead import ReadAhead, largest_step, plan_read_ahead
 from nami_lightning.datamodules.stage_images import StageImages
 from nami_lightning.datamodules.step_dataset import Damaged, HeldoutDataset, StepDataset, StepLoader
-from nami_lightning.datamodules.storage.chunk_cache import CacheSettings
+from nami_lightning.datamodules.storage.chunk_cache import CacheSettings, parse_size
 from nami_lightning.datamodules.storage.dataset import DESCRIPTION, SPLITS, PreparedDataset, Split
 from nami_lightning.datamodules.storage.prefetch import HELDOUT, RemoteStepDataset, check_cache_size, max_steps_apart
 from nami_lightning.datamodules.storage.remote import is_remote
@@ -55,6 +57,8 @@ class MultiResolutionDataModule(L.LightningDataModule):
         seed: seed of the order of samples.
         num_workers: number of processes that read and decode; 0 for none.
         prefetch_factor: number of steps that each of these processes prepares ahead.
+        prefetch_memory: the most bytes that the steps prepared ahead may take on a rank, for example 2GB; fewer
+            processes read, and fewer steps ahead, where they would take more.
         shuffle_window: number of chunks whose samples are shuffled together.
         validation_samples: number of held-out samples of each stage in a validation.
         cache: where chunks of a remote data set are kept, and how many bytes of them.
@@ -77,6 +81,7 @@ class MultiResolutionDataModule(L.LightningDataModule):
         seed: int = 0,
         num_workers: int = 2,
         prefetch_factor: int = 4,
+        prefetch_memory: str = "2GB",
         shuffle_window: int = 64,
         validation_samples: int = 64,
         cache: CacheSettings = CacheSettings(),
@@ -103,6 +108,7 @@ class MultiResolutionDataModule(L.LightningDataModule):
         self.latent_pyramid = latent_pyramid
         self.seed, self.shuffle_window = seed, shuffle_window
         self.num_workers, self.prefetch_factor = num_workers, prefetch_factor
+        self.prefetch_limit = parse_size(prefetch_memory, "data.prefetch_memory")
         self.validation_samples = validation_samples
         self.keep_prepared = False
         """Whether a prepared data set stays as it is if its source changed: a run that resumes was trained on it."""
@@ -223,7 +229,21 @@ class MultiResolutionDataModule(L.LightningDataModule):
         if not isinstance(module, CountsSteps):
             raise TypeError(f"{type(module).__name__} has no attribute step: training must count its steps there")
         pin_memory = trainer.strategy.root_device.type == "cuda"
-        return StepLoader(steps, module.step, self.num_workers, self.prefetch_factor, pin_memory)
+        ahead = self.read_ahead(trainer.world_size, steps.images.sample_bytes)
+        if (ahead.workers, ahead.steps) != (self.num_workers, self.prefetch_factor):
+            rank_zero_info(
+                f"A step takes {ahead.step_bytes / 1e6:,.0f} MB on a rank, so that data.prefetch_memory has room for "
+                f"{ahead.workers} worker(s) that read {ahead.steps} step(s) ahead."
+            )
+        return StepLoader(steps, module.step, ahead.workers, ahead.steps, pin_memory)
+
+    def read_ahead(self, ranks: int, sample_bytes: Callable[[int], int]) -> ReadAhead:
+        """Return how many steps the workers of one of ``ranks`` read ahead.
+
+        ``sample_bytes`` returns the bytes of one sample of a stage.
+        """
+        step_bytes = largest_step(self.curriculum, ranks, sample_bytes)
+        return plan_read_ahead(step_bytes, self.prefetch_limit, self.num_workers, self.prefetch_factor)
 
     def val_dataloader(self) -> DataLoader[MicroBatch]:
         """Return fixed micro-batches of the held-out split."""

@@ -62,6 +62,11 @@ class Sample(NamedTuple):
     encodings: Encodings | None = None
 
 
+def image_bytes(side: int) -> int:
+    """Return the bytes of an image in a micro-batch; other aspect ratios have about as many as the square."""
+    return 3 * side**2
+
+
 class StageImages:
     """The buckets of one split as the stages use them.
 
@@ -94,6 +99,10 @@ class StageImages:
                         )
                     usable.setdefault(bucket.aspect, []).append(number)
             self.aspects.append(usable)
+
+    def sample_bytes(self, stage: int) -> int:
+        """Return the bytes of one sample of ``stage`` in a micro-batch."""
+        return image_bytes(self.sides[stage])
 
     def sizes(self, stage: int, aspect: Aspect) -> list[int]:
         """Return the number of samples in each bucket of ``aspect`` that ``stage`` can use."""

@@ -2,9 +2,10 @@
 
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import chain
 from time import perf_counter
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from torch.utils.data import DataLoader, Dataset
 
@@ -199,14 +200,33 @@ class _ErrorsAsResults(Dataset[list[MicroBatch] | DataError]):
             return error
 
 
+class HeldoutPart(NamedTuple):
+    """One micro-batch of a validation, before it is read.
+
+    Attributes:
+        stage: the stage of its samples.
+        aspect: their aspect ratio.
+        refs: where they are stored.
+        global_indices: their positions among all samples of the stage.
+        padding: the number of samples at its end that repeat others.
+    """
+
+    stage: int
+    aspect: Aspect
+    refs: list[SampleRef]
+    global_indices: list[int]
+    padding: int
+
+
 class HeldoutDataset(Dataset[MicroBatch]):
     """The counts-out split as validation micro-batches of one stage each; they are the same in every validation.
 
     Args:
         images: the counts-out split.
         samples: the number of samples of each stage, or all if there are fewer. They are taken from all buckets that
-            the stage can use, in proportion to the buckets' sizes. The number of each aspect ratio is rounded down to
-            a multiple of ``ranks``, so that all ranks run the same stages in the same order.
+            the stage can use, in proportion to the buckets' sizes. A rank that has one sample of an aspect ratio less
+            than others repeats one, so that all ranks run the same stages in the same order: it is the last of its
+            micro-batch, and :attr:`MicroBatch.padding` counts it.
         max_micro_batch: the largest number of samples in a micro-batch of each stage.
         rank: the number of this process, which takes every ``ranks``-th sample.
         ranks: the number of all processes.
@@ -223,15 +243,17 @@ class HeldoutDataset(Dataset[MicroBatch]):
         damaged: Damaged = "error",
     ) -> None:
         self.images, self.damaged = images, damaged
-        self.parts: list[tuple[int, Aspect, list[SampleRef], list[int]]] = []
+        self.parts: list[HeldoutPart] = []
         for stage, limit in enumerate(max_micro_batch):
             first = 0
             for aspect, refs in self._first_refs(stage, samples):
-                rank_rows = list(range(len(refs) // ranks * ranks))[rank::ranks]
+                rank_rows = range(rank, -(-len(refs) // ranks) * ranks, ranks)
                 for begin in range(0, len(rank_rows), limit):
                     rows = rank_rows[begin : begin + limit]
-                    part = (stage, aspect, [refs[row] for row in rows], [first + row for row in rows])
-                    self.parts.append(part)
+                    padding = sum(row >= len(refs) for row in rows)
+                    indices = [row % len(refs) for row in rows]
+                    taken, places = [refs[index] for index in indices], [first + index for index in indices]
+                    self.parts.append(HeldoutPart(stage, aspect, taken, places, padding))
                 first += len(refs)
 
     def _first_refs(self, stage: int, samples: int) -> Iterator[tuple[Aspect, list[SampleRef]]]:
@@ -253,10 +275,11 @@ class HeldoutDataset(Dataset[MicroBatch]):
     def __getitem__(self, index: int) -> MicroBatch:
         if not 0 <= index < len(self.parts):
             raise IndexError(index)
-        stage, aspect, refs, global_indices = self.parts[index]
+        stage, aspect, refs, global_indices, padding = self.parts[index]
         substitutes = self._substitutes if self.damaged == "skip" else None
         choices = [Choice(0.0, MIDDLE)] * len(refs)
-        return self.images.micro_batch(0, stage, aspect, refs, global_indices, choices, substitutes)
+        micro = self.images.micro_batch(0, stage, aspect, refs, global_indices, choices, substitutes)
+        return replace(micro, padding=padding)
 
     def _substitutes(self, ref: SampleRef) -> Iterator[SampleRef]:
         """Yield the samples that follow in the bucket, and then those from its beginning."""
@@ -266,6 +289,6 @@ class HeldoutDataset(Dataset[MicroBatch]):
 
     def chunks(self) -> list[str]:
         """Return the names of all remote chunks that a validation reads."""
-        refs = {ref for _, _, part_refs, _ in self.parts for ref in part_refs}
+        refs = {ref for part in self.parts for ref in part.refs}
         records = [(self.images.buckets[ref.bucket].shards, ref.record) for ref in sorted(refs)]
         return list(dict.fromkeys(shards.chunk_name(shards.chunk_of(record)) for shards, record in records))

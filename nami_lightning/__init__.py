@@ -18,6 +18,7 @@ _HOMES = {
     "Phase": "training.curriculum",
     "PixelCodec": "models.autoencoder",
     "RunTensorBoard": "runs.tensorboard",
+    "TokenRouting": "training.techniques.token_routing",
 }
 
 __all__, __getattr__, __dir__ = lazy(__name__, _HOMES)

@@ -16,7 +16,7 @@ FLOORS = (
     ("training",),
     ("planning", "runs"),
     ("datamodules", "metrics", "evaluation", "conversion"),
-    ("callbacks", "comparison", "benchmarks"),
+    ("callbacks", "comparison", "benchmarks", "serving"),
     ("cli",),
 )
 """The rooms, from the lowest floor up. A room imports rooms of lower floors only."""

@@ -21,7 +21,7 @@ from torch import Tensor
 from nami_lightning.datamodules.aspect_buckets import Aspect
 from nami_lightning.datamodules.module_protocols import ShowsConfigs
 from nami_lightning.datamodules.preparation.image_io import read_image
-from nami_lightning.datamodules.stage_images import Choice, Sample, SampleRef, StageImages
+from nami_lightning.datamodules.stage_images import Choice, Sample, SampleRef, StageImages, image_bytes
 from nami_lightning.datamodules.storage.dataset import Bucket, PreparedDataset
 from nami_lightning.datamodules.storage.shards import pick_index
 from nami_lightning.models.autoencoder import Posterior
@@ -88,6 +88,16 @@ class Layout:
         """Return the shape ``(2, C, H/f, W/f)`` of the mean and the standard deviation of one crop's latents."""
         shape, cell = aspect.shape(level.side), self.factor * (1 + level.coarse)
         return 2, self.channels, shape.height // cell, shape.width // cell
+
+    def sample_bytes(self, stage: int) -> int:
+        """Return the bytes of one sample of ``stage`` in a micro-batch: its latents or its image, and its text."""
+        text = 2 * (self.tokens * self.width + self.pooled_width)
+        side = self.resolutions[-1 if self.latent_pyramid == "pool" else stage]
+        if self.pixels:
+            return text + image_bytes(side)
+        coarse = [True] if self.latent_pyramid == "encode" and stage > 0 else []
+        latents = sum(2 * 2 * self.channels * (side // (self.factor * (1 + half))) ** 2 for half in [False, *coarse])
+        return text + latents
 
     def pack_text(self, states: TextStates) -> bytes:
         """Return the bytes of one caption's states (see :meth:`TextStates.row`), without the zeros of the padding."""
@@ -168,6 +178,10 @@ class StageEncodings(StageImages):
     def __init__(self, buckets: Sequence[Bucket], layout: Layout, empty_prompt: bytes) -> None:
         super().__init__(buckets, layout.resolutions, layout.latent_pyramid == "pool")
         self.layout, self.empty_prompt = layout, empty_prompt
+
+    def sample_bytes(self, stage: int) -> int:
+        """Return the bytes of one sample of ``stage`` in a micro-batch."""
+        return self.layout.sample_bytes(stage)
 
     def sample(self, stage: int, aspect: Aspect, ref: SampleRef, item: Any, choice: Choice) -> Sample:
         """Return the sample that a stored item holds, as ``stage`` needs it.

@@ -49,6 +49,18 @@ UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "M
 _numbers = itertools.count()
 
 
+def parse_size(text: str, key: str) -> int:
+    """Return the number of bytes that a setting states, for example 50GB or 500GiB.
+
+    Raises:
+        ValueError: it states none; the message names the setting's ``key``.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?i?)B?", text.strip())
+    if not match or match[2] not in UNITS:
+        raise ValueError(f"{key} must be a number of bytes, for example 50GB or 500GiB; got {text!r}")
+    return int(float(match[1]) * UNITS[match[2]])
+
+
 @dataclass(frozen=True)
 class CacheSettings:
     """Where chunks of a remote data set are kept, and how many bytes of them.
@@ -68,12 +80,7 @@ class CacheSettings:
     @property
     def limit(self) -> int:
         """The value of ``max_size`` in bytes."""
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?i?)B?", self.max_size.strip())
-        if not match or match[2] not in UNITS:
-            raise ValueError(
-                f"cache.max_size must be a number of bytes, for example 50GB or 500GiB; got {self.max_size!r}"
-            )
-        return int(float(match[1]) * UNITS[match[2]])
+        return parse_size(self.max_size, "cache.max_size")
 
     @property
     def path(self) -> Path:

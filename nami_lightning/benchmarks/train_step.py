@@ -15,8 +15,9 @@ from torch.nn.parallel import DistributedDataParallel
 from nami_lightning.models.transformer import NamiTransformer2DModel
 from nami_lightning.runs.recipe import Recipe
 from nami_lightning.training.batch import MicroBatch
+from nami_lightning.training.checks import check_precision
 from nami_lightning.training.module import NamiModule
-from nami_lightning.training.strategies import FSDP2Strategy
+from nami_lightning.training.strategies import FSDP2Strategy, shard_parts
 
 WARM_UP = 3
 """Number of steps at the start of each phase that don't count."""
@@ -27,24 +28,12 @@ CALLBACKS_OF_A_STEP = ("CurriculumCallback", "BridgePretraining")
 STRATEGIES = {"ddp": "ddp_find_unused_parameters_true", "fsdp": "fsdp2"}
 
 
-class FetchedBatches:
-    """All batches of a training, read in advance, so that reading disturbs neither side of the comparison."""
-
-    def __init__(self, steps: Sequence[list[MicroBatch]]) -> None:
-        self.batches = [steps[number] for number in range(len(steps))]
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[list[MicroBatch]]:
-        return iter(self.batches)
-
-
 class BareLoop(L.Callback):
     """A callback that repeats each of Lightning's steps on a copy of the model in plain PyTorch, and times both.
 
     Lightning's time is from the end of the bare step to the end of its own: hooks, logging, the curriculum and the
-    step. The time of the bare loop is that of the step alone.
+    step, without the time in which :class:`UncountedReads` reads the batch. The time of the bare loop is that of the
+    step alone. Both compute in the trainer's precision.
 
     Args:
         twin: a model of the same recipe, which gets its own optimizer.
@@ -53,13 +42,16 @@ class BareLoop(L.Callback):
     def __init__(self, twin: NamiModule) -> None:
         self.twin = twin
         self.times: list[tuple[int, float, float]] = []
+        self.autocast, self.clock = False, 0.0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Shard or wrap the twin by hand, as the strategy does with its model, and start the clock."""
         self.twin.to(pl_module.device)
+        self.autocast = check_precision(trainer.precision) == "bf16-mixed"
         self.network: nn.Module = self.twin.transformer
         if isinstance(trainer.strategy, FSDP2Strategy):
             shard(self.twin.transformer, trainer.strategy)
+            shard_parts(self.twin.techniques, trainer.strategy)
         elif trainer.world_size > 1:
             self.network = DistributedDataParallel(self.twin.transformer, find_unused_parameters=True)
         self.optimizer = self.twin.configure_optimizers()
@@ -82,12 +74,39 @@ class BareLoop(L.Callback):
         twin = self.twin
         ratio = twin.curriculum.phase(batch[0].step).ratio
         for micro in batch:
-            loss, _ = twin.flow_loss(twin, self.network, micro, micro.step, twin.prompt_dropout)
-            (loss * ratio[micro.stage] / sum(ratio)).backward()
+            techniques = twin.techniques.active(micro.step)
+            with torch.autocast(twin.device.type, torch.bfloat16, enabled=self.autocast):
+                loss, _, added = twin.flow_loss(
+                    twin, self.network, micro, micro.step, twin.prompt_dropout, techniques=techniques
+                )
+            (sum(added.values(), loss) * ratio[micro.stage] / sum(ratio)).backward()
         if twin.gradient_clip_norm is not None:
-            nn.utils.clip_grad_norm_(twin.transformer.parameters(), twin.gradient_clip_norm)
+            trained = [*twin.transformer.parameters(), *twin.techniques.parameters()]
+            nn.utils.clip_grad_norm_(trained, twin.gradient_clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+
+class UncountedReads:
+    """The batches of a training, one at a time; the time in which one is read counts for neither side.
+
+    Args:
+        steps: reads the batch of a step.
+        bare: holds the clock.
+    """
+
+    def __init__(self, steps: Sequence[list[MicroBatch]], bare: BareLoop) -> None:
+        self.steps, self.bare = steps, bare
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __iter__(self) -> Iterator[list[MicroBatch]]:
+        for number in range(len(self.steps)):
+            begin = perf_counter()
+            batch = self.steps[number]
+            self.bare.clock += perf_counter() - begin
+            yield batch
 
 
 def shard(model: NamiTransformer2DModel, strategy: FSDP2Strategy) -> None:
@@ -118,8 +137,8 @@ def measure_step(options: Namespace) -> None:
     twin.configure_model()
     bare = BareLoop(twin)
     trainer.callbacks.append(bare)  # type: ignore[attr-defined]
-    fetched = FetchedBatches(data.steps(trainer.global_rank, trainer.world_size))  # type: ignore[attr-defined]
-    data.train_dataloader = lambda: fetched  # type: ignore[method-assign]
+    reads = UncountedReads(data.steps(trainer.global_rank, trainer.world_size), bare)  # type: ignore[attr-defined]
+    data.train_dataloader = lambda: reads  # type: ignore[method-assign]
     trainer.fit(model, data)
     if not trainer.is_global_zero:
         return

@@ -8,6 +8,7 @@ These files import nothing heavy at their top, so that ``--help`` answers at onc
 - ``run``: trains what a recipe describes.
 - ``distill``: trains a student that samples in few steps.
 - ``sample``: generates images from prompts.
+- ``serve``: a page in the browser to draw with a model.
 - ``show``: prints the state of a run.
 - ``plan``: prints what a recipe needs before it runs.
 - ``data``: prepares, encodes, shows and verifies data sets of images with captions.

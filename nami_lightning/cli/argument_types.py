@@ -47,6 +47,19 @@ def whole_number(text: str) -> int:
     return int(text)
 
 
+def utf8_text(value: str) -> str:
+    """Return a text as it is.
+
+    Raises:
+        ArgumentTypeError: it has bytes that are not UTF-8.
+    """
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise argparse.ArgumentTypeError(f"{value!a} is not UTF-8") from error
+    return value
+
+
 def time_limit(text: str) -> str:
     """Return a time limit that sbatch takes, and that is long enough to save a checkpoint before it.
 
@@ -100,7 +113,8 @@ def add_device_options(parser: Any) -> None:
     parser.add_argument(
         "--dtype",
         choices=DTYPES,
-        help="dtype of the network's weights (default: as saved; float32 for other pipelines)",
+        help="dtype of the network's weights (default: bfloat16 on a GPU, as saved elsewhere; float32 for other "
+        "pipelines)",
     )
     parser.add_argument("--device", metavar="NAME", help="device: cpu, cuda or cuda:1 (default: a GPU if there is one)")
 

@@ -19,13 +19,30 @@ from nami_lightning.cli import (
     plan,
     run,
     sample,
+    serve,
     show,
     sweep,
     tune,
 )
 from nami_lightning.cli.argument_types import CommandParser
 
-COMMANDS = (run, distill, sample, show, plan, data, convert, export, launch, evaluate, compare, sweep, tune, bench)
+COMMANDS = (
+    run,
+    distill,
+    sample,
+    serve,
+    show,
+    plan,
+    data,
+    convert,
+    export,
+    launch,
+    evaluate,
+    compare,
+    sweep,
+    tune,
+    bench,
+)
 """The commands in the order of ``lightning --help``."""
 
 EXAMPLES = """\
@@ -35,6 +52,7 @@ examples:
   lightning distill openmoji --steps 1 1 1                 train a student that samples in few steps
   lightning tune steps openmoji --export my_model          find the solver steps that pay, and make them its default
   lightning sample openmoji --prompt "red apple"           sample with the run's newest checkpoint
+  lightning serve openmoji                                 draw on a page in the browser
   lightning show openmoji                                  show its progress and where its files are
   lightning export openmoji                                write its newest checkpoint as a diffusers pipeline
   lightning convert weights/ --output nami-t2i             make a pipeline of the authors' release, or of a FLUX
@@ -54,6 +72,7 @@ NOISE = (
     r".*`local_dir_use_symlinks` argument is deprecated.*",
     r".*Consider setting `persistent_workers=True`.*",  # each loader is read once
     r".*This DataLoader will create .* worker processes in total.*",  # the run reports how long it waits for data
+    r".*Already found a `peft_config` attribute in the model.*",  # several LoRAs are meant to be several
     r".*your dataloader is not resumable.*",  # the number of the step is the position in the data
 )
 """Warnings of libraries about their own inner workings, which users can't act on."""

@@ -129,6 +129,7 @@ def read_setup(name: str, objects: Any, options: Namespace) -> Setup:
         sharding=read_sharding(trainer.strategy),
         ema=any(isinstance(callback, EMA) for callback in trainer.callbacks or []),
         optimizer=optimizer_state(module, network),
+        techniques=module.techniques,
         teacher_calls=0 if module.distillation is None else module.distillation.teacher_calls,
     )
     return add_encoders(setup, module, data)

@@ -1,11 +1,16 @@
 """``lightning sample``: generate images from prompts, with a run's checkpoint or a saved pipeline."""
 
-import re
+from __future__ import annotations
+
+import json
 from argparse import Namespace
-from dataclasses import asdict, replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nami_lightning.cli.argument_types import (
     add_checkpoint_options,
@@ -14,11 +19,16 @@ from nami_lightning.cli.argument_types import (
     one_or_all,
     parse_shard,
     positive_int,
+    utf8_text,
 )
+from nami_lightning.cli.sample_folder import GRID_ROWS, find_images, image_name, keep, remove, write_index_and_grids
+from nami_lightning.cli.sample_processes import start_processes
 
-GRID_ROWS = 8
-GRID_SIDE = 512
-"""Longest side of an image on a grid, in px."""
+if TYPE_CHECKING:
+    from nami_lightning.pipelines.image_rows import ImageRow
+
+    Jobs = Sequence[tuple[int, ImageRow]]
+    """Images to draw: their numbers and rows."""
 
 
 def add_command(commands: Any) -> None:
@@ -29,34 +39,57 @@ def add_command(commands: Any) -> None:
         description="Generate images from prompts. They are written one after the other as 00000.png, 00001.png, ..., "
         "with their settings in the PNG; then index.jsonl with a line for each, and all together as grid.png; with "
         f"more than {GRID_ROWS} rows the grid goes on in grid-2.png, and so on. After an interruption the same command "
-        "goes on where it was.",
+        "draws what is missing; with other settings it refuses the folder, and names the first that differs.",
     )
     parser.add_argument(
-        "run", metavar="RUN", help="a run (its folder, or its name below runs/), or the folder of a saved pipeline"
+        "run",
+        metavar="RUN",
+        help="a run (its folder, or its name below runs/), or a text-to-image pipeline of diffusers: its folder or "
+        "Hugging Face name",
     )
     parser.add_argument(
-        "--prompt", action="append", default=[], metavar="TEXT", help="prompt to generate; may be given several times"
+        "--prompt",
+        action="append",
+        type=utf8_text,
+        default=[],
+        metavar="TEXT",
+        help="prompt to generate; may be given several times",
     )
     parser.add_argument(
         "--prompts",
         metavar="FILE",
-        help="text file with one prompt per line, in UTF-8 or UTF-16; or .jsonl or .csv with prompt and, where they "
+        help="prompts in UTF-8 or UTF-16: .txt with one per line; or .jsonl or .csv with prompt and, for the rows that "
         "differ from the options, seed, negative_prompt, height, width, steps, guidance_scale, solver",
     )
     parser.add_argument(
         "--shard",
         default="0/1",
         metavar="I/N",
-        help="generate only every N-th image, from image I on: run the command with 0/N to N-1/N on as many processes",
+        help="generate only every N-th image, from image I on: run the command with 0/N to N-1/N on as many machines "
+        "that share the folder",
     )
-    parser.add_argument("--negative_prompt", default="", metavar="TEXT", help="prompt that guidance leads away from")
+    parser.add_argument(
+        "--processes",
+        type=positive_int,
+        default=1,
+        metavar="N",
+        help="generate in N processes on this machine, each with its own copy of the model; on a machine with GPUs "
+        "each takes the next GPU (default 1)",
+    )
+    parser.add_argument(
+        "--negative_prompt",
+        type=utf8_text,
+        metavar="TEXT",
+        help="prompt that guidance leads away from (default: empty)",
+    )
     parser.add_argument(
         "--output", default="drawn", metavar="DIR", help="folder of the PNGs and grid.png (default: drawn)"
     )
     parser.add_argument(
         "--overwrite",
         action="store_true",
-        help="remove the images that an earlier command left in the folder (NNNNN.png and grid*.png)",
+        help="remove the images that an earlier command left in the folder (NNNNN.png, grid*.png, index.jsonl), and "
+        "draw all; to go on after an interruption of this, leave it out",
     )
     parser.add_argument("--images", type=positive_int, default=1, help="number of images per prompt (default 1)")
     parser.add_argument(
@@ -74,7 +107,7 @@ def add_command(commands: Any) -> None:
     parser.add_argument(
         "--solver",
         choices=["euler", "heun", "multistep"],
-        help="ODE solver (default: the model's, euler if it has none)",
+        help="ODE solver of a NAMI (default: the model's, euler if it has none)",
     )
     parser.add_argument(
         "--lora",
@@ -91,8 +124,8 @@ def add_command(commands: Any) -> None:
         "--batch_size",
         type=positive_int,
         default=16,
-        help="number of images generated at once (default 16). It does not change the noise of an image; rounding may "
-        "change a pixel by 1 of 255 levels in float32, by more in half precision",
+        help="number of images that a process generates at once (default 16). It does not change the noise of an "
+        "image; rounding may change a pixel by 1 of 255 levels in float32, by more in half precision",
     )
     parser.add_argument(
         "--columns", type=positive_int, default=8, help="number of images in a row of the grid (default 8)"
@@ -106,135 +139,52 @@ def sample(options: Namespace) -> None:
     """Write one PNG per image as it is generated, then an index and grids of all; what is there already stays.
 
     Raises:
-        ValueError: there is no prompt, or the pipeline is not a NAMI's, or an option doesn't fit the model.
+        ValueError: there is no prompt, or an option doesn't fit the model.
         FileExistsError: the output folder holds images of another command.
-        RuntimeError: images that are NaN or infinite; all others are written.
+        RuntimeError: images that are NaN or infinite, all others are written; or one of several processes failed.
     """
-    from nami_lightning.pipelines.image_rows import batches, save_with_settings
-    from nami_lightning.pipelines.lora import load_loras
-    from nami_lightning.pipelines.nami_pipeline import NamiPipeline
-    from nami_lightning.runs.load import load_pipeline
+    from tqdm import tqdm
 
-    rows = read_prompts(options)
-    folder = Path(options.output)
-    expected = {f"{number:05d}.png": settings_of(row, options) for number, row in enumerate(rows)}
-    earlier = find_images(folder)
-    kept = set() if options.overwrite else keep(folder, earlier, expected)
+    from nami_lightning.utils.atomic_write import remove_partials
+
+    rows, folder = read_prompts(options), Path(options.output)
+    weights = describe_weights(options)
     index, shards = parse_shard(options.shard)
-    missing = [(n, row) for n, row in enumerate(rows) if f"{n:05d}.png" not in kept and n % shards == index]
-    begin, failures = perf_counter(), []
-    if missing:
-        pipeline: Any = load_pipeline(
-            options.run, options.dtype, options.step, options.ema is not False, options.device
-        )
-        if not isinstance(pipeline, NamiPipeline):
-            raise ValueError(f"{options.run} is a {type(pipeline).__name__}; lightning sample takes only a NAMI")
-        load_loras(pipeline, options.lora)
-        begin = perf_counter()
-        for batch in batches(missing, options.batch_size):
-            images, failed = generate(pipeline, batch)
-            failures += failed
-            for path in earlier if options.overwrite else ():
-                path.unlink(missing_ok=True)
-            for (number, _), image in zip(batch, images, strict=True):
-                if image is not None:
-                    name = f"{number:05d}.png"
-                    save_with_settings(image, folder / name, expected[name])
-    seconds = perf_counter() - begin
-    drawn = len(missing) - len(failures)
-    speed = f", {drawn / seconds:.2f} images/s" if drawn else ""
-    if all((folder / name).exists() for name in expected):
-        grids = write_index_and_grids(folder, expected, options.columns)
-        print(f"{len(rows)} image(s) and {'grid.png' if grids == 1 else f'{grids} grids'} in {folder}{speed}")
+    remove_partials(folder)
+    earlier = find_images(folder)
+    kept = set() if options.overwrite else keep(folder, earlier, [row.asked | weights for row in rows])
+    mine = range(index, len(rows), shards)
+    jobs = [(number, rows[number]) for number in mine if number not in kept]
+    failures: list[str] = []
+    speed = ""
+    if jobs:
+        with start_drawing(options, weights, jobs) as results:
+            remove(folder, [number for number in earlier if options.overwrite and number % shards == index])
+            begin = perf_counter()
+            for failure in tqdm(results, total=len(mine), initial=len(mine) - len(jobs), unit="image"):
+                failures += [failure] if failure else []
+        drawn, seconds = len(jobs) - len(failures), perf_counter() - begin
+        speed = f"; {drawn} drawn in {seconds:.1f} s, {drawn / seconds:.2f} images/s"
+    there = sorted(set(find_images(folder)).intersection(range(len(rows))))
+    if there and (shards == 1 or len(there) == len(rows)):
+        grids = write_index_and_grids(folder, there, options.columns)
+        names = "grid.png" if grids == 1 else f"{grids} grids"
+        print(f"{len(there)} image(s) and {names} in {folder}{speed}")
     else:
-        print(f"{drawn} image(s) in {folder}{speed}; index.jsonl and grid.png are written once all are there")
+        more = "" if failures else "; index.jsonl and grid.png are written once all shards are done"
+        print(f"{len(there)} image(s) of {len(rows)} in {folder}{speed}{more}")
     if failures:
         raise RuntimeError(f"{len(failures)} image(s) were not finite and are not written: {'; '.join(failures[:3])}")
 
 
-def generate(pipeline: Any, batch: list[tuple[int, Any]]) -> tuple[list[Any], list[str]]:
-    """Return a batch's images, None for those that are not finite, and what those were."""
-    import torch
-
-    from nami_lightning.pipelines.checks import NonFiniteImages
-
-    rows = [row for _, row in batch]
-    try:
-        output = pipeline(
-            [row.prompt for row in rows],
-            negative_prompt=[row.negative_prompt or "" for row in rows],
-            generator=[torch.Generator().manual_seed(row.seed) for row in rows],
-            **rows[0].settings,
-        )
-    except NonFiniteImages as error:
-        images = [None if i in error.origins else image for i, image in enumerate(error.images)]
-        return images, [f"prompt {rows[i].prompt!r}, seed {rows[i].seed}" for i in error.origins]
-    return output.images, []
+# --- what to draw ------------------------------------------------------------------------------
 
 
-def settings_of(row: Any, options: Namespace) -> dict[str, Any]:
-    """Return what an image is drawn with, as its PNG tells it."""
-    return asdict(row) | {
-        "model": options.run,
-        "step": options.step,
-        "ema": options.ema is not False,
-        "dtype": options.dtype,
-        "lora": options.lora,
-    }
-
-
-def keep(folder: Path, earlier: list[Path], expected: dict[str, dict[str, Any]]) -> set[str]:
-    """Return the names of the images that are there already.
-
-    Raises:
-        FileExistsError: images of another command are in the folder.
-    """
-    from nami_lightning.pipelines.image_rows import read_settings
-
-    kept = set()
-    for path in [path for path in earlier if not path.name.startswith("grid")]:
-        found, wanted = read_settings(path), expected.get(path.name)
-        if found != wanted or wanted is None:
-            differing = [name for name in wanted or () if (found or {}).get(name) != (wanted or {})[name]]
-            why = f" ({path.name} differs in {differing[0]})" if found and differing else ""
-            raise FileExistsError(
-                f"{folder} holds {len(earlier)} image(s) of an earlier command{why}: give another --output, or "
-                "--overwrite to remove them"
-            )
-        kept.add(path.name)
-    return kept
-
-
-def write_index_and_grids(folder: Path, expected: dict[str, dict[str, Any]], columns: int) -> int:
-    """Write ``index.jsonl`` and the grids from the images on the disk; return the number of grids."""
-    import json
-
-    from PIL import Image
-
-    from nami_lightning.utils.atomic_write import write_text
-    from nami_lightning.utils.image_grid import caption_grid, save_image
-
-    lines = [json.dumps({"file": name} | settings, ensure_ascii=False) for name, settings in expected.items()]
-    write_text(folder / "index.jsonl", "\n".join(lines) + "\n")
-    names, page = list(expected), columns * GRID_ROWS
-    pages = range(0, len(names), page)
-    for number, first in enumerate(pages, 1):
-        shown = []
-        for name in names[first : first + page]:
-            with Image.open(folder / name) as image:
-                image.thumbnail((GRID_SIDE, GRID_SIDE))
-                shown.append(image.convert("RGB"))
-        captions = [expected[name]["prompt"] for name in names[first : first + page]]
-        name = "grid.png" if number == 1 else f"grid-{number}.png"
-        save_image(caption_grid(shown, captions, columns), folder / name)
-    return len(pages)
-
-
-def read_prompts(options: Namespace) -> list[Any]:
+def read_prompts(options: Namespace) -> list[ImageRow]:
     """Return a row for each image, from ``--prompt``, ``--prompts`` and ``--images``.
 
     Raises:
-        ValueError: there is none, or the file holds something else.
+        ValueError: there is none, or the file holds something else, or a seed is too large.
     """
     from nami_lightning.pipelines.image_rows import ImageRow, read_rows
 
@@ -243,7 +193,20 @@ def read_prompts(options: Namespace) -> list[Any]:
         rows += read_rows(Path(options.prompts))
     if not rows:
         raise ValueError("no prompt: give --prompt TEXT, or --prompts FILE with one prompt per line")
-    stated = {
+    stated = stated_settings(options)
+    images = [(row, copy) for row in rows for copy in range(options.images)]
+    seeded = [
+        replace(row.over(stated), seed=options.seed + number if row.seed is None else row.seed + copy)
+        for number, (row, copy) in enumerate(images)
+    ]
+    if outside := [row.seed for row in seeded if row.seed is None or not -(2**63) <= row.seed < 2**63]:
+        raise ValueError(f"--seed: the images' seeds must be whole numbers of 64 bits; one is {outside[0]}")
+    return seeded
+
+
+def stated_settings(options: Namespace) -> dict[str, Any]:
+    """Return what the options say of all rows; None is left to the pipeline."""
+    return {
         "negative_prompt": options.negative_prompt,
         "height": options.height,
         "width": options.width,
@@ -251,20 +214,122 @@ def read_prompts(options: Namespace) -> list[Any]:
         "guidance_scale": one_or_all(options.guidance_scale),
         "solver": options.solver,
     }
-    images = [(row, copy) for row in rows for copy in range(options.images)]
-    return [
-        replace(row.over(stated), seed=options.seed + number if row.seed is None else row.seed + copy)
-        for number, (row, copy) in enumerate(images)
+
+
+def describe_weights(options: Namespace) -> dict[str, Any]:
+    """Return the weights that draw, as the images' PNGs name them."""
+    from nami_lightning.pipelines.lora import split_weight
+    from nami_lightning.runs.load import identify_weights
+
+    loras = [
+        {"lora": source, "weight": weight, "weights": identify_weights(source)}
+        for source, weight in map(split_weight, options.lora)
     ]
+    return {
+        "model": options.run,
+        "weights": identify_weights(options.run, options.step, options.ema is not False),
+        "dtype": options.dtype,
+        "lora": loras or None,
+    }
 
 
-def find_images(folder: Path) -> list[Path]:
-    """Return the images that an earlier command wrote to a folder.
+# --- drawing -----------------------------------------------------------------------------------
+
+
+@contextmanager
+def start_drawing(options: Namespace, weights: dict[str, Any], jobs: Jobs) -> Iterator[Iterator[str | None]]:
+    """Load the model in one or several processes; yield an iterator that draws, see :func:`draw`."""
+    start = partial(load_and_draw, options, weights)
+    parts = [jobs[number :: options.processes] for number in range(min(options.processes, len(jobs)))]
+    if len(parts) == 1:
+        yield start(jobs, 0)
+    else:
+        with start_processes(start, parts) as results:
+            yield results
+
+
+def load_and_draw(options: Namespace, weights: dict[str, Any], jobs: Jobs, process: int) -> Iterator[str | None]:
+    """Load the model, check that it takes all settings, and return an iterator that draws.
+
+    Args:
+        options: of the command.
+        weights: those that draw, as the PNGs name them.
+        jobs: the images of this process.
+        process: its number.
 
     Raises:
-        NotADirectoryError: there is a file in the folder's place.
+        ValueError: an option, a row or a LoRA doesn't fit the model.
     """
-    if not folder.exists():
-        return []
-    names = re.compile(r"\d{5,}\.png|grid(-\d+)?\.png")
-    return sorted(path for path in folder.iterdir() if names.fullmatch(path.name))
+    import torch
+
+    from nami_lightning.pipelines.lora import load_loras
+    from nami_lightning.runs.load import load_pipeline
+
+    device = options.device
+    if options.processes > 1 and device in (None, "cuda") and torch.cuda.is_available():
+        device = f"cuda:{process % torch.cuda.device_count()}"
+    pipeline = load_pipeline(options.run, options.dtype, options.step, options.ema is not False, device)
+    pipeline.set_progress_bar_config(disable=True)
+    check_rows(pipeline, options, jobs)
+    load_loras(pipeline, options.lora)
+    return draw(pipeline, jobs, options.batch_size, Path(options.output), weights)
+
+
+def check_rows(pipeline: Any, options: Namespace, jobs: Jobs) -> None:
+    """Check that the model takes the settings of all rows, before anything runs.
+
+    Raises:
+        ValueError: it doesn't; the message names the file and line of a row that says more than the options.
+    """
+    from nami_lightning.pipelines.batch import check_settings
+    from nami_lightning.pipelines.image_rows import ImageRow
+
+    plain = call_settings(ImageRow("").over(stated_settings(options)))
+    different = {json.dumps(call_settings(row)): row for _, row in reversed(jobs)}
+    for row in different.values():
+        settings = call_settings(row)
+        try:
+            check_settings(pipeline, options.run, settings)
+        except ValueError as error:
+            if settings == plain or not row.place:
+                raise
+            raise ValueError(f"{row.place}: {error}") from error
+
+
+def call_settings(row: ImageRow) -> dict[str, Any]:
+    """Return a row's arguments of a pipeline's call, but for the prompt and the noise."""
+    negative = {} if row.negative_prompt is None else {"negative_prompt": row.negative_prompt}
+    return row.settings | negative
+
+
+def draw(pipeline: Any, jobs: Jobs, batch_size: int, folder: Path, weights: dict[str, Any]) -> Iterator[str | None]:
+    """Draw batch after batch, and write each image; yield for each None, or what one is that is not finite.
+
+    Args:
+        pipeline: of diffusers.
+        jobs: the images.
+        batch_size: how many are drawn at once.
+        folder: of the PNGs.
+        weights: those of the pipeline, as the PNGs name them.
+    """
+    from nami_lightning.pipelines.batch import generate_batch, settings_in_full
+    from nami_lightning.pipelines.image_rows import batches
+    from nami_lightning.pipelines.png_settings import save_with_settings
+
+    for batch in batches(jobs, batch_size):
+        rows = [row for _, row in batch]
+        arguments = call_settings(rows[0])
+        if "negative_prompt" in arguments:
+            arguments["negative_prompt"] = [row.negative_prompt for row in rows]
+        images, origins = generate_batch(
+            pipeline, [row.prompt for row in rows], [row.seed or 0 for row in rows], arguments
+        )
+        full = settings_in_full(pipeline, rows[0].settings)
+        for i, ((number, row), image) in enumerate(zip(batch, images, strict=True)):
+            if i in origins:
+                yield f"prompt {row.prompt!r}, seed {row.seed}, {origins[i]}"
+                continue
+            asked = row.asked | weights
+            drawn = asked | full | {"height": image.height, "width": image.width}
+            save_with_settings(image, folder / image_name(number), asked, drawn)
+            yield None

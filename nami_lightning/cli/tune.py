@@ -11,15 +11,16 @@ def add_command(commands: Any) -> None:
     """Add ``tune steps`` to the command line."""
     parser = commands.add_parser(
         "tune",
-        help="find the solver steps of each stage that pay",
+        help="find the solver steps and the guidance of each stage that pay",
         description="Find the settings of the sampler that give the best images for their cost.",
     )
     kinds = parser.add_subparsers(dest="kind", metavar="WHAT", required=True)
     steps = kinds.add_parser(
         "steps",
-        help="the solver steps of each stage",
-        description="Draw the held-out captions with ever more solver steps, added at the stage where they lower the "
-        "Frechet distance most for their operations. Write all that was measured and a plot; --export writes the "
+        help="the solver steps of each stage, their guidance, solver and spacing",
+        description="Draw the held-out captions at one setting after the other. Begin with one solver step a stage; "
+        "then raise the steps or the guidance of the stage where that lowers the Frechet distance most for its "
+        "operations, or change the solver or spacing. Write all that was measured and a plot; --export writes the "
         "model as a pipeline with the cheapest good setting as its default. The run's recipe needs the callback "
         "Metrics.",
     )
@@ -31,10 +32,24 @@ def add_command(commands: Any) -> None:
         "--solver",
         nargs="+",
         choices=["euler", "heun", "multistep"],
-        default=["euler", "multistep"],
-        help="solvers to try at every setting (default: euler multistep)",
+        default=["multistep", "euler"],
+        help="solvers to choose from, the one to start with first (default: multistep euler)",
     )
-    steps.add_argument("--guidance_scale", type=float, default=1.0, help="guidance of all settings (default 1: off)")
+    steps.add_argument(
+        "--guidance_scale",
+        nargs="+",
+        type=float,
+        default=[1.0],
+        metavar="SCALE",
+        help="guidance to choose from at each stage, the lowest first; above 1 it doubles a stage's cost (default 1)",
+    )
+    steps.add_argument(
+        "--spacing",
+        nargs="+",
+        choices=["even", "linspace"],
+        default=["even"],
+        help="spacings of a stage's steps to choose from, the one to start with first (default: even)",
+    )
     steps.add_argument("--most_steps", type=positive_int, default=24, help="most steps of all stages (default 24)")
     steps.add_argument("--samples", type=positive_int, help="captions to draw (default: all of the run's evaluation)")
     steps.add_argument(
@@ -55,58 +70,56 @@ def tune_steps(options: Namespace) -> None:
     Raises:
         FileNotFoundError: a run does not exist, or was never evaluated.
         FileExistsError: the export's folder exists.
+        ValueError: guidance that does not ascend, or fewer steps than stages.
     """
-    from nami_lightning.comparison.tune_steps import StepTuner, cheapest, front, search, write_front
+    from nami_lightning.comparison.tune_steps import Choices, StepTuner, cheapest, export, front, search, write_front
     from nami_lightning.runs.run_dir import find_run
     from nami_lightning.utils.text_table import table
 
     if options.export and Path(options.export).exists():
         raise FileExistsError(f"{options.export} exists: remove it, or give another --export")
+    if options.guidance_scale != sorted(set(options.guidance_scale)):
+        raise ValueError("--guidance_scale must ascend, without repeats")
+    choices = Choices(options.solver, options.guidance_scale, options.spacing, options.most_steps)
     runs = [find_run(name) for name in (options.run, *options.baseline)]
     measured = {}
     for run in runs:
-        tuner = StepTuner(run, options.guidance_scale, options.samples, options.batch_size)
-        measured[run.folder.name] = search(tuner, len(tuner.forward), options.solver, options.most_steps)
-    rows = [["run", "steps", "solver", "GFLOP an image", "Frechet distance"]]
+        tuner = StepTuner(run, options.samples, options.batch_size)
+        if options.most_steps < len(tuner.forward):
+            raise ValueError(f"--most_steps {options.most_steps}: {run.folder.name} has {len(tuner.forward)} stages")
+        measured[run.folder.name] = search(tuner, len(tuner.forward), choices)
+    rows = [["run", "steps", "solver", "spacing", "GFLOP an image", "Frechet distance"]]
     for name, settings in measured.items():
         rows += [
-            [name, one.name, one.solver, f"{one.flops / 1e9:.3g}", f"{one.distance:.1f}"] for one in front(settings)
+            [
+                name,
+                one.setting.name,
+                one.setting.solver,
+                one.setting.spacing,
+                f"{one.flops / 1e9:.3g}",
+                f"{one.distance:.1f}",
+            ]
+            for one in front(settings)
         ]
-    print("\n".join(table(rows, "<<<>>")))
+    print("\n".join(table(rows, "<<<<>>")))
     first = measured[runs[0].folder.name]
     chosen = cheapest(first, options.tolerance)
     assert chosen is not None
     print(
-        f"{chosen.name} steps by {chosen.solver} are the cheapest within {options.tolerance:.0%} of the best distance."
+        f"{chosen.setting.name} steps by {chosen.setting.solver} are the cheapest within {options.tolerance:.0%} of "
+        "the best distance."
     )
     for name, settings in list(measured.items())[1:]:
         theirs = cheapest(settings, options.tolerance)
         ours = theirs and cheapest(first, 0.0, best=min(one.distance for one in settings))
         if theirs and ours:
             print(
-                f"The best distance of {name} takes {ours.name} steps here: {ours.flops / theirs.flops:.3f} of the "
-                f"operations of its {theirs.name} steps, the cheapest within {options.tolerance:.0%} of that distance."
+                f"The best distance of {name} takes {ours.setting.name} steps here: {ours.flops / theirs.flops:.3f} of "
+                f"the operations of its {theirs.setting.name} steps, the cheapest within {options.tolerance:.0%} of "
+                "that distance."
             )
     for path in write_front(measured, Path(options.output or runs[0].folder / "tuned")):
         print(path)
     if options.export:
-        _export(runs[0], chosen, Path(options.export))
-
-
-def _export(run: Any, chosen: Any, folder: Path) -> None:
-    """Write the run's pipeline with the setting as its default."""
-    import json
-
-    from nami_lightning.runs.export import Export
-    from nami_lightning.runs.run_dir import step_of
-    from nami_lightning.utils.atomic_write import write_json
-
-    Export(run, step_of(run.checkpoint(None))).write(folder)
-    index = folder / "model_index.json"
-    defaults = {
-        "num_inference_steps": list(chosen.steps),
-        "guidance_scale": chosen.guidance_scale,
-        "solver": chosen.solver,
-    }
-    write_json(index, json.loads(index.read_text(encoding="utf-8")) | defaults)
-    print(f"{folder}: the pipeline, with {chosen.name} steps by {chosen.solver} as its default")
+        export(runs[0], chosen.setting, Path(options.export))
+        print(f"{options.export}: the pipeline, with {chosen.setting.name} steps as its default")

@@ -1,12 +1,13 @@
-"""Find the solver steps of each stage that give the best images for their cost, on a trained run.
+"""Find the solver steps and the guidance of each stage that give the best images for their cost, on a trained run.
 
 Images of the run's held-out captions are drawn at one setting after the other, with the seeds of its last evaluation,
-and measured against the same real images. The search starts with one step a stage and adds steps where they lower the
-distance most for their operations.
+and measured against the same real images. The search starts with one step a stage and makes the one change at a time
+that lowers the distance most for its operations.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from tqdm.auto import tqdm
 from nami_lightning.metrics import distances
 from nami_lightning.metrics.budget import sample_flops
 from nami_lightning.metrics.record import EVALUATION, Evaluation
+from nami_lightning.runs.export import Export
 from nami_lightning.runs.load import load_module
 from nami_lightning.runs.recipe import Recipe
-from nami_lightning.runs.run_dir import Run
-from nami_lightning.utils.atomic_write import write_text
+from nami_lightning.runs.run_dir import Run, step_of
+from nami_lightning.utils.atomic_write import write_json, write_text
 
 GROWTH = 1.5
 """The factor by which the search raises a stage's steps, by at least one."""
@@ -28,29 +30,81 @@ GROWTH = 1.5
 
 @dataclass(frozen=True)
 class Setting:
-    """A setting of the sampler, and what it was measured at.
+    """A setting of the sampler.
 
     Attributes:
         steps: solver steps of each stage.
+        guidance_scale: of each stage, 1 being off.
         solver: of the steps.
-        guidance_scale: one number, 1 being off.
+        spacing: of a stage's steps, see :class:`BridgeFlow`'s ``timestep_spacing``.
+    """
+
+    steps: tuple[int, ...]
+    guidance_scale: tuple[float, ...]
+    solver: str
+    spacing: str = "even"
+
+    @property
+    def name(self) -> str:
+        """The steps as ``12+6+2``, and the guidance where a stage has some: ``12+6+2 guided 2+1+1``."""
+        steps = "+".join(map(str, self.steps))
+        guided = max(self.guidance_scale) > 1
+        return f"{steps} guided {'+'.join(f'{scale:g}' for scale in self.guidance_scale)}" if guided else steps
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a setting was measured at.
+
+    Attributes:
+        setting: of the sampler.
         flops: operations of the network for one image.
         distance: the Frechet distance of the images to the held-out ones.
     """
 
-    steps: tuple[int, ...]
-    solver: str
-    guidance_scale: float
+    setting: Setting
     flops: float
     distance: float
 
-    @property
-    def name(self) -> str:
-        """The steps as ``12+6+2``."""
-        return "+".join(map(str, self.steps))
+
+@dataclass(frozen=True)
+class Choices:
+    """What the search may choose among; it starts with the first of each.
+
+    Attributes:
+        solvers: of the steps.
+        guidance_scales: ascending; each stage has one of them.
+        spacings: of a stage's steps.
+        most_steps: of all stages together.
+    """
+
+    solvers: Sequence[str] = ("multistep",)
+    guidance_scales: Sequence[float] = (1.0,)
+    spacings: Sequence[str] = ("even",)
+    most_steps: int = 24
+
+    def first(self, stages: int) -> Setting:
+        """Return the cheapest setting: one step a stage."""
+        return Setting((1,) * stages, (self.guidance_scales[0],) * stages, self.solvers[0], self.spacings[0])
+
+    def changes(self, setting: Setting) -> Iterator[Setting]:
+        """Yield the settings that differ in one thing: a stage's steps or guidance raised, a solver, a spacing."""
+        for stage, (number, scale) in enumerate(zip(setting.steps, setting.guidance_scale, strict=True)):
+            steps = _replaced(setting.steps, stage, max(number + 1, round(GROWTH * number)))
+            if sum(steps) <= self.most_steps:
+                yield replace(setting, steps=steps)
+            for higher in [one for one in self.guidance_scales if one > scale][:1]:
+                yield replace(setting, guidance_scale=_replaced(setting.guidance_scale, stage, higher))
+        if max(setting.steps) > 1:  # one step is the same by all
+            yield from (replace(setting, solver=one) for one in self.solvers if one != setting.solver)
+            yield from (replace(setting, spacing=one) for one in self.spacings if one != setting.spacing)
 
 
-Measure = Callable[[tuple[int, ...], str], Setting]
+def _replaced(values: tuple[Any, ...], place: int, value: Any) -> tuple[Any, ...]:
+    return (*values[:place], value, *values[place + 1 :])
+
+
+Measure = Callable[[Setting], Measured]
 
 
 class StepTuner:
@@ -58,7 +112,6 @@ class StepTuner:
 
     Args:
         run: a run with an evaluation of the callback Metrics.
-        guidance_scale: of all settings.
         samples: captions, at most as many as the evaluation has.
         batch_size: images drawn at once.
 
@@ -66,7 +119,7 @@ class StepTuner:
         FileNotFoundError: the run was never evaluated.
     """
 
-    def __init__(self, run: Run, guidance_scale: float, samples: int | None = None, batch_size: int = 16) -> None:
+    def __init__(self, run: Run, samples: int | None = None, batch_size: int = 16) -> None:
         evaluation = Evaluation.load(run.folder)
         if evaluation is None:
             raise FileNotFoundError(
@@ -78,37 +131,41 @@ class StepTuner:
         self.pipeline.set_progress_bar_config(disable=True)
         self.forward = [sample_flops(module, stage).forward for stage in range(module.num_stages)]
         self.features = _features(Recipe(run.recipe)).to(device)
-        self.guidance_scale, self.batch_size, self.name = guidance_scale, batch_size, run.folder.name
+        self.batch_size, self.name = batch_size, run.folder.name
         self.real = torch.from_numpy(evaluation.real)
         self.captions, self.seeds = evaluation.captions[:samples], evaluation.seeds[:samples]
-        self.measured: dict[tuple[tuple[int, ...], str], Setting] = {}
+        self.measured: dict[Setting, Measured] = {}
 
-    def flops(self, steps: Sequence[int], solver: str) -> float:
+    def flops(self, setting: Setting) -> float:
         """Return the network's operations for one image."""
-        calls = (2 if solver == "heun" else 1) * (2 if self.guidance_scale > 1 else 1)
-        return calls * sum(number * each for number, each in zip(steps, self.forward, strict=True))
+        calls = [
+            (2 if setting.solver == "heun" else 1) * (2 if scale > 1 else 1) * number
+            for number, scale in zip(setting.steps, setting.guidance_scale, strict=True)
+        ]
+        return sum(number * each for number, each in zip(calls, self.forward, strict=True))
 
-    def __call__(self, steps: tuple[int, ...], solver: str) -> Setting:
+    def __call__(self, setting: Setting) -> Measured:
         """Draw and measure at a setting, or return what was measured at it before."""
-        if (steps, solver) not in self.measured:
-            drawn = self._features_of_images(steps, solver)
+        if setting not in self.measured:
+            drawn = self._features_of_images(setting)
             frechet = distances.frechet(drawn, self.real)
             distance = frechet(distances.unit_counts(drawn), distances.unit_counts(self.real))
-            self.measured[steps, solver] = Setting(
-                steps, solver, self.guidance_scale, self.flops(steps, solver), distance
-            )
-        return self.measured[steps, solver]
+            self.measured[setting] = Measured(setting, self.flops(setting), distance)
+            place = f"{setting.name} steps, {setting.solver}, {setting.spacing}"
+            tqdm.write(f"{self.name}: {place}: {self.flops(setting) / 1e9:.3g} GFLOP an image, distance {distance:.1f}")
+        return self.measured[setting]
 
-    def _features_of_images(self, steps: tuple[int, ...], solver: str) -> Tensor:
+    def _features_of_images(self, setting: Setting) -> Tensor:
+        self.pipeline.bridge.register_to_config(timestep_spacing=setting.spacing)
         parts = []
         batches = range(0, len(self.captions), self.batch_size)
-        for first in tqdm(batches, f"{self.name} {'+'.join(map(str, steps))} {solver}", leave=False):
+        for first in tqdm(batches, f"{self.name} {setting.name} {setting.solver}", leave=False):
             batch = slice(first, first + self.batch_size)
             images = self.pipeline(
                 list(self.captions[batch]),
-                num_inference_steps=list(steps),
-                guidance_scale=self.guidance_scale,
-                solver=solver,
+                num_inference_steps=list(setting.steps),
+                guidance_scale=list(setting.guidance_scale),
+                solver=setting.solver,
                 generator=[torch.Generator().manual_seed(int(seed)) for seed in self.seeds[batch]],
                 output_type="pt",
             ).images
@@ -116,52 +173,50 @@ class StepTuner:
         return torch.cat(parts)
 
 
-def search(measure: Measure, stages: int, solvers: Sequence[str], most_steps: int) -> list[Setting]:
-    """Raise the steps where they pay most, from one a stage up to a total; return all that was measured.
+def search(measure: Measure, stages: int, choices: Choices) -> list[Measured]:
+    """Make the change that pays most, again and again, until there is none left; return all that was measured.
+
+    A change that costs nothing is made only if it lowers the distance. One that costs operations is made even if it
+    does not, for the next one may.
 
     Args:
-        measure: draws and measures at steps and a solver.
+        measure: draws and measures at a setting.
         stages: K.
-        solvers: to try at every setting.
-        most_steps: of all stages together.
+        choices: what there is to choose.
     """
-
-    def best_of(steps: tuple[int, ...]) -> Setting:
-        settings = [measure(steps, solver) for solver in solvers]
-        seen.extend(settings)
-        return min(settings, key=lambda setting: setting.distance)
-
-    seen: list[Setting] = []
-    current = best_of((1,) * stages)
+    current = measure(choices.first(stages))
+    seen = [current]
     while True:
-        raised = [
-            tuple(max(n + 1, round(GROWTH * n)) if k == stage else n for k, n in enumerate(current.steps))
-            for stage in range(stages)
-        ]
-        candidates = [best_of(steps) for steps in raised if sum(steps) <= most_steps]
-        if not candidates:
-            return seen
-        before = current
-        current = max(candidates, key=lambda one: (before.distance - one.distance) / (one.flops - before.flops))
+        found = [measure(setting) for setting in choices.changes(current.setting)]
+        seen += found
+        free = [one for one in found if one.flops <= current.flops and one.distance < current.distance]
+        dearer = [one for one in found if one.flops > current.flops]
+        if free:
+            current = min(free, key=lambda one: one.distance)
+        elif dearer:
+            before = current
+            current = max(dearer, key=lambda one: (before.distance - one.distance) / (one.flops - before.flops))
+        else:
+            return list(dict.fromkeys(seen))
 
 
-def front(settings: Sequence[Setting]) -> list[Setting]:
+def front(settings: Sequence[Measured]) -> list[Measured]:
     """Return the settings that no cheaper one is as good as, by their operations."""
-    kept: list[Setting] = []
+    kept: list[Measured] = []
     for setting in sorted(settings, key=lambda one: (one.flops, one.distance)):
         if not kept or setting.distance < kept[-1].distance:
             kept.append(setting)
     return kept
 
 
-def cheapest(settings: Sequence[Setting], tolerance: float, best: float | None = None) -> Setting | None:
+def cheapest(settings: Sequence[Measured], tolerance: float, best: float | None = None) -> Measured | None:
     """Return the cheapest setting within ``tolerance`` of the best distance, of theirs if ``best`` is None."""
     best = min(one.distance for one in settings) if best is None else best
     good = [one for one in settings if one.distance <= best * (1 + tolerance)]
     return min(good, key=lambda one: one.flops) if good else None
 
 
-def write_front(runs: Mapping[str, Sequence[Setting]], folder: Path) -> list[Path]:
+def write_front(runs: Mapping[str, Sequence[Measured]], folder: Path) -> list[Path]:
     """Write ``steps.csv`` with all that was measured, and the plot ``steps.png`` and ``.svg`` of the fronts."""
     import matplotlib
 
@@ -171,18 +226,23 @@ def write_front(runs: Mapping[str, Sequence[Setting]], folder: Path) -> list[Pat
 
     from nami_lightning.utils.image_grid import save_figure
 
-    lines = ["run,steps,solver,guidance_scale,flops,frechet,on_front"]
+    lines = ["run,steps,guidance_scale,solver,spacing,flops,frechet,on_front"]
     figure, axes = pyplot.subplots(figsize=(6.4, 4), layout="constrained")
     for number, (name, settings) in enumerate(runs.items()):
         best = front(settings)
         lines += [
-            f"{name},{one.name},{one.solver},{one.guidance_scale},{one.flops:.6g},{one.distance:.4f},{one in best}"
-            for one in sorted(settings, key=lambda one: one.flops)
+            f"{name},{_row(one)},{one in best}" for one in sorted(settings, key=lambda one: (one.flops, one.distance))
         ]
         axes.plot([one.flops for one in best], [one.distance for one in best], "o-", color=f"C{number}", label=name)
         axes.scatter([one.flops for one in settings], [one.distance for one in settings], 8, f"C{number}", alpha=0.4)
         for one in best:
-            axes.annotate(one.name, (one.flops, one.distance), fontsize=6, xytext=(3, 3), textcoords="offset points")
+            axes.annotate(
+                one.setting.name.replace(" guided ", "\nguided "),
+                (one.flops, one.distance),
+                fontsize=6,
+                xytext=(3, 3),
+                textcoords="offset points",
+            )
     axes.set(xscale="log", xlabel="FLOP an image", ylabel="Frechet distance")
     axes.xaxis.set_major_formatter(EngFormatter())
     axes.grid(alpha=0.3)
@@ -192,6 +252,31 @@ def write_front(runs: Mapping[str, Sequence[Setting]], folder: Path) -> list[Pat
     path = save_figure(figure, folder / "steps")
     pyplot.close(figure)
     return [folder / "steps.csv", path]
+
+
+def export(run: Run, setting: Setting, folder: Path) -> None:
+    """Write a run's newest checkpoint as a pipeline with the setting as the default of its calls.
+
+    Raises:
+        FileExistsError: the folder exists.
+    """
+    Export(run, step_of(run.checkpoint(None))).write(folder)
+    scales = setting.guidance_scale
+    defaults = {
+        "num_inference_steps": list(setting.steps),
+        "guidance_scale": list(scales) if len(set(scales)) > 1 else scales[0],
+        "solver": setting.solver,
+    }
+    files = {"model_index.json": defaults, "bridge/config.json": {"timestep_spacing": setting.spacing}}
+    for name, values in files.items():
+        written = json.loads((folder / name).read_text(encoding="utf-8"))
+        write_json(folder / name, written | values)
+
+
+def _row(one: Measured) -> str:
+    setting = one.setting
+    steps, scales = "+".join(map(str, setting.steps)), "+".join(f"{scale:g}" for scale in setting.guidance_scale)
+    return f"{steps},{scales},{setting.solver},{setting.spacing},{one.flops:.6g},{one.distance:.4f}"
 
 
 def _features(recipe: Recipe) -> nn.Module:

@@ -8,26 +8,19 @@ OUT/BENCHMARK/MODEL/not_finite.json          which images have NaN or infinite v
 GenEval's own judge reads this layout too.
 """
 
-import hashlib
-import inspect
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from diffusers import DiffusionPipeline
 from PIL import Image
 from tqdm import tqdm
 
 from nami_lightning.evaluation.prompts import Item, prompts_hash
-from nami_lightning.pipelines.checks import NonFiniteImages
-from nami_lightning.pipelines.nami_pipeline import NamiPipeline
+from nami_lightning.pipelines.batch import check_settings, generate_batch
 from nami_lightning.pipelines.sampler_settings import SamplerSettings
-from nami_lightning.runs.load import load_pipeline
-from nami_lightning.runs.run_dir import find_run, is_run
+from nami_lightning.runs.load import identify_weights, load_pipeline
 from nami_lightning.utils.atomic_write import write_json
 from nami_lightning.utils.image_grid import save_image
 
@@ -133,28 +126,6 @@ class GenerationSettings:
     retry_not_finite: bool = False
 
 
-def identify_weights(source: str, step: int | None = None, ema: bool = True) -> str:
-    """Return a name of the weights that ``source`` has now.
-
-    It is the file name of a run's checkpoint, or a digest of a folder's files by their sizes and times, or ``source``
-    itself.
-
-    Args:
-        source: a run, the folder of a pipeline, or its Hugging Face name.
-        step: step of a run's checkpoint; None: the newest.
-        ema: whether the EMA's weights are used.
-
-    Raises:
-        FileNotFoundError: the run has no such checkpoint, or the local path does not exist.
-    """
-    if is_run(source):
-        name = find_run(source).checkpoint(step).name
-        return name if ema else f"{name} without EMA"
-    files = sorted(path for path in Path(source).rglob("*") if path.is_file()) if Path(source).is_dir() else []
-    stats = [(str(path.relative_to(source)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    return hashlib.sha256(repr(stats).encode()).hexdigest()[:16] if stats else source
-
-
 def generate(
     source: str,
     folder: GeneratedImages,
@@ -194,27 +165,25 @@ def generate(
         return
     pipeline = load_pipeline(source, record["dtype"], settings.step, settings.ema, settings.device)
     pipeline.set_progress_bar_config(disable=True)
-    known = inspect.signature(pipeline.__call__).parameters
-    if unknown := [name for name in record["settings"] if name not in known]:
-        raise ValueError(f"{type(pipeline).__name__} of {source} does not take {', '.join(unknown)}")
-    if "negative_prompt" in record["settings"] and "true_cfg_scale" in known:
-        raise ValueError(f"{source} is a guidance-distilled model: a negative prompt would change nothing")
-    for option, name in (("--steps", "num_inference_steps"), ("--guidance_scale", "guidance_scale")):
-        if isinstance(record["settings"].get(name), list) and not isinstance(pipeline, NamiPipeline):
-            raise ValueError(f"{source} has only one stage: give {option} a single number")
+    check_settings(pipeline, source, record["settings"])
     write_json(folder.folder / SETTINGS_FILE, record)
     failures: list[str] = []
     remembered = dict(folder.not_finite(record))
     with tqdm(total=len(chosen) * images, initial=len(chosen) * images - len(missing), desc=folder.name) as bar:
         for first in range(0, len(missing), settings.batch_size):
             batch = missing[first : first + settings.batch_size]
-            pictures, origins = _generate_batch(pipeline, batch, record)
+            arguments = dict(record["settings"])
+            if "negative_prompt" in arguments:
+                arguments["negative_prompt"] = [arguments["negative_prompt"]] * len(batch)
+            seeds = [record["seed"] + sample for _, sample in batch]
+            pictures, origins = generate_batch(pipeline, [item.prompt for item, _ in batch], seeds, arguments)
             for i, ((item, sample), picture) in enumerate(zip(batch, pictures, strict=True)):
                 if i in origins:
-                    seed = record["seed"] + sample
-                    failures.append(f"{item.id}, image {sample} (seed {seed}, prompt {item.prompt!r}, {origins[i]})")
+                    failures.append(
+                        f"{item.id}, image {sample} (seed {seeds[i]}, prompt {item.prompt!r}, {origins[i]})"
+                    )
                     remembered[item.id, sample] = {
-                        "item": item.id, "sample": sample, "image": str(folder.path(item, sample)), "seed": seed,
+                        "item": item.id, "sample": sample, "image": str(folder.path(item, sample)), "seed": seeds[i],
                         "origin": origins[i],
                     }  # fmt: skip
                     continue
@@ -230,30 +199,6 @@ def generate(
             f"{folder.name}: {len(failures)} of {len(missing)} images have NaN or infinite values, and are not written:"
         )
         print("\n".join(f"  {failure}" for failure in failures))
-
-
-def _generate_batch(
-    pipeline: DiffusionPipeline, batch: Sequence[tuple[Item, int]], record: Mapping[str, Any]
-) -> tuple[list[Image.Image], dict[int, str]]:
-    """Return the images of a batch, and where those that are not finite stopped being so, by their number."""
-    settings = dict(record["settings"])
-    if "negative_prompt" in settings:
-        settings["negative_prompt"] = [settings["negative_prompt"]] * len(batch)
-    origins: dict[int, str] = {}
-    try:
-        output = pipeline(
-            prompt=[item.prompt for item, _ in batch],
-            generator=[torch.Generator().manual_seed(record["seed"] + sample) for _, sample in batch],
-            output_type="np",
-            **settings,
-        ).images
-    except NonFiniteImages as error:
-        output = error.images
-        origins = {i: f"since {origin}" for i, origin in error.origins.items()}
-    arrays = np.asarray(output)
-    finite = np.isfinite(arrays).reshape(len(arrays), -1).all(1)  # other pipelines than ours don't say it
-    origins |= {int(i): "in the result" for i in np.flatnonzero(~finite)}
-    return DiffusionPipeline.numpy_to_pil(np.nan_to_num(arrays)), origins
 
 
 def _agreed_settings(

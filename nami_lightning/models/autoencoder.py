@@ -111,8 +111,12 @@ class Posterior(NamedTuple):
 
 @torch.no_grad()
 def encode_posterior(vae: Autoencoder, images: Tensor) -> Posterior:
-    """Encode images ``(B, 3, H, W)`` in [-1, 1] to the distribution of their normalised latents, float32."""
-    posterior = vae.encode(images.to(vae.dtype)).latent_dist
+    """Encode images ``(B, 3, H, W)`` in [-1, 1] to the distribution of their normalised latents, float32.
+
+    The autoencoder computes in its own dtype, also under autocast.
+    """
+    with torch.autocast(images.device.type, enabled=False):
+        posterior = vae.encode(images.to(vae.dtype)).latent_dist
     scale, shift = vae.config.scaling_factor, vae.config.shift_factor or 0.0
     std = None if isinstance(vae, PixelCodec) else posterior.std.float() * scale
     return Posterior((posterior.mean.float() - shift) * scale, std)
@@ -120,7 +124,11 @@ def encode_posterior(vae: Autoencoder, images: Tensor) -> Posterior:
 
 @torch.no_grad()
 def decode_latents(vae: Autoencoder, latents: Tensor) -> Tensor:
-    """Decode normalised latents to images in [-1, 1], float32; infinite values become NaN."""
+    """Decode normalised latents to images in [-1, 1], float32; infinite values become NaN.
+
+    The autoencoder computes in its own dtype, also under autocast.
+    """
     latents = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
-    images = vae.decode(latents.to(vae.dtype)).sample.float()
+    with torch.autocast(latents.device.type, enabled=False):
+        images = vae.decode(latents.to(vae.dtype)).sample.float()
     return images.clamp(-1, 1).where(images.isfinite(), torch.nan)

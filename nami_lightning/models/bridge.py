@@ -6,7 +6,8 @@ that is a small convolution followed by a pixel shuffle. It is linear least squa
 paper does, and reaches the same outputs. Once fitted it is frozen, and saved with the model.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from typing import Literal, get_args
 
@@ -88,10 +89,13 @@ class BridgeFlow(Float32Model, ConfigMixin):
         return len(self.windows)
 
     def forward(self, stage: int, coarse_end: Tensor) -> Tensor:
-        """Apply ``B_k``, k >= 1, to the endpoint of stage k - 1: ``(B, C, H, W)`` to ``(B, C, 2H, 2W)``."""
+        """Apply ``B_k``, k >= 1, to the endpoint of stage k - 1: ``(B, C, H, W)`` to ``(B, C, 2H, 2W)``.
+
+        Where a stage starts must not be rounded: neither autocast nor TF32 touches it.
+        """
         if self.kind == "matched":
             return flow.upsample(coarse_end) / (1 + self.windows[stage - 1].end)
-        with torch.autocast(coarse_end.device.type, enabled=False):  # where a stage starts must not be rounded
+        with torch.autocast(coarse_end.device.type, enabled=False), exact_convolutions():
             if self.kind == "affine":
                 self.check_size(stage, *(2 * side for side in coarse_end.shape[-2:]))
                 return self.maps[stage - 1](flow.upsample(coarse_end))
@@ -175,6 +179,18 @@ class BridgeFlow(Float32Model, ConfigMixin):
         """Set ``B_stage`` from what a fit's ``solve`` returned."""
         map_ = self.maps[stage - 1]
         map_.load_state_dict({"weight": weight.reshape_as(map_.weight), "bias": bias})  # type: ignore[arg-type]
+
+
+@contextmanager
+def exact_convolutions() -> Iterator[None]:
+    """Convolve float32 numbers in float32 in a ``with`` block; by default cuDNN rounds them to TF32's ten bits."""
+    settings = torch.backends.cudnn.conv
+    before = settings.fp32_precision
+    settings.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
 
 
 class AffineMap(nn.Module):

@@ -197,9 +197,12 @@ class PromptEncoder:
         if model.config.model_type not in T5_FAMILY:  # T5's positions are relative: FLUX passes its tokenizer's limit
             length = min(length, tokenizer.model_max_length)
         tokens = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-        tokens = tokens.to(self.device or model.device)
+        device = self.device or model.device
+        tokens = tokens.to(device)
         mask = {"attention_mask": tokens.attention_mask} if attention_mask else {}
-        return model(input_ids=tokens.input_ids, **mask), tokens.attention_mask[..., None].float()
+        with torch.autocast(device.type, enabled=False):  # the same states in training, sampling and stored encodings
+            output = model(input_ids=tokens.input_ids, **mask)
+        return output, tokens.attention_mask[..., None].float()
 
 
 def _has_pooler(model: Any) -> bool:

@@ -32,6 +32,13 @@ from torch.utils.checkpoint import checkpoint
 
 from nami_lightning.models.flux_weights import FluxWeightsMixin, HeadKind, RopePositions
 
+Rotary = tuple[Tensor, Tensor]
+"""Cosines and sines ``(text + image tokens, head width)`` of the rotary embedding."""
+
+BlockHook = Callable[[int, Tensor, Rotary], tuple[Tensor, Rotary]]
+"""Called before each block with its number, the image tokens ``(B, N, width)`` and the rotary embedding, and once more
+after the last block; returns what goes on from there."""
+
 SETTINGS_BEFORE = {"rope_unit_stage": None, "output_head": "per_stage"}
 """Settings that configs of earlier versions lack, and what they were then."""
 
@@ -138,6 +145,7 @@ class NamiTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, FluxWeig
         timestep: Tensor,
         stage: int,
         joint_attention_kwargs: dict[str, Any] | None = None,
+        block_hooks: Sequence[BlockHook] = (),
     ) -> Tensor:
         """Predict the velocity at a stage.
 
@@ -149,6 +157,7 @@ class NamiTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, FluxWeig
             stage: 0 (coarsest) to K-1.
             joint_attention_kwargs: for the attention of every block, given by its name; of these ``scale`` multiplies
                 the LoRAs.
+            block_hooks: see, and may change, the tokens between the blocks.
 
         Returns:
             ``(B, C, H, W)``.
@@ -160,8 +169,14 @@ class NamiTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, FluxWeig
         temb = self.time_text_embed(timestep.float() * 1000, pooled_projections.to(dtype))
         rotary = self.pos_embed(self._positions(stage, height, width, context.shape[1], x.device))
 
-        for block in self.blocks(stage):
+        for number, block in enumerate(self.blocks(stage)):
+            for hook in block_hooks:
+                x, rotary = hook(number, x, rotary)
+            if number == self.depths[0][stage]:
+                context, x = _side_by_side(context, x)
             context, x = block(x, context, temb, rotary, joint_attention_kwargs)
+        for hook in block_hooks:
+            x, rotary = hook(number + 1, x, rotary)
         shared = self.config.output_head == "shared"
         tokens = self.proj_out(self.norm_out(x, temb)) if shared else self.heads[stage](x, temb)
         return unpatchify(tokens, height, width, self.config.patch_size)
@@ -312,6 +327,12 @@ def _check_choices(rope_positions: str, rope_unit_stage: int | None, output_head
             raise ValueError(f"{name} must be one of {', '.join(get_args(known))}; got {value!r}")
     if rope_unit_stage is not None and not 0 <= rope_unit_stage < stages:
         raise ValueError(f"rope_unit_stage must be a stage, 0 to {stages - 1}, or null; got {rope_unit_stage}")
+
+
+def _side_by_side(context: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return both as views of one tensor, as single blocks return them: compiled, all of those are then one graph."""
+    both = torch.cat([context, x], 1)
+    return both[:, : context.shape[1]], both[:, context.shape[1] :]
 
 
 def patchify(latents: Tensor, patch_size: int) -> Tensor:

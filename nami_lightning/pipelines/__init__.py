@@ -4,7 +4,9 @@
 - ``stages``: its loop: solve a stage, cross the bridge to the next, from noise or from an image.
 - ``lora``: its loader of LoRAs, and several LoRAs by one list.
 - ``checks``: what it checks: its inputs, and whether its images are finite.
-- ``image_rows``: images to draw, from text, JSON lines or CSV, and the settings of an image in its PNG.
+- ``batch``: a batch of images from any text-to-image pipeline of diffusers.
+- ``image_rows``: images to draw, a row each, from text, JSON lines or CSV.
+- ``png_settings``: the settings of an image in its PNG.
 - ``sampler_settings``: the settings of a call, as a recipe, a callback and a benchmark state them.
 """
 

@@ -1,21 +1,16 @@
-"""Images to draw, a row each: from text, JSON lines or CSV; and the settings of an image, kept in its PNG."""
+"""Images to draw, a row each: from text, JSON lines or CSV."""
 
 import csv
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from PIL import Image, UnidentifiedImageError
-from PIL.PngImagePlugin import PngInfo
-
-from nami_lightning.utils.atomic_write import replacing
+from nami_lightning.models.flow import SolverKind
 from nami_lightning.utils.text_files import read_lines, read_text
-
-CHUNK = "nami_lightning"
-"""The text chunk of a PNG that holds the settings as JSON."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +26,7 @@ class ImageRow:
         steps: solver steps: a total, or one number a stage.
         guidance_scale: one number, or one a stage.
         solver: of the steps.
+        place: file and line that it was read from, for messages; empty if it comes from no file.
     """
 
     prompt: str
@@ -41,28 +37,28 @@ class ImageRow:
     steps: int | list[int] | None = None
     guidance_scale: float | list[float] | None = None
     solver: str | None = None
+    place: str = field(default="", compare=False)
 
     def over(self, defaults: dict[str, Any]) -> "ImageRow":
         """Return the row with ``defaults`` where it says nothing."""
         return replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})
 
     @property
+    def asked(self) -> dict[str, Any]:
+        """The row by the names of a file's keys; what is left to the pipeline is None."""
+        values = asdict(self)
+        del values["place"]
+        return values
+
+    @property
     def settings(self) -> dict[str, Any]:
         """The arguments of a pipeline's call that images of one batch share; what is None is left out."""
-        values = asdict(self)
-        del values["prompt"], values["seed"], values["negative_prompt"]
-        values["num_inference_steps"] = values.pop("steps")
-        return {name: value for name, value in values.items() if value is not None}
+        values = {"num_inference_steps" if name == "steps" else name: value for name, value in self.asked.items()}
+        own = ("prompt", "seed", "negative_prompt")
+        return {name: value for name, value in values.items() if value is not None and name not in own}
 
 
-KINDS: dict[str, tuple[type, bool]] = {
-    "seed": (int, False),
-    "height": (int, False),
-    "width": (int, False),
-    "steps": (int, True),
-    "guidance_scale": (float, True),
-}
-"""Numbers of a row: their type, and whether there may be one a stage."""
+# --- files of rows -----------------------------------------------------------------------------
 
 
 def read_rows(path: Path) -> list[ImageRow]:
@@ -71,18 +67,19 @@ def read_rows(path: Path) -> list[ImageRow]:
     A list of one number a stage is ``[12, 6, 2]`` in JSON and ``12+6+2`` in CSV.
 
     Raises:
-        ValueError: a line is no row; the message names the file, the line and the key.
+        ValueError: a line is no row; the message names the file, the line and the key. Or the file has another ending.
         OSError: the file can't be read.
     """
     match path.suffix.lower():
         case ".jsonl":
-            lines = [(number, line) for number, line in enumerate(read_lines(path), 1) if line.strip()]
-            return [_row(path, number, _json(path, number, line)) for number, line in lines]
+            lines = enumerate(read_lines(path), 1)
+            return [_row(f"{path}, line {n}", _json(path, n, line)) for n, line in lines if line.strip()]
         case ".csv":
-            reader = csv.DictReader(StringIO(read_text(path)), restkey="")
-            rows = [(reader.line_num, {key: value for key, value in row.items() if value}) for row in reader]
-            return [_row(path, number, row) for number, row in rows]
-    return [ImageRow(line.strip()) for line in read_lines(path) if line.strip()]
+            return [_row(f"{path}, line {number}", values) for number, values in _csv(path)]
+        case "" | ".txt":
+            lines = enumerate(read_lines(path), 1)
+            return [ImageRow(line.strip(), place=f"{path}, line {n}") for n, line in lines if line.strip()]
+    raise ValueError(f"{path}: prompts are read from .txt, .jsonl or .csv, not from {path.suffix}")
 
 
 def _json(path: Path, number: int, line: str) -> dict[str, Any]:
@@ -92,67 +89,122 @@ def _json(path: Path, number: int, line: str) -> dict[str, Any]:
         raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
     if not isinstance(row, dict):
         raise ValueError(f"{path}, line {number} is not a JSON object")
-    return row
+    return {name: value for name, value in row.items() if value is not None}
 
 
-def _row(path: Path, number: int, values: dict[str, Any]) -> ImageRow:
-    where = f"{path}, line {number}"
-    known = [one.name for one in fields(ImageRow)]
-    if unknown := [name for name in values if name not in known]:
-        raise ValueError(f"{where}: unknown {', '.join(map(repr, unknown))}; known are {', '.join(known)}")
-    prompt = values.get("prompt")
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise ValueError(f"{where}: prompt must be a text that is not empty")
-    return ImageRow(**{name: _number(where, name, value) for name, value in values.items()})
-
-
-def _number(where: str, name: str, value: Any) -> Any:
-    """Return a row's value with its type; texts of a CSV are read as numbers."""
-    if name not in KINDS or value is None:
-        return value
-    kind, several = KINDS[name]
-    parts = value.split("+") if isinstance(value, str) else value if isinstance(value, list) else [value]
+def _csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the rows of a CSV with the numbers of their first lines; cells that are empty are left out."""
+    reader = csv.reader(StringIO(read_text(path), newline=""), strict=True)
+    header: list[str] = []
+    first = 1
     try:
-        numbers = [kind(part) for part in parts]
-        exact = all(float(part) == number for part, number in zip(parts, numbers, strict=True))
-        if (
-            not exact
-            or any(isinstance(part, bool) for part in parts)
-            or not numbers
-            or (len(numbers) > 1 and not several)
-        ):
+        for cells in reader:
+            if not header:
+                header = [cell.strip() for cell in cells]
+                _check_header(f"{path}, line {first}", header)
+            elif len(cells) > len(header):
+                raise ValueError(f"{path}, line {first} has {len(cells)} values, but the header {len(header)}")
+            elif any(cells):
+                yield first, {name: cell for name, cell in zip(header, cells, strict=False) if cell.strip()}
+            first = reader.line_num + 1
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {first} is not CSV: {error}") from error
+
+
+def _check_header(place: str, header: Sequence[str]) -> None:
+    _check_keys(place, header)
+    if "prompt" not in header or len(set(header)) < len(header):
+        raise ValueError(f"{place}: the header must name prompt, and each column once; got {', '.join(header)}")
+
+
+def _check_keys(place: str, names: Sequence[str]) -> None:
+    if unknown := [name for name in names if name not in KEYS]:
+        raise ValueError(f"{place}: unknown {', '.join(map(repr, unknown))}; known are {', '.join(KEYS)}")
+
+
+def _row(place: str, values: dict[str, Any]) -> ImageRow:
+    _check_keys(place, list(values))
+    if not str(values.get("prompt", "")).strip():
+        raise ValueError(f"{place}: prompt must be a text that is not empty")
+    return ImageRow(**{name: _value(place, name, value) for name, value in values.items()}, place=place)
+
+
+def _value(place: str, name: str, value: Any) -> Any:
+    """Return a row's value with its type; texts of a CSV are read as numbers."""
+    read, what = READERS[name]
+    try:
+        parts = value.split("+") if isinstance(value, str) else value
+        if name not in SEVERAL or not isinstance(parts, list) or (isinstance(value, str) and len(parts) == 1):
+            return read(value)
+        if not parts:
             raise ValueError(value)
-    except (TypeError, ValueError) as error:
-        what = "a number, or one a stage" if several else "a whole number"
-        raise ValueError(f"{where}: {name} must be {what}; got {value!r}") from error
-    return numbers if isinstance(value, list) or len(numbers) > 1 else numbers[0]
+        return [read(part) for part in parts]
+    except (TypeError, ValueError, OverflowError) as error:
+        several = ", or one a stage" if name in SEVERAL else ""
+        raise ValueError(f"{place}: {name} must be {what}{several}; got {value!r}") from error
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or "\0" in value:
+        raise TypeError(value)
+    value.encode()  # half of a pair of surrogates can't be
+    return value
+
+
+def _solver(value: Any) -> str:
+    if value not in get_args(SolverKind):
+        raise ValueError(value)
+    return str(value)
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not math.isfinite(number := float(value)):
+        raise ValueError(value)
+    return number
+
+
+def _whole(value: Any) -> int:
+    """Return a whole number; tables with empty cells write 512 as 512.0."""
+    number = int(value) if isinstance(value, int | str) and "." not in str(value) else _number(value)
+    if isinstance(value, bool) or number != int(number) or not -(2**63) <= number < 2**63:
+        raise ValueError(value)
+    return int(number)
+
+
+def _count(value: Any) -> int:
+    if (number := _whole(value)) < 1:
+        raise ValueError(value)
+    return number
+
+
+COUNT = (_count, "a whole number of at least 1")
+READERS: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "prompt": (_text, "a text"),
+    "seed": (_whole, "a whole number of 64 bits"),
+    "negative_prompt": (_text, "a text"),
+    "height": COUNT,
+    "width": COUNT,
+    "steps": COUNT,
+    "guidance_scale": (_number, "a number"),
+    "solver": (_solver, f"one of {', '.join(get_args(SolverKind))}"),
+}
+"""The keys of a row in a file: how their values are read, and what they must be."""
+
+KEYS = tuple(READERS)
+SEVERAL = ("steps", "guidance_scale")
+"""Numbers of which there may be one a stage."""
+
+
+# --- batches -----------------------------------------------------------------------------------
 
 
 def batches(rows: Sequence[tuple[int, ImageRow]], size: int) -> Iterator[list[tuple[int, ImageRow]]]:
     """Yield rows in batches of equal settings, in their order as far as that allows."""
     waiting: dict[str, list[tuple[int, ImageRow]]] = {}
     for number, row in rows:
-        group = waiting.setdefault(json.dumps(row.settings), [])
+        key = json.dumps([row.settings, row.negative_prompt is None])
+        group = waiting.setdefault(key, [])
         group.append((number, row))
         if len(group) == size:
-            yield waiting.pop(json.dumps(row.settings))
+            yield waiting.pop(key)
     yield from waiting.values()
-
-
-def save_with_settings(image: Image.Image, path: Path, settings: dict[str, Any]) -> None:
-    """Write a PNG that holds the prompt and all settings as text, completely or not at all."""
-    info = PngInfo()
-    info.add_itxt("prompt", settings["prompt"])
-    info.add_itxt(CHUNK, json.dumps(settings, ensure_ascii=False))
-    with replacing(path) as partial:
-        image.save(partial, "PNG", pnginfo=info)
-
-
-def read_settings(path: Path) -> dict[str, Any] | None:
-    """Return the settings that a PNG holds; None if there are none, or it isn't a whole picture."""
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return json.loads(getattr(image, "text", {})[CHUNK])
-    except (OSError, UnidentifiedImageError, KeyError, ValueError, SyntaxError):
-        return None

@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from nami_lightning.models.autoencoder import PIXELS, AutoencoderConfig
+from nami_lightning.models.autoencoder import PIXELS, AutoencoderConfig, encode_posterior
 from nami_lightning.models.text_encoder import TextEncoderConfig, resolve_name, text_model_class
 from nami_lightning.planning.memory import LiveBytes
 
@@ -143,8 +143,9 @@ def _peak(config: AutoencoderConfig, samples: int, side: int) -> int:
         with FakeTensorMode():
             settings = AutoencoderKL.load_config(config.name, subfolder=config.subfolder)
             vae = AutoencoderKL.from_config(settings).eval()
+            images = torch.empty(samples, 3, side, side, dtype=torch.float32)
             with LiveBytes(vae) as live:
-                vae.encode(torch.empty(samples, 3, side, side))
+                encode_posterior(vae, images)
     finally:
         torch.set_default_dtype(before)
     return live.peak

@@ -8,7 +8,7 @@ it computes the scores again. What activation checkpointing computes again is co
 trains nothing.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -128,7 +128,12 @@ class _Counter:
 
 
 def transformer_flops(
-    config: Mapping[str, Any], stage: int, image_tokens: int, text_tokens: int, activation_checkpointing: int = 0
+    config: Mapping[str, Any],
+    stage: int,
+    image_tokens: int,
+    text_tokens: int,
+    activation_checkpointing: int = 0,
+    block_tokens: Sequence[int] | None = None,
 ) -> Flops:
     """Return the operations of one sample's forward and backward pass through the network of a stage.
 
@@ -138,6 +143,7 @@ def transformer_flops(
         image_tokens: number of image tokens of the sample.
         text_tokens: number of text tokens of its prompt, padding included.
         activation_checkpointing: N: every N-th block is recomputed in the backward pass; 0: none is.
+        block_tokens: image tokens that each block sees, where they aren't all of the sample's.
     """
     width = config["num_attention_heads"] * config["attention_head_dim"]
     patch = config["in_channels"] * config["patch_size"] ** 2
@@ -155,7 +161,8 @@ def transformer_flops(
         for index in range(count):
             # Nothing uses the text output of the last block if that block is a double one, so it gets no gradient.
             text_trained = not double or bool(singles) or index + 1 < count
-            block = _block(double, width, image_tokens, text_tokens, text_trained)
+            seen = image_tokens if block_tokens is None else block_tokens[index if double else doubles + index]
+            block = _block(double, width, seen, text_tokens, text_trained)
             total.forward += block.forward
             total.backward += block.backward
             if activation_checkpointing and index % activation_checkpointing == 0:

@@ -1,7 +1,7 @@
 """What a plan depends on: the network, the devices, and the settings of a recipe that cost memory or time."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ from nami_lightning.models.transformer import NamiTransformer2DModel
 from nami_lightning.planning.encoder_memory import FrozenModel
 from nami_lightning.planning.flops import matmul_dtype
 from nami_lightning.training.curriculum import Curriculum, Phase, split_evenly
+from nami_lightning.training.techniques.technique import Techniques
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,7 @@ class Setup:
         optimizer: bytes of the optimizer's state for each byte of trained weights.
         frozen: the frozen encoders.
         teacher_calls: forward passes of a student's frozen teacher for one sample; 0: there is none.
+        techniques: that the network is trained with; the plan counts those that are on at the first step.
     """
 
     name: str
@@ -131,6 +133,7 @@ class Setup:
     optimizer: float
     frozen: tuple[FrozenModel, ...] = ()
     teacher_calls: int = 0
+    techniques: Techniques = field(default_factory=Techniques)
 
     @property
     def matmul_dtype(self) -> str:

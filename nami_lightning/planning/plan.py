@@ -184,7 +184,10 @@ def _stage(setup: Setup, stage: int) -> StagePlan:
     activations_of = measure_activations(network.make, _shape(setup, stage, samples)) if samples else None
     doubles, singles = (list(accumulate(config[key]))[stage] for key in ("num_layers", "num_single_layers"))
     tokens = setup.image_tokens(stage)
-    flops = transformer_flops(config, stage, tokens, setup.text_tokens, setup.activation_checkpointing)
+    changed = setup.techniques.change_flops(config, stage, tokens, step=0)
+    flops = transformer_flops(
+        config, stage, tokens, setup.text_tokens, setup.activation_checkpointing, changed.block_tokens
+    )
     return StagePlan(
         resolution=setup.resolutions[stage],
         image_tokens=tokens,
@@ -193,7 +196,11 @@ def _stage(setup: Setup, stage: int) -> StagePlan:
         parameters=sum(sizes[group] for group in used - before),
         parameters_used=sum(sizes[group] for group in used),
         micro_batch=samples,
-        flops=replace(flops, forward=flops.forward * (1 + setup.teacher_calls)),
+        flops=replace(
+            flops,
+            forward=flops.forward * (1 + setup.teacher_calls) + changed.forward,
+            backward=flops.backward + changed.backward,
+        ),
         encoding_flops=sum(model.flops[stage] for model in setup.frozen),
         saved=activations_of.saved if activations_of else 0,
         temporary=max(activations_of.peak - activations_of.saved, 0) if activations_of else 0,

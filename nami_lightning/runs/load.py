@@ -1,6 +1,8 @@
 """Load a trained model, from a run's checkpoint or from a pipeline's folder, ready to sample with."""
 
+import hashlib
 import inspect
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -55,7 +57,8 @@ def load_pipeline(
 
     Args:
         source: a run, a pipeline's folder, or its Hugging Face name.
-        dtype: of the network's weights, ``bfloat16`` say; None: as it was saved for a NAMI, float32 for others.
+        dtype: of the network's weights, ``bfloat16`` say; None: bfloat16 on a GPU and as it was saved elsewhere for a
+            NAMI, float32 for others.
         step: of a run's checkpoint; None: the newest.
         ema: use the EMA's weights of a run's checkpoint, if it has them.
         device: of torch, ``cuda:1`` say; None: a GPU if there is one.
@@ -81,11 +84,39 @@ def load_pipeline(
                 f"{source} is neither a run (a folder, or a name below runs/) nor a pipeline that diffusers can load: "
                 f"{first_line(error)}; {describe_runs(source)}"
             ) from error
-    if torch_dtype and isinstance(pipeline, NamiPipeline):
-        pipeline.transformer.to(torch_dtype)  # the bridges stay float32: they are small, and joints must be exact
+    if isinstance(pipeline, NamiPipeline):
+        pipeline.transformer.to(torch_dtype or fast_dtype(pipeline.transformer.dtype, place))  # the bridges stay float32: they are small, and joints must be exact
     if "prompt" not in inspect.signature(pipeline.__call__).parameters:
         raise ValueError(f"{source} is a {type(pipeline).__name__}, which takes no prompt")
     return pipeline.to(place)
+
+
+def fast_dtype(saved: torch.dtype, device: torch.device) -> torch.dtype:
+    """Return the dtype in which a network with weights of dtype ``saved`` draws fast on ``device``."""
+    return torch.bfloat16 if device.type == "cuda" and saved == torch.float32 else saved
+
+
+def identify_weights(source: str, step: int | None = None, ema: bool = True) -> str:
+    """Return a name of the weights that ``source`` has now.
+
+    It is the file name of a run's checkpoint, or a digest of a file or of a folder's files by their sizes and times,
+    or ``source`` itself.
+
+    Args:
+        source: a run, the folder of a pipeline or of a LoRA, a file, or a Hugging Face name.
+        step: step of a run's checkpoint; None: the newest.
+        ema: whether the EMA's weights are used.
+
+    Raises:
+        FileNotFoundError: the run has no such checkpoint, or the local path does not exist.
+    """
+    if is_run(source):
+        name = find_run(source).checkpoint(step).name
+        return name if ema else f"{name} without EMA"
+    path = Path(source)
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    stats = [(str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(repr(stats).encode()).hexdigest()[:16] if stats else source
 
 
 def find_device(name: str | None = None) -> torch.device:

@@ -69,6 +69,8 @@ class MicroBatch:
         global_indices: n indices of the samples in the global batch; each fixes its sample's random numbers.
         damaged: one message for each sample that was damaged and replaced by another one.
         encodings: precomputed latents and text states, if the data set has them.
+        padding: number of samples at the end that count in no result: in a validation they repeat others, so that all
+            ranks run micro-batches of the same stages.
     """
 
     step: int
@@ -79,6 +81,7 @@ class MicroBatch:
     global_indices: list[int]
     damaged: list[str] = field(default_factory=list)
     encodings: Encodings | None = None
+    padding: int = 0
 
     def __len__(self) -> int:
         return len(self.ids)

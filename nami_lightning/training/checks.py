@@ -17,6 +17,7 @@ SETTINGS_BEFORE = {f"transformer.{key}": value for key, value in TRANSFORMER_BEF
     "bridge.time": "noise_level",
     "bridge.velocity_time": "global",
     "bridge.timestep_spacing": "even",
+    "techniques": {},
 }
 """Settings of the model that checkpoints of earlier versions lack, and what they were then; None, if not listed."""
 

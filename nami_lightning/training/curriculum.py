@@ -176,3 +176,16 @@ def split_evenly(samples: int, ranks: int, limit: int, stage: int) -> tuple[int,
             f"of at most {limit}: change curriculum.unit, the phase's ratio, or data.max_micro_batch[{stage}]"
         )
     return count, each // count if count else 0
+
+
+def continue_epoch(checkpoint: dict[str, Any]) -> None:
+    """Let Lightning go on in a checkpoint's epoch, in place: all steps are one.
+
+    A run that was stopped, or a curriculum that was made longer, goes on in it: whether there is another batch is for
+    the loader to say. A budget of time (``trainer.max_time``) is a start's: what earlier starts used is forgotten.
+    """
+    for name in [name for name in checkpoint.get("callbacks", {}) if name.startswith("Timer")]:
+        del checkpoint["callbacks"][name]
+    loops = checkpoint["loops"]["fit_loop"]
+    loops["epoch_loop.batch_progress"]["is_last_batch"] = False
+    loops["epoch_progress"]["current"] |= {"processed": 0, "completed": 0}

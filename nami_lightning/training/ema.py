@@ -6,10 +6,12 @@ So are those of a LoRA, wherever they are kept: its EMA is of the adapter alone.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from lightning.pytorch.strategies import Strategy
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from nami_lightning.models.lora import in_adapter, trained_parameters
 from nami_lightning.models.transformer import NamiTransformer2DModel
@@ -71,6 +73,13 @@ def _network_copy(
     return copy
 
 
+def leave_out_of_ddp(module: nn.Module, child: str) -> None:
+    """Let DDP take no notice of a module's child, in place: it is never trained, and may lie on another device."""
+    names = {f"{child}.{name}" for name in getattr(module, child).state_dict()}
+    names |= set(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)
+
+
 def adapt_ema(weights: dict[str, torch.Tensor], wanted: bool) -> None:
     """Give a checkpoint's weights an EMA, or take it from them, in place, as the module that loads them has one or not.
 
@@ -85,6 +94,21 @@ def adapt_ema(weights: dict[str, torch.Tensor], wanted: bool) -> None:
             del weights[name]
 
 
+def ema_note(saved: dict[str, Any], wanted: bool) -> str | None:
+    """Return what is to be said of a checkpoint's EMA if the module that loads it has one and the checkpoint not, or
+    the reverse.
+
+    Args:
+        saved: what the checkpoint says of itself: its ``step``, and whether it has an ``ema``.
+        wanted: whether the module has an EMA.
+    """
+    if saved["ema"] == wanted:
+        return None
+    if wanted:
+        return f"The checkpoint has no EMA: it starts from the weights of step {saved['step']}."
+    return "The recipe has no EMA callback any more: the checkpoint's EMA is dropped."
+
+
 @torch.no_grad()
 def swap_weights(first: nn.Module, second: nn.Module) -> None:
     """Swap the trained weights of two networks, each staying on its device; this needs memory for one more tensor."""
@@ -97,6 +121,9 @@ def swap_weights(first: nn.Module, second: nn.Module) -> None:
 class SwapWeights:
     """A ``with`` block in which a network holds another one's weights; inside another such block it does nothing.
 
+    Compiled blocks run as they are written meanwhile: drawing and validation have batches of many shapes, and each
+    would be compiled.
+
     Args:
         network: the network that is used.
         source: holds the weights, and the network's own meanwhile; None: nothing is swapped.
@@ -108,10 +135,14 @@ class SwapWeights:
 
     def __enter__(self) -> None:
         self.depth += 1
-        if self.depth == 1 and self.source is not None:
-            swap_weights(self.network, self.source)
+        if self.depth == 1:
+            self.eager = torch.compiler.set_stance("force_eager")
+            if self.source is not None:
+                swap_weights(self.network, self.source)
 
     def __exit__(self, *_: object) -> None:
         self.depth -= 1
-        if self.depth == 0 and self.source is not None:
-            swap_weights(self.network, self.source)
+        if self.depth == 0:
+            if self.source is not None:
+                swap_weights(self.network, self.source)
+            self.eager.__exit__(None, None, None)

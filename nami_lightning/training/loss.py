@@ -1,7 +1,8 @@
 """The loss of NAMI: one function for training and for validation, and the validation loss by stage and by tau."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,22 @@ from nami_lightning.training import rng
 from nami_lightning.training.batch import MicroBatch
 from nami_lightning.training.frozen_encoders import EncodingModule
 from nami_lightning.training.paths.straight import Path
+from nami_lightning.training.techniques.technique import ForwardPass, Technique
+
+
+class FlowError(NamedTuple):
+    """How far a network's velocity is off.
+
+    Attributes:
+        loss: the squared error in float32: a number, or ``(n, C, H, W)``.
+        tau: the local times ``(n,)``.
+        added: what techniques add to the loss, by their names.
+    """
+
+    loss: Tensor
+    tau: Tensor
+    added: dict[str, Tensor]
+
 
 TAU_BINS = 4
 """Equal parts of [0, 1]."""
@@ -41,7 +58,8 @@ class FlowLoss:
         seed_key: int | str,
         prompt_dropout: float = 0.0,
         reduction: Literal["mean", "none"] = "mean",
-    ) -> tuple[Tensor, Tensor]:
+        techniques: Sequence[Technique] = (),
+    ) -> FlowError:
         """Compare the velocity that a network predicts for a micro-batch with the true one (NAMI, section 3.2).
 
         Args:
@@ -52,9 +70,7 @@ class FlowLoss:
                 batch in training, a word in validation.
             prompt_dropout: probability that a sample is trained on the empty prompt.
             reduction: return the ``mean`` of the squared error, or all of it: ``none``.
-
-        Returns:
-            The squared error in float32, a number or ``(n, C, H, W)``; and tau ``(n,)``.
+            techniques: that are on in this step of training.
         """
         stage, window = micro.stage, self.bridge.windows[micro.stage]
         latents, coarse_latents = encoders.latents(micro, seed_key)
@@ -65,9 +81,12 @@ class FlowLoss:
         x, tau, target = self.path(encoders, micro, start, end, text, random)
         t = window.timestep(tau)
 
-        velocity = transformer(x, text.sequence, text.pooled, t, stage).float()
-        loss = F.mse_loss(velocity, target, reduction=reduction)
-        return (loss * window.duration**2 if self.local_velocity else loss), tau
+        forward = ForwardPass(micro, encoders.seed, window, x, tau, target)
+        hooks = [hook for technique in techniques if (hook := technique.block_hook(forward)) is not None]
+        forward.velocity = transformer(x, text.sequence, text.pooled, t, stage, block_hooks=hooks).float()
+        loss = F.mse_loss(forward.velocity, target, reduction=reduction)
+        added = {technique.name: one for technique in techniques if (one := technique.loss(forward)) is not None}
+        return FlowError(loss * window.duration**2 if self.local_velocity else loss, tau, added)
 
 
 class LossByTau:
@@ -88,9 +107,13 @@ class LossByTau:
         self.sums[1, stage].index_add_(0, bins, torch.ones_like(losses, dtype=torch.float))
 
     def means(self, strategy: Strategy) -> dict[str, Tensor]:
-        """Return ``val/loss_stage1_tau_0.00-0.25`` and so on, over all ranks; a bin without a sample is left out."""
+        """Return ``val/loss_stage1``, ``val/loss_stage1_tau_0.00-0.25`` and so on, over all ranks.
+
+        A stage or a bin without a sample is left out.
+        """
         sums, counts = strategy.reduce(self.sums, reduce_op="sum")
-        return {
+        stages = (counts.sum(1) > 0).nonzero().flatten().tolist()
+        return {f"val/loss_stage{stage + 1}": sums[stage].sum() / counts[stage].sum() for stage in stages} | {
             f"val/loss_stage{stage + 1}_tau_{part / TAU_BINS:.2f}-{(part + 1) / TAU_BINS:.2f}": (
                 sums[stage, part] / counts[stage, part]
             )

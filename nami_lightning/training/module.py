@@ -32,14 +32,15 @@ from nami_lightning.training.checks import (
     check_training,
     model_settings,
 )
-from nami_lightning.training.curriculum import Curriculum
-from nami_lightning.training.ema import SwapWeights, adapt_ema, make_ema_model
+from nami_lightning.training.curriculum import Curriculum, continue_epoch
+from nami_lightning.training.ema import SwapWeights, adapt_ema, ema_note, leave_out_of_ddp, make_ema_model
 from nami_lightning.training.frozen_encoders import EncodingModule, LatentPyramid
 from nami_lightning.training.loss import FlowLoss, LossByTau
 from nami_lightning.training.paths.rectified import DistillationSettings, RectifiedPath, make_path
 from nami_lightning.training.paths.straight import TauDistribution
 from nami_lightning.training.step_sync import SkippedSteps, agree, require_same_start
-from nami_lightning.training.strategies import full_tensor, parallelize, reduce_gradients
+from nami_lightning.training.strategies import full_tensor, parallelize, reduce_gradients, shard_parts
+from nami_lightning.training.techniques.technique import Technique, Techniques
 from nami_lightning.utils.heartbeat import Heartbeat
 
 VALIDATION = "validation"
@@ -73,6 +74,7 @@ class NamiModule(EncodingModule):
         pretrained: the start: a run, a NamiPipeline's folder or hub name, or a NamiTransformer2DModel's folder.
         lora: train adapters beside the weights of ``pretrained``, which stay as they are; null: train the weights.
         distillation: learn to sample in few steps from the model of ``pretrained``; null: learn from the data.
+        techniques: change the training, not the sampling: see :mod:`nami_lightning.training.techniques`.
 
     Raises:
         ValueError: numbers of stages that differ, or resolutions that the network can't take.
@@ -104,6 +106,7 @@ class NamiModule(EncodingModule):
         pretrained: str | None = None,
         lora: LoraSettings | None = None,
         distillation: DistillationSettings | None = None,
+        techniques: list[Technique] | None = None,
     ) -> None:
         with torch.device("meta"):
             config = dict(transformer().config)
@@ -129,6 +132,7 @@ class NamiModule(EncodingModule):
             leave_out_base(self, "transformer.")
             self.strict_loading = False
         check_stages(self.transformer_config, self.bridge, resolutions, curriculum, autoencoder)
+        self.techniques = Techniques(techniques or ()).prepare(config)
 
         self.step = 0
         """Number of global batches consumed, which is the number of the next one."""
@@ -183,10 +187,13 @@ class NamiModule(EncodingModule):
             torch.manual_seed(self.seed)
             self.transformer = self.new_transformer()
         parallelize(self.transformer, self._strategy, self.activation_checkpointing, self.compile_blocks, self.float8)
+        self.techniques.build(self.seed)
+        shard_parts(self.techniques, self._strategy)
         if isinstance(path := self.flow_loss.path, RectifiedPath):
             path.load_teacher(self.pretrained, self.make_transformer, self._strategy, self.compile_blocks)
         if self.use_ema:
             self.ema = make_ema_model(self.transformer, self.make_transformer, self._strategy, self.ema_on_host)
+            leave_out_of_ddp(self, "ema")
 
     def new_transformer(self) -> NamiTransformer2DModel:
         """Make the network with the weights that it starts from, and with a LoRA's adapter."""
@@ -203,8 +210,8 @@ class NamiModule(EncodingModule):
         return transformer
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Make one optimizer over the network, or over its adapter alone; the bridges are frozen."""
-        return self.make_optimizer(trained_parameters(self.transformer))
+        """Make one optimizer over the network, or its adapter alone, and the techniques; the bridges are frozen."""
+        return self.make_optimizer([*trained_parameters(self.transformer), *self.techniques.named_parameters()])
 
     # --- training ----------------------------------------------------------------------------
 
@@ -225,13 +232,19 @@ class NamiModule(EncodingModule):
         counts = [sum(len(micro) for micro in batch if micro.stage == stage) for stage in range(self.num_stages)]
         losses = torch.zeros(self.num_stages, device=self.device)
         micro_losses = []
+        techniques = self.techniques.active(self.step)
+        added = {technique.name: torch.zeros((), device=self.device) for technique in techniques}
         for number, micro in enumerate(batch, 1):
             self.heartbeat.beat(f"stage {micro.stage + 1}, micro-batch {number} of {len(batch)}")
             share = len(micro) / counts[micro.stage]
-            reduce_gradients(self.transformer, self._strategy, last=number == len(batch))
-            loss, _ = self.flow_loss(self, self.transformer, micro, micro.step, self.prompt_dropout)
-            self.manual_backward(weights[micro.stage] * share * loss)
-            micro_losses.append(loss.detach())
+            reduce_gradients((self.transformer, *self.techniques), self._strategy, last=number == len(batch))
+            error = self.flow_loss(
+                self, self.transformer, micro, micro.step, self.prompt_dropout, techniques=techniques
+            )
+            self.manual_backward(weights[micro.stage] * share * sum(error.added.values(), error.loss))
+            micro_losses.append(error.loss.detach())
+            for name, value in error.added.items():
+                added[name] += weights[micro.stage] * share * value.detach()
             losses[micro.stage] += share * micro_losses[-1]
 
         self.heartbeat.beat("the update")
@@ -242,7 +255,7 @@ class NamiModule(EncodingModule):
             optimizer.step()
             self.skipped.in_row = 0
             self._update_running_losses(agreed.losses, ratio)
-            self._log_losses(weights, agreed.losses, agreed.norm)
+            self._log_losses(weights, agreed.losses, agreed.norm, added)
         else:
             self.skipped.add(self.step - 1, batch, micro_losses)
             self._log_metrics({"train/skipped": self.skipped.total})
@@ -281,9 +294,10 @@ class NamiModule(EncodingModule):
     def clip_gradients_by_norm(self) -> Tensor:
         """Scale the gradient down to ``gradient_clip_norm`` if that is set, and return its norm before that."""
         limit = torch.inf if self.gradient_clip_norm is None else self.gradient_clip_norm
-        return full_tensor(torch.nn.utils.clip_grad_norm_(self.transformer.parameters(), limit))
+        trained = [*self.transformer.parameters(), *self.techniques.parameters()]
+        return full_tensor(torch.nn.utils.clip_grad_norm_(trained, limit))
 
-    def _log_losses(self, weights: Tensor, losses: Tensor, norm: float) -> None:
+    def _log_losses(self, weights: Tensor, losses: Tensor, norm: float, added: dict[str, Tensor]) -> None:
         """Log the losses, every ``log_every_n_steps`` steps."""
         loss = (weights * losses).sum()
         self.log("train/loss", loss, prog_bar=True, logger=False)
@@ -292,6 +306,7 @@ class NamiModule(EncodingModule):
         metrics = {"train/loss": float(loss), "train/gradient_norm": norm, "train/skipped": self.skipped.total}
         trained = [k for k, parts in enumerate(self.curriculum.phase(self.step - 1).ratio) if parts]
         metrics |= {f"train/loss_stage{k + 1}": float(losses[k]) for k in trained}
+        metrics |= {f"train/loss_{name}": float(value) for name, value in added.items()}
         self._log_metrics(metrics)
 
     def _log_metrics(self, metrics: dict[str, float]) -> None:
@@ -317,19 +332,18 @@ class NamiModule(EncodingModule):
         self.seconds_paused += perf_counter() - self._validation_began
 
     def validation_step(self, micro: MicroBatch, batch_idx: int) -> None:
-        """Log the loss of a held-out micro-batch, at noise and tau that are the same at every validation."""
+        """Measure the loss of a held-out micro-batch, at noise and tau that are the same at every validation."""
         self.heartbeat.beat(f"validation, stage {micro.stage + 1}")
-        errors, tau = self.flow_loss(self, self.sampling_transformer, micro, VALIDATION, reduction="none")
-        losses = errors.mean((1, 2, 3))
-        self.log(f"val/loss_stage{micro.stage + 1}", losses.mean(), batch_size=len(micro), sync_dist=True)
-        self.losses_by_tau.add(micro.stage, tau, losses)
+        errors, tau, _ = self.flow_loss(self, self.sampling_transformer, micro, VALIDATION, reduction="none")
+        counted = len(micro) - micro.padding
+        self.losses_by_tau.add(micro.stage, tau[:counted], errors.mean((1, 2, 3))[:counted])
 
     def on_validation_epoch_start(self) -> None:
         """Start the sums of the losses by tau."""
         self.losses_by_tau = LossByTau(self.num_stages, self.device)
 
     def on_validation_epoch_end(self) -> None:
-        """Log the losses by tau."""
+        """Log each stage's loss, and the losses by tau."""
         self.log_dict(self.losses_by_tau.means(self.trainer.strategy), sync_dist=True)
 
     # --- sampling ----------------------------------------------------------------------------
@@ -349,6 +363,7 @@ class NamiModule(EncodingModule):
     def identity(self) -> TrainingIdentity:
         """What a checkpoint must have in common with this module to be resumed by it."""
         settings = model_settings(self.transformer_config, self.bridge, self.resolutions, self.lora)
+        settings["techniques"] = self.techniques.trained
         encoders = describe_encoders(self.text_encoder_config, self.autoencoder_config)
         return TrainingIdentity(settings, encoders, self.seed, self.curriculum)
 
@@ -372,27 +387,12 @@ class NamiModule(EncodingModule):
         self.data_before = saved.get("data")
         if "state_dict" in checkpoint:
             adapt_ema(checkpoint["state_dict"], self.ema is not None)
-        if saved["ema"] != (self.ema is not None):
-            rank_zero_info(
-                f"The checkpoint has no EMA: it starts from the weights of step {self.step}."
-                if self.ema is not None
-                else "The recipe has no EMA callback any more: the checkpoint's EMA is dropped."
-            )
-        # A budget of time (trainer.max_time) is a start's: what earlier starts used is forgotten.
-        for name in [name for name in checkpoint.get("callbacks", {}) if name.startswith("Timer")]:
-            del checkpoint["callbacks"][name]
-        # All steps are one epoch. A run that was stopped, or a curriculum that was made longer, goes on in it: whether
-        # there is another batch is for the loader to say.
-        loops = checkpoint["loops"]["fit_loop"]
-        loops["epoch_loop.batch_progress"]["is_last_batch"] = False
-        loops["epoch_progress"]["current"] |= {"processed": 0, "completed": 0}
+        if note := ema_note(saved, self.ema is not None):
+            rank_zero_info(note)
+        continue_epoch(checkpoint)
 
     def check_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint that this recipe can't go on from.
-
-        Raises:
-            ValueError: it is of another model, or its past is not this recipe's.
-        """
+        """Refuse a checkpoint of another model, or whose past is not this recipe's, by a ValueError."""
         self.identity.check(checkpoint)
 
     def data_identity(self) -> str | None:

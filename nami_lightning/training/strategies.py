@@ -4,7 +4,9 @@
 
 1. float8: the blocks' linear layers multiply in it, with torchao's scales; weights stay as they are;
 2. activation checkpointing wraps each (n-th) block: the backward pass recomputes it;
-3. ``torch.compile`` compiles each block, its recomputation included: one graph a kind of block and shape;
+3. ``torch.compile`` compiles each block, its recomputation included: one graph a kind of block and shape of a
+   micro-batch. It is for training alone: drawing and validation run the blocks as they are written, because their
+   batches have many shapes (see ``SwapWeights`` in ``ema.py``), and so does an EMA's network;
 4. FSDP2 (``fully_shard``) shards every block, every stage's head, then the rest at the root, over the mesh's ``shard``
    dimension, and replicates over its ``replicate`` dimension (HSDP) if that is larger than one;
 5. its mixed precision computes in ``param_dtype`` and reduces gradients in ``reduce_dtype``; the weights that the
@@ -16,6 +18,7 @@ reduce-scatter of (N-1)/N * P in ``reduce_dtype`` a step, or a micro-batch (``re
 all-reduce of P/N over the replicas. A micro-batch of stage k gathers only the blocks that run at stage k.
 """
 
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -35,6 +38,9 @@ from nami_lightning.models.transformer import NamiTransformer2DModel, is_hidden_
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # float16 would need a scaled loss
 DTypeName = Literal["float32", "bfloat16"]
+
+MOST_GRAPHS = 256
+"""Graphs that torch may compile of one kind of block: stages times aspect ratios are needed."""
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -174,10 +180,29 @@ def parallelize(
     if activation_checkpointing:
         model.enable_gradient_checkpointing(every=activation_checkpointing)
     if compile:
+        _expect_a_graph_of_every_shape()
         for block in model.blocks(model.num_stages - 1):
             block.compile(dynamic=False)
     if isinstance(strategy, FSDP2Strategy):
         strategy.shard(model)
+
+
+def shard_parts(parts: Iterable[nn.Module], strategy: object) -> None:
+    """Shard the parts that are trained beside a network, in place, if the strategy shards."""
+    for part in parts:
+        if isinstance(strategy, FSDP2Strategy) and any(True for _ in part.parameters()):
+            fully_shard(part, mesh=strategy.weights_mesh, mp_policy=strategy.policy)
+
+
+def _expect_a_graph_of_every_shape() -> None:
+    """Let torch compile a block for each shape, and as a whole; by default it gives up after eight, for good.
+
+    It would also cut a block's graph where DDP's buckets end. Blocks are small: their gradients are sent as soon as
+    a block's backward pass is done.
+    """
+    torch._dynamo.config.recompile_limit = MOST_GRAPHS
+    torch._dynamo.config.accumulated_recompile_limit = MOST_GRAPHS
+    torch._dynamo.config.optimize_ddp = False
 
 
 def to_float8(model: NamiTransformer2DModel) -> None:
@@ -231,10 +256,11 @@ def fill_state(optimizer: Optimizer) -> None:
             }
 
 
-def reduce_gradients(model: nn.Module, strategy: object, last: bool) -> None:
-    """Tell FSDP2 before a micro-batch's backward pass whether to reduce gradients after it."""
-    if isinstance(strategy, FSDP2Strategy) and isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(last or strategy.reduce_each_micro_batch)
+def reduce_gradients(models: Sequence[nn.Module], strategy: object, last: bool) -> None:
+    """Tell FSDP2 before a micro-batch's backward pass whether to reduce the gradients of some models after it."""
+    for model in models:
+        if isinstance(strategy, FSDP2Strategy) and isinstance(model, FSDPModule):
+            model.set_requires_gradient_sync(last or strategy.reduce_each_micro_batch)
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ import pytest
 from helpers.tiny_models import TextModel, make_pipeline
 from PIL import Image
 
-from nami_lightning.cli import sample
+from nami_lightning.cli import sample_folder
 from nami_lightning.cli.main import main, make_parser
 from nami_lightning.pipelines.image_rows import read_rows
 from nami_lightning.pipelines.nami_pipeline import NamiPipeline
@@ -55,7 +55,7 @@ def test_earlier_images_are_neither_overwritten_nor_left_beside_a_new_grid(
     assert draw("--seed", "5") == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error == (
-        f"error: {out} holds 4 image(s) of an earlier command (00000.png differs in seed): give another --output, or "
+        f"error: {out} holds 3 image(s) of an earlier command (00000.png: seed 0, not 5): give another --output, or "
         "--overwrite to remove them"
     )
     assert {path.name: path.read_bytes() for path in out.iterdir() if path.name != "notes.txt"} == before
@@ -75,7 +75,7 @@ def test_a_refused_call_removes_nothing(draw: Any, tmp_path: Path, capsys: Any) 
 def test_images_are_written_as_they_are_generated(
     draw: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    monkeypatch.setattr(sample, "GRID_ROWS", 2)
+    monkeypatch.setattr(sample_folder, "GRID_ROWS", 2)
     there: list[int] = []
     call = NamiPipeline.__call__
 

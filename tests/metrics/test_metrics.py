@@ -2,6 +2,7 @@
 
 import json
 import math
+import weakref
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -25,12 +26,14 @@ from torchmetrics.image.kid import KernelInceptionDistance
 from nami_lightning.callbacks import BridgePretraining, Metrics, RunCheckpoint, SamplerSettings, image_metrics
 from nami_lightning.callbacks.generation import generate
 from nami_lightning.datamodules import MultiResolutionDataModule
+from nami_lightning.datamodules.step_dataset import HeldoutDataset
 from nami_lightning.metrics import distances
 from nami_lightning.metrics.caption_agreement import ClipScore, Probe, sentences
 from nami_lightning.metrics.distances import unit_counts
 from nami_lightning.metrics.features import EfficientNetLite0, Inception, metric_name
 from nami_lightning.metrics.record import Entry, Evaluation, read_entries, write_entries
 from nami_lightning.runs.recipe import Recipe
+from nami_lightning.training.batch import MicroBatch
 
 
 class Identity(nn.Module):
@@ -356,6 +359,21 @@ def test_the_callback_measures_what_the_pipeline_draws(tiny: list[str], tmp_path
     assert evaluation.real_ids == finest.ids
 
 
+def test_held_out_images_are_read_as_they_are_needed(tiny: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    read, held, alive = HeldoutDataset.__getitem__, [], []
+
+    def counted(heldout: HeldoutDataset, number: int) -> MicroBatch:
+        micro = read(heldout, number)
+        held.append(weakref.ref(micro.images))
+        alive.append(sum(images() is not None for images in held))
+        return micro
+
+    monkeypatch.setattr(HeldoutDataset, "__getitem__", counted)
+    fit(tiny, batch_size=1)
+    assert len(alive) > 2 * 8  # the real images, then the captions of those that are drawn
+    assert max(alive) <= 3
+
+
 def test_a_resume_goes_on_with_time_and_forgets_what_was_not_saved(tiny: list[str], tmp_path: Path) -> None:
     fit(tiny, every_n_steps=1)
     folder = tmp_path / "runs" / "tiny"
@@ -421,7 +439,7 @@ def test_two_processes_measure_what_one_does(tiny: list[str], tmp_path: Path) ->
     callback = {
         "class_path": "nami_lightning.callbacks.Metrics",
         "init_args": {
-            "samples": 8,
+            "samples": 7,  # one is left over: the second process repeats another beside it
             "training_images": 20,
             "agreement": None,
             "features": {"class_path": "helpers.tiny_models.MeanColours"},

@@ -271,3 +271,21 @@ def test_pixels_there_and_back(tmp_path: Path) -> None:
 
 def test_decoded_images_stay_in_range() -> None:
     assert decode_latents(PixelCodec(), torch.tensor([-3.0, 0.5, 3.0])).tolist() == [-1, 0.5, 1]
+
+
+def test_autocast_does_not_move_text_states(t5: TextModel, clip: TextModel) -> None:
+    encoder = PromptEncoder(*t5, *clip, TextSettings(max_length=16))
+    expected = encoder(PROMPTS)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = encoder(PROMPTS)
+    for states, others in zip(found, expected, strict=True):
+        assert torch.equal(states, others)
+
+
+def test_autocast_does_not_move_latents_and_images(vae: AutoencoderKL) -> None:
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    expected, decoded = encode_posterior(vae, images), decode_latents(vae, encode_posterior(vae, images).mean)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = encode_posterior(vae, images)
+        assert torch.equal(found.mean, expected.mean)
+        assert torch.equal(decode_latents(vae, found.mean), decoded)
