@@ -158,16 +158,26 @@ class RunCheckpoint(Checkpoint):
 
 
 class DirectCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint straight to its file.
+    """Writes a checkpoint straight to its file, and leaves it there when it is read.
 
     Lightning's own makes a second copy of it in memory and a third in the system's folder for temporary files, which
     may be too small, and where a kill leaves it. Nobody sees a half-written file here: it has a temporary name.
+
+    Every rank of a resumed run reads the whole file, and Lightning's own holds it in memory once a rank. Here it is
+    mapped: the ranks of a node share the pages that the system keeps of it, and may drop.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Write the checkpoint to ``path``; its folder is made if it isn't there."""
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         torch.save(checkpoint, path)
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Return what a checkpoint's file holds; a change of its tensors is not written to it."""
+        checkpoint: dict[str, Any] = torch.load(path, map_location, mmap=True, weights_only=weights_only)
+        return checkpoint
 
 
 def copy_to_host(tensor: Tensor) -> Tensor:

@@ -3,10 +3,9 @@
 from typing import Any, Literal
 
 import lightning as L
-import torch
 
+from nami_lightning.training.ema import update_ema
 from nami_lightning.training.module import NamiModule
-from nami_lightning.training.strategies import local_shards
 
 
 class EMA(L.Callback):
@@ -34,7 +33,6 @@ class EMA(L.Callback):
         assert isinstance(pl_module, NamiModule)
         pl_module.use_ema, pl_module.ema_on_host = True, self.device == "host"
 
-    @torch.no_grad()
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -45,6 +43,4 @@ class EMA(L.Callback):
             return
         assert pl_module.ema is not None
         decay = min(self.decay, (1 + step) / (10 + step)) ** self.every_n_steps
-        averages = local_shards(pl_module.ema)
-        weights = [weight.to(averages[0].device) for weight in local_shards(pl_module.transformer)]
-        torch._foreach_lerp_(averages, weights, 1 - decay)
+        update_ema(pl_module.ema, pl_module.transformer, decay)

@@ -1,8 +1,8 @@
 """Measures the images that a run generates, every so often: held-out captions, fixed noise, the EMA's weights.
 
-From one set of generated images and one network of features: Frechet distance, KID, CMMD's distance, precision and
-recall, how near they are to training images, and how well they agree with their captions. All go to the loggers, and to
-the run's ``metrics.jsonl`` with the samples, operations and seconds that the training had used by then.
+From one set of generated images and one or more networks of features: Frechet distance, KID, CMMD's distance, precision
+and recall, how near they are to training images, and how well they agree with their captions. All go to the loggers,
+and to the run's ``metrics.jsonl`` with the samples, operations and seconds that the training had used by then.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -42,7 +42,7 @@ FEWEST = 4
 
 @dataclass(frozen=True)
 class Reference:
-    """What generated images are measured against; the same on all ranks.
+    """What generated images are measured against on the features of one network; the same on all ranks.
 
     Attributes:
         real: features of the held-out images.
@@ -77,7 +77,8 @@ class Metrics(L.Callback):
         samples: images on either side; at most as many as are held out.
         every_n_steps: how often; the end of training always counts. 0: only the end.
         features: a network from uint8 images to ``(B, num_features)``, with a ``name``; the packaged
-            EfficientNet-Lite0 if null. ``nami_lightning.metrics.Inception`` is FID's.
+            EfficientNet-Lite0 if null. ``nami_lightning.metrics.Inception`` is FID's. Or a list of such, which see the
+            same images: the first is that of the comparisons' margins, of ``lightning tune`` and of the probe.
         agreement: ``probe``, two linear maps on MiniLM's and the features, fitted to training images; the name or
             folder of a CLIP; or null for none.
         training_images: what the probe is fitted to and memorisation is measured against.
@@ -87,14 +88,14 @@ class Metrics(L.Callback):
         shown: how many of the first generated images are kept for comparisons.
 
     Raises:
-        ValueError: a number out of its range.
+        ValueError: a number out of its range, or two networks of one name.
     """
 
     def __init__(
         self,
         samples: int = 400,
         every_n_steps: int = 0,
-        features: nn.Module | None = None,
+        features: nn.Module | list[nn.Module] | None = None,
         agreement: str | None = "probe",
         training_images: int = 1000,
         sampler: SamplerSettings = SamplerSettings(),
@@ -107,10 +108,15 @@ class Metrics(L.Callback):
                 "Metrics needs samples and training_images of at least 4, batch_size of at least 1, and "
                 "every_n_steps and shown not below 0"
             )
-        self.samples, self.every_n_steps, self.features = samples, every_n_steps, features
+        self.features = [features] if isinstance(features, nn.Module) else list(features or ())
+        names = [metric_name(network) for network in self.features]
+        if len(set(names)) < len(names):
+            raise ValueError(f"the networks of Metrics.features need different names; got {', '.join(names)}")
+        self.samples, self.every_n_steps = samples, every_n_steps
         self.agreement, self.training_images = agreement, training_images
         self.sampler, self.batch_size, self.seed, self.shown = sampler, batch_size, seed, shown
-        self.reference: Reference | None = None
+        self.references: list[Reference] = []
+        """One for each network of features."""
         self.probe: Probe | None = None
         self.clip: ClipScore | None = None
         self.seconds_before: float | None = None
@@ -205,10 +211,10 @@ class Metrics(L.Callback):
 
     def _gather(self, trainer: L.Trainer, module: NamiModule) -> list[dict[str, Any]]:
         """Return the rows of all generated images; none if one is not finite."""
-        self.features = (self.features or EfficientNetLite0()).to(module.device)
+        self.features = [network.to(module.device) for network in self.features or [EfficientNetLite0()]]
         data = trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(data, MultiResolutionDataModule)
-        self.reference = self.reference or self._reference(trainer, data)
+        self.references = self.references or self._reference(trainer, data)
         rows = gather_rows(self._generate(trainer, module, data))
         failures = [row["failed"] for row in rows if "failed" in row]
         if failures:
@@ -223,14 +229,17 @@ class Metrics(L.Callback):
         self, trainer: L.Trainer, module: NamiModule, seconds: float | None, rows: list[dict[str, Any]]
     ) -> None:
         """Compute every metric, write it to the run's files, and log it."""
-        assert self.reference is not None
-        evaluation = self._evaluate(module.step, self.reference, rows)
-        values = self._summary(evaluation, self.reference)
+        evaluations = [self._evaluate(module.step, number, rows) for number in range(len(self.features))]
+        values: dict[str, float] = {}
+        for evaluation, reference in zip(evaluations, self.references, strict=True):
+            values |= self._summary(evaluation, reference)
+        if self.probe:
+            values |= self._agreement_of_real(evaluations[0].features)
         counts = module.curriculum.samples_before(module.step)
         flops = training_flops(module, module.step)
         entry = Entry(module.step, sum(counts), flops, seconds, len(rows), values)
         folder = Path(trainer.default_root_dir)
-        evaluation.save(folder)
+        evaluations[0].save(folder)
         write_entries(folder, [*(old for old in read_entries(folder) if old.step < entry.step), entry])
         used = {"samples": entry.samples, "flops": entry.flops, "seconds": entry.seconds}
         for logger in trainer.loggers:
@@ -245,7 +254,6 @@ class Metrics(L.Callback):
         self, trainer: L.Trainer, module: NamiModule, data: MultiResolutionDataModule
     ) -> list[dict[str, Any]]:
         """Generate this rank's share of the held-out captions' images, one row an image."""
-        assert self.features is not None
         rows: list[dict[str, Any]] = []
         for micro in self._heldout(trainer, data, "generating"):
             seeds = [self.seed + index for index in micro.global_indices]
@@ -260,7 +268,7 @@ class Metrics(L.Callback):
                 ]
                 continue
             images = (images * 255).round().byte()
-            features = self.features(images).float().cpu()
+            features = self._features(images)
             scores = self.clip(images, micro.captions) if self.clip else [0.0] * len(micro)
             for i, index in enumerate(micro.global_indices[: len(micro) - micro.padding]):
                 shown = images[i].permute(1, 2, 0).cpu().numpy() if index < self.shown else None
@@ -268,10 +276,11 @@ class Metrics(L.Callback):
                 rows.append(row | {"features": features[i], "clip": scores[i], "image": shown})
         return rows
 
-    def _evaluate(self, step: int, reference: Reference, rows: Sequence[dict[str, Any]]) -> Evaluation:
-        """All that is one number a sample."""
-        drawn, real, training = torch.stack([row["features"] for row in rows]), reference.real, reference.training[0]
-        name = metric_name(self.features)  # type: ignore[arg-type]
+    def _evaluate(self, step: int, number: int, rows: Sequence[dict[str, Any]]) -> Evaluation:
+        """All that is one number a sample, on the features of one network."""
+        reference, name = self.references[number], metric_name(self.features[number])
+        drawn, real = torch.stack([row["features"][number] for row in rows]), reference.real
+        training = reference.training[0]
         neighbours = min(3, len(drawn) - 1)
         precision, recall = distances.precision_recall(drawn, real, neighbours)
         near, near_real = (distances.nearest_neighbours(images, training)[0] for images in (drawn, real))
@@ -281,9 +290,9 @@ class Metrics(L.Callback):
             f"metrics/copies_{name}": (near < near_real.quantile(COPIES)).double(),
         }
         captions = [row["caption"] for row in rows]
-        if self.clip:
+        if number == 0 and self.clip:
             of_drawn[f"metrics/clip_score_{self.clip.name}"] = torch.tensor([row["clip"] for row in rows])
-        elif self.probe:
+        elif number == 0 and self.probe:
             similarity = self.probe.similarity(drawn, captions)
             for k in (1, 5):
                 of_drawn[f"probe/retrieval_at_{k}_{name}"] = distances.retrieval(similarity, captions, k)
@@ -300,8 +309,9 @@ class Metrics(L.Callback):
             images=[row["image"] for row in rows if row["image"] is not None],
         )
 
-    def _summary(self, evaluation: Evaluation, reference: Reference) -> dict[str, float]:
-        """Every metric's value."""
+    @staticmethod
+    def _summary(evaluation: Evaluation, reference: Reference) -> dict[str, float]:
+        """Every metric's value, on the features of one network."""
         drawn, real = torch.from_numpy(evaluation.drawn), torch.from_numpy(evaluation.real)
         perfect = reference.training[0][: len(drawn)]
         values = {}
@@ -310,13 +320,19 @@ class Metrics(L.Callback):
                 value = distance(images, real)(distances.unit_counts(images), distances.unit_counts(real))
                 values[f"metrics/{kind}_{evaluation.features}{of}"] = value
         per_sample = evaluation.of_drawn | evaluation.of_real
-        values |= {name: float(np.mean(numbers)) for name, numbers in per_sample.items()}
-        if self.probe:
-            similarity = self.probe.similarity(reference.real, reference.captions)
-            for k in (1, 5):
-                found = distances.retrieval(similarity, reference.captions, k)
-                values[f"probe/retrieval_at_{k}_{evaluation.features}_of_real"] = float(found.mean())
-        return values
+        return values | {name: float(np.mean(numbers)) for name, numbers in per_sample.items()}
+
+    def _agreement_of_real(self, features: str) -> dict[str, float]:
+        """Return the probe's agreement of the held-out images, whose features have that name."""
+        assert self.probe is not None
+        reference = self.references[0]
+        similarity = self.probe.similarity(reference.real, reference.captions)
+        return {
+            f"probe/retrieval_at_{k}_{features}_of_real": float(
+                distances.retrieval(similarity, reference.captions, k).mean()
+            )
+            for k in (1, 5)
+        }
 
     # --- what is measured against ------------------------------------------------------------------
 
@@ -328,7 +344,7 @@ class Metrics(L.Callback):
         numbers = [number for number, part in enumerate(heldout.parts) if part.stage == last]
         return (heldout[number] for number in tqdm(numbers, task, leave=False, disable=not trainer.is_global_zero))
 
-    def _reference(self, trainer: L.Trainer, data: MultiResolutionDataModule) -> Reference:
+    def _reference(self, trainer: L.Trainer, data: MultiResolutionDataModule) -> list[Reference]:
         """Compute the features of held-out and of training images, once, and prepare the measure of agreement.
 
         Where a data set stores latents alone, its images are the decoded latents.
@@ -344,28 +360,33 @@ class Metrics(L.Callback):
         training = gather_rows(self._rows(tqdm(micros, "training images", len(batches), leave=False, disable=quiet)))[
             :wanted
         ]
-        features = torch.stack([row["features"] for row in training])
         captions = [row["caption"] for row in training]
         if self.agreement == "probe":
-            self.probe = Probe(features, captions)
+            self.probe = Probe(torch.stack([row["features"][0] for row in training]), captions)
         elif self.agreement is not None:
             self.clip = ClipScore(self.agreement).to(self.module.device)
-        return Reference(
-            real=torch.stack([row["features"] for row in real]),
-            captions=[row["caption"] for row in real],
-            ids=[row["id"] for row in real],
-            training=(features, captions),
-        )
+        return [
+            Reference(
+                real=torch.stack([row["features"][number] for row in real]),
+                captions=[row["caption"] for row in real],
+                ids=[row["id"] for row in real],
+                training=(torch.stack([row["features"][number] for row in training]), captions),
+            )
+            for number in range(len(self.features))
+        ]
 
     def _rows(self, micros: Iterable[MicroBatch]) -> list[dict[str, Any]]:
         """Return the features, captions and ids of images, one row an image."""
-        assert self.features is not None
         rows = []
         for micro in micros:
-            features = self.features(self.module.images(micro.to(self.module.device))).float().cpu()
+            features = self._features(self.module.images(micro.to(self.module.device)))
             for i, index in enumerate(micro.global_indices[: len(micro) - micro.padding]):
                 rows.append({"index": index, "caption": micro.captions[i], "id": micro.ids[i], "features": features[i]})
         return rows
+
+    def _features(self, images: Tensor) -> list[tuple[Tensor, ...]]:
+        """Return the features of uint8 images: for each image, those of each network."""
+        return list(zip(*(network(images).float().cpu() for network in self.features), strict=True))
 
 
 def gather_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -72,7 +72,7 @@ class Throughput(L.Callback):
         if self.memory is not None:
             self.memory.stop()
         for micro in batch:
-            images = len(micro) * trainer.world_size
+            images = len(micro) * trainer.world_size // pl_module.curriculum.context_parallel[micro.stage]
             self.images[micro.stage] += images
             self.tokens[micro.stage] += images * pl_module.tokens(micro.stage)
         if pl_module.step % self.every_n_steps == 0:

@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from nami_lightning.models.autoencoder import Autoencoder, AutoencoderConfig
-from nami_lightning.models.text_encoder import PromptEncoder, TextEncoderConfig
+from nami_lightning.models.text_encoder import PromptEncoder, PromptTokenizer, TextEncoderConfig
 
 
 @runtime_checkable
@@ -21,6 +21,18 @@ class CountsSteps(Protocol):
     """
 
     step: int
+
+
+@runtime_checkable
+class TokenizesPrompts(Protocol):
+    """A module that encodes captions in its steps, and lets the processes that read the data tokenize them before.
+
+    Attributes:
+        prompt_tokenizer: does so; None where it is not needed.
+    """
+
+    @property
+    def prompt_tokenizer(self) -> PromptTokenizer | None: ...
 
 
 @runtime_checkable

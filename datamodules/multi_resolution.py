@@ -15,23 +15,29 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from torch.utils.data import DataLoader
 
 from nami_lightning.datamodules.aspect_buckets import Aspect
-from nami_lightning.datamodules.module_protocols import CountsSteps, ShowsConfigs
+from nami_lightning.datamodules.augmentation import NO_AUGMENTATION, Augmentation
+from nami_lightning.datamodules.module_protocols import CountsSteps, ShowsConfigs, TokenizesPrompts
 from nami_lightning.datamodules.precomputed.records import StageEncodings, check_encodings, layout_of
 from nami_lightning.datamodules.preparation.parts_folder import OtherSettings
 from nami_lightning.datamodules.preparation.prepare import prepare
 from nami_lightning.datamodules.preparation.prepare_parts import Preparation, fingerprint, settings_of
-from nami_lightning.datamodules.sources.base import Source
 from nami_lightning.datamodules.read_ahead import ReadAhead, largest_step, plan_read_ahead
+from nami_lightning.datamodules.sources.base import Source
 from nami_lightning.datamodules.stage_images import StageImages
-from nami_lightning.datamodules.step_dataset import Damaged, HeldoutDataset, StepDataset, StepLoader
+from nami_lightning.datamodules.step_dataset import (
+    Damaged,
+    HeldoutDataset,
+    HeldoutLoader,
+    StepDataset,
+    StepLoader,
+)
 from nami_lightning.datamodules.storage.chunk_cache import CacheSettings, parse_size
 from nami_lightning.datamodules.storage.dataset import DESCRIPTION, SPLITS, PreparedDataset, Split
 from nami_lightning.datamodules.storage.prefetch import HELDOUT, RemoteStepDataset, check_cache_size, max_steps_apart
 from nami_lightning.datamodules.storage.remote import is_remote
-from nami_lightning.training.batch import MicroBatch
+from nami_lightning.models.text_encoder import PromptTokenizer
 from nami_lightning.training.checks import check_shapes
 from nami_lightning.training.curriculum import Curriculum
 
@@ -58,12 +64,15 @@ class MultiResolutionDataModule(L.LightningDataModule):
         num_workers: number of processes that read and decode; 0 for none.
         prefetch_factor: number of steps that each of these processes prepares ahead.
         prefetch_memory: the most bytes that the steps prepared ahead may take on a rank, for example 2GB; fewer
-            processes read, and fewer steps ahead, where they would take more.
+            processes read, and fewer steps ahead, where they would take more. A validation has what they leave.
         shuffle_window: number of chunks whose samples are shuffled together.
         validation_samples: number of held-out samples of each stage in a validation.
         cache: where chunks of a remote data set are kept, and how many bytes of them.
         damaged: ``error``: a damaged sample is an error; ``skip``: the next readable sample in the order of its bucket
             replaces it, the same one on every rank.
+        augmentation: what training changes in samples at random.
+        caption_weights: how often training uses captions of each kind, ``{source: 1, long: 3}`` for example; kinds that
+            are not named are not used. Empty: the weights that are stored. Samples with none of the kinds use these.
 
     Raises:
         ValueError: settings contradict each other.
@@ -86,6 +95,8 @@ class MultiResolutionDataModule(L.LightningDataModule):
         validation_samples: int = 64,
         cache: CacheSettings = CacheSettings(),
         damaged: Damaged = "error",
+        augmentation: Augmentation = NO_AUGMENTATION,
+        caption_weights: dict[str, float] | None = None,
     ) -> None:
         super().__init__()
         for name, values in (("resolutions", resolutions), ("data.max_micro_batch", max_micro_batch)):
@@ -104,6 +115,9 @@ class MultiResolutionDataModule(L.LightningDataModule):
             )
         self.folder, self.source, self.preparation = folder, source, preparation
         self.cache, self.damaged = cache, damaged
+        self.augmentation, self.caption_weights = augmentation, caption_weights or {}
+        if any(weight < 0 for weight in self.caption_weights.values()):
+            raise ValueError(f"data.caption_weights must not be negative; got {self.caption_weights}")
         self.resolutions, self.curriculum, self.max_micro_batch = resolutions, curriculum, max_micro_batch
         self.latent_pyramid = latent_pyramid
         self.seed, self.shuffle_window = seed, shuffle_window
@@ -142,7 +156,8 @@ class MultiResolutionDataModule(L.LightningDataModule):
         if isinstance(module, ShowsConfigs):
             coarsest = self.resolutions[0]
             shapes = sorted({(aspect.width * coarsest, aspect.height * coarsest) for aspect in aspects})
-            check_shapes(shapes, coarsest, module.transformer_config, module.autoencoder_config)
+            shared = self.curriculum.context_parallel
+            check_shapes(shapes, coarsest, module.transformer_config, module.autoencoder_config, shared)
 
     @cached_property
     def dataset_folder(self) -> Path:
@@ -170,20 +185,37 @@ class MultiResolutionDataModule(L.LightningDataModule):
         return self.dataset.identity
 
     def images(self, split: Split) -> StageImages:
-        """Return the buckets of a split as the stages use them."""
-        buckets, encodings = self.dataset.buckets(split), self.dataset.encodings
-        if encodings is None:
-            return StageImages(buckets, self.resolutions, self.latent_pyramid == "pool")
-        layout = layout_of(self.dataset, self.resolutions, self.latent_pyramid)
-        return StageEncodings(buckets, layout, b64decode(encodings["empty_prompt"]))
+        """Return the buckets of a split as the stages use them; only training changes samples and weights captions.
 
-    def steps(self, rank: int = 0, ranks: int = 1, seed: int | None = None) -> StepDataset:
+        Raises:
+            ValueError: encodings can't be changed, or the data set has no captions of a kind.
+        """
+        buckets, encodings = self.dataset.buckets(split), self.dataset.encodings
+        weights = self.caption_weights if split == "train" else {}
+        if unknown := [kind for kind in weights if kind not in self.dataset.caption_kinds]:
+            kinds = ", ".join(self.dataset.caption_kinds)
+            raise ValueError(f"data.caption_weights: {self.dataset.location} has no captions {unknown[0]}, but {kinds}")
+        if encodings is None:
+            augmentation = self.augmentation if split == "train" else NO_AUGMENTATION
+            return StageImages(buckets, self.resolutions, self.latent_pyramid == "pool", augmentation, weights)
+        if self.augmentation.changes:
+            raise ValueError(
+                f"data.augmentation changes images and captions, but {self.dataset.location} holds their encodings: "
+                "train on the images, or without augmentation (several crops: lightning data encode --crops)"
+            )
+        layout = layout_of(self.dataset, self.resolutions, self.latent_pyramid)
+        return StageEncodings(buckets, layout, b64decode(encodings["empty_prompt"]), weights)
+
+    def steps(
+        self, rank: int = 0, ranks: int = 1, seed: int | None = None, tokenize: PromptTokenizer | None = None
+    ) -> StepDataset:
         """Return what training reads, without a trainer: a map from the number of a step to one rank's micro-batches.
 
         Args:
             rank: the number of the process.
             ranks: the number of all processes.
             seed: replaces the seed of the DataModule; None: it doesn't.
+            tokenize: tokenizes captions; None: it is not needed.
 
         Raises:
             ValueError: see :class:`StepDataset`; or the cache is too small.
@@ -197,6 +229,7 @@ class MultiResolutionDataModule(L.LightningDataModule):
             "rank": rank,
             "ranks": ranks,
             "damaged": self.damaged,
+            "tokenize": tokenize,
         }
         cache = self.dataset.cache
         if cache is None:
@@ -224,8 +257,11 @@ class MultiResolutionDataModule(L.LightningDataModule):
         """
         trainer = self.trainer
         assert trainer is not None
-        steps = self.steps(trainer.global_rank, trainer.world_size)
         module = trainer.lightning_module
+        tokenize = None
+        if self.dataset.encodings is None and isinstance(module, TokenizesPrompts):
+            tokenize = module.prompt_tokenizer
+        steps = self.steps(trainer.global_rank, trainer.world_size, tokenize=tokenize)
         if not isinstance(module, CountsSteps):
             raise TypeError(f"{type(module).__name__} has no attribute step: training must count its steps there")
         pin_memory = trainer.strategy.root_device.type == "cuda"
@@ -245,14 +281,24 @@ class MultiResolutionDataModule(L.LightningDataModule):
         step_bytes = largest_step(self.curriculum, ranks, sample_bytes)
         return plan_read_ahead(step_bytes, self.prefetch_limit, self.num_workers, self.prefetch_factor)
 
-    def val_dataloader(self) -> DataLoader[MicroBatch]:
+    def read_ahead_in_validation(self, ranks: int, sample_bytes: Callable[[int], int]) -> ReadAhead:
+        """Return how many held-out micro-batches the workers of one of ``ranks`` read ahead.
+
+        They have the memory that the steps of training leave: those stay where they are meanwhile.
+        """
+        largest = max(limit * sample_bytes(stage) for stage, limit in enumerate(self.max_micro_batch))
+        left = self.prefetch_limit - self.read_ahead(ranks, sample_bytes).total
+        return plan_read_ahead(largest, left, self.num_workers, prefetch_factor=1)
+
+    def val_dataloader(self) -> HeldoutLoader:
         """Return fixed micro-batches of the held-out split."""
         trainer = self.trainer
         assert trainer is not None
         heldout = self.heldout(self.validation_samples, trainer.global_rank, trainer.world_size)
         if self.dataset.cache is not None:
             self.dataset.cache.hold(HELDOUT, heldout.chunks())
-        return DataLoader(heldout, batch_size=None)
+        ahead = self.read_ahead_in_validation(trainer.world_size, heldout.images.sample_bytes)
+        return HeldoutLoader(heldout, ahead.workers, ahead.steps, trainer.strategy.root_device.type == "cuda")
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Return the batch unchanged; with ``damaged: skip``, first log how many samples were replaced.

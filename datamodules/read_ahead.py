@@ -1,7 +1,7 @@
 """How many steps the workers of a rank read ahead, so that what they hold stays below a number of bytes.
 
 A step that was read lies in shared memory (``/dev/shm``) until the training takes it; with a GPU a thread copies it to
-page-locked memory meanwhile.
+page-locked memory meanwhile. A validation reads ahead too, micro-batch by micro-batch.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ class ReadAhead:
     Attributes:
         workers: number of processes that read; 0: none, the training reads itself.
         steps: number of steps that each of them reads ahead.
-        step_bytes: bytes of the largest step.
+        step_bytes: bytes of the largest step; in a validation of the largest micro-batch.
     """
 
     workers: int
@@ -35,12 +35,12 @@ def largest_step(curriculum: Curriculum, ranks: int, sample_bytes: Callable[[int
 
     Args:
         curriculum: gives the samples of a step.
-        ranks: the number of processes that share them.
+        ranks: the number of processes that share them; some have the same ones, see ``Curriculum.context_parallel``.
         sample_bytes: returns the bytes of one sample of a stage.
     """
-    stages = range(curriculum.num_stages)
+    stages, shared = range(curriculum.num_stages), curriculum.context_parallel
     return max(
-        sum(phase.ratio[stage] * curriculum.unit * sample_bytes(stage) for stage in stages) // ranks
+        sum(phase.ratio[stage] * curriculum.unit * shared[stage] * sample_bytes(stage) for stage in stages) // ranks
         for phase in curriculum.phases
     )
 

@@ -1,18 +1,20 @@
 """The buckets of one split as the stages use them: read and decode samples into micro-batches."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
-from typing import Any, NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from PIL import UnidentifiedImageError
 from torch import Tensor
 
 from nami_lightning.datamodules.aspect_buckets import Aspect
+from nami_lightning.datamodules.augmentation import NO_AUGMENTATION, Augmentation
 from nami_lightning.datamodules.preparation.image_io import Position, read_image
 from nami_lightning.datamodules.storage.chunk_file import DamagedChunk, DataError
 from nami_lightning.datamodules.storage.dataset import Bucket
-from nami_lightning.datamodules.storage.shards import Record
+from nami_lightning.datamodules.storage.shards import SOURCE, Record, pick_index
 from nami_lightning.training.batch import Encodings, MicroBatch
 
 
@@ -40,10 +42,16 @@ class Choice(NamedTuple):
     Attributes:
         caption: a number in [0, 1) that selects one of the captions.
         window: the position of the crop.
+        flip: a number in [0, 1) that decides whether the image is mirrored.
+        crop: a number in [0, 1) that selects the share of the image that is shown.
+        shorten: two numbers in [0, 1): they decide whether the caption is shortened, and to how many sentences.
     """
 
     caption: float
     window: Position
+    flip: float = 0.0
+    crop: float = 0.0
+    shorten: tuple[float, float] = (0.0, 0.0)
 
 
 class Sample(NamedTuple):
@@ -67,6 +75,39 @@ def image_bytes(side: int) -> int:
     return 3 * side**2
 
 
+class HasCaptions(Protocol):
+    """A record of images or of encodings; see :class:`~nami_lightning.datamodules.storage.shards.Record`."""
+
+    @property
+    def captions(self) -> list[str]: ...
+
+    @property
+    def weights(self) -> list[float]: ...
+
+    @property
+    def kinds(self) -> Sequence[str]: ...
+
+
+def weights_by_kind(record: HasCaptions, by_kind: Mapping[str, float]) -> list[float]:
+    """Return the weight of each caption of a record.
+
+    Args:
+        record: the record.
+        by_kind: the weight of each kind, which its captions share in proportion to their stored weights; kinds that are
+            not named count nothing. Empty, or if the record has none of the kinds: the stored weights count.
+    """
+    stored = record.weights or [1.0] * len(record.captions)
+    kinds = record.kinds or [SOURCE] * len(record.captions)
+    if not any(by_kind.get(kind) for kind in kinds):
+        return stored
+    weights = []
+    for weight, kind in zip(stored, kinds, strict=True):
+        total = sum(other for other, other_kind in zip(stored, kinds, strict=True) if other_kind == kind)
+        share = weight / total if total else 1 / list(kinds).count(kind)
+        weights.append(by_kind.get(kind, 0.0) * share)
+    return weights
+
+
 class StageImages:
     """The buckets of one split as the stages use them.
 
@@ -74,6 +115,8 @@ class StageImages:
         buckets: all buckets of the split.
         resolutions: the resolution of each stage in px, coarsest first.
         top_only: give every stage images of the finest stage's resolution, as the pooled latent pyramid needs.
+        augmentation: what is changed in the samples.
+        caption_weights: how often captions of each kind are used, see :func:`weights_by_kind`; empty: as is stored.
 
     Attributes:
         sides: the resolution in px of the images that each stage gets.
@@ -84,8 +127,15 @@ class StageImages:
         ValueError: a bucket's resolution is not a multiple of a coarser stage's resolution.
     """
 
-    def __init__(self, buckets: Sequence[Bucket], resolutions: Sequence[int], top_only: bool) -> None:
-        self.buckets = buckets
+    def __init__(
+        self,
+        buckets: Sequence[Bucket],
+        resolutions: Sequence[int],
+        top_only: bool,
+        augmentation: Augmentation = NO_AUGMENTATION,
+        caption_weights: Mapping[str, float] = MappingProxyType({}),
+    ) -> None:
+        self.buckets, self.augmentation, self.caption_weights = buckets, augmentation, dict(caption_weights)
         self.sides = [resolutions[-1]] * len(resolutions) if top_only else list(resolutions)
         self.aspects: list[dict[Aspect, list[int]]] = []
         for side in self.sides:
@@ -186,8 +236,16 @@ class StageImages:
         record = Record.from_item(item)
         side = self.sides[stage]
         factor = self.buckets[ref.bucket].resolution // side
-        image = read_image(record.image, aspect.shape(side), factor, choice.window)
-        return Sample(record.id, record.caption(choice.caption), image)
+        augmentation = self.augmentation
+        share = augmentation.crop_share(choice.crop)
+        flip = augmentation.flips(choice.flip, record.captions)
+        image = read_image(record.image, aspect.shape(side), factor, choice.window, share, flip)
+        caption = record.captions[self.pick_caption(record, choice)]
+        return Sample(record.id, augmentation.shortened(caption, *choice.shorten), image)
+
+    def pick_caption(self, record: HasCaptions, choice: Choice) -> int:
+        """Return the number of the caption that is used of a record."""
+        return pick_index(weights_by_kind(record, self.caption_weights), choice.caption)
 
     def _first_readable(
         self, stage: int, aspect: Aspect, refs: Iterator[SampleRef], choice: Choice, damaged: list[str]

@@ -1,11 +1,11 @@
 """The micro-batches of each training step and of the validation, for one rank."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
 from time import perf_counter
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch.utils.data import DataLoader, Dataset
 
@@ -14,9 +14,10 @@ from nami_lightning.datamodules.preparation.image_io import MIDDLE
 from nami_lightning.datamodules.sample_order import BucketOrder, StageBatches, apportion, reads
 from nami_lightning.datamodules.stage_images import Choice, SampleRef, StageImages
 from nami_lightning.datamodules.storage.chunk_file import DataError
+from nami_lightning.models.text_encoder import PromptTokenizer
 from nami_lightning.runs.preemption import leave_to_parent
 from nami_lightning.training.batch import MicroBatch
-from nami_lightning.training.curriculum import Curriculum, split_evenly
+from nami_lightning.training.curriculum import Curriculum
 from nami_lightning.training.rng import derive_uniform
 
 Damaged = Literal["error", "skip"]
@@ -35,6 +36,7 @@ class StepDataset(Dataset[list[MicroBatch]]):
         rank: the number of this process.
         ranks: the number of all processes.
         damaged: ``error``: a damaged sample is an error; ``skip``: the next readable sample of its stream replaces it.
+        tokenize: tokenizes the captions, so that a step need not do it; None: it is not needed.
 
     Raises:
         ValueError: in some phase the samples can't be split evenly, or a stage has no images.
@@ -50,8 +52,9 @@ class StepDataset(Dataset[list[MicroBatch]]):
         rank: int = 0,
         ranks: int = 1,
         damaged: Damaged = "error",
+        tokenize: PromptTokenizer | None = None,
     ) -> None:
-        self.curriculum, self.images = curriculum, images
+        self.curriculum, self.images, self.tokenize = curriculum, images, tokenize
         self.max_micro_batch, self.seed = max_micro_batch, seed
         self.rank, self.ranks, self.damaged = rank, ranks, damaged
         self.orders = [BucketOrder(seed, bucket.name, bucket.chunk_sizes, shuffle_window) for bucket in images.buckets]
@@ -63,23 +66,25 @@ class StepDataset(Dataset[list[MicroBatch]]):
                     f"image (images by bucket: {counts or 'none'})"
                 )
             for phase in curriculum.phases:
-                split_evenly(phase.ratio[stage] * curriculum.unit, ranks, max_micro_batch[stage], stage)
+                curriculum.split(phase, stage, ranks, max_micro_batch[stage])
 
     def __len__(self) -> int:
         return self.curriculum.total_steps
 
     def __getitem__(self, step: int) -> list[MicroBatch]:
-        samples = self.curriculum.samples(step)
+        phase, samples = self.curriculum.phase(step), self.curriculum.samples(step)
         batch = []
         for stage, count in enumerate(samples):
-            parts, size = split_evenly(count, self.ranks, self.max_micro_batch[stage], stage)
             if not count:
                 continue
+            parts, size = self.curriculum.split(phase, stage, self.ranks, self.max_micro_batch[stage])
             aspect, refs = self.sample_refs(stage, step)
-            for part in range(self.rank * parts, (self.rank + 1) * parts):
+            group, among = divmod(self.rank, self.curriculum.context_parallel[stage])
+            for part in range(group * parts, (group + 1) * parts):
                 rows = range(part * size, (part + 1) * size)
                 global_indices = [sum(samples[:stage]) + row for row in rows]
-                batch.append(self._micro_batch(step, stage, aspect, [refs[row] for row in rows], global_indices))
+                micro = self._micro_batch(step, stage, aspect, [refs[row] for row in rows], global_indices)
+                batch.append(replace(micro, damaged=[]) if among else micro)  # the first of a group counts for all
         return batch
 
     def sample_refs(self, stage: int, step: int) -> tuple[Aspect, list[SampleRef]]:
@@ -122,9 +127,15 @@ class StepDataset(Dataset[list[MicroBatch]]):
         def uniform(index: int, purpose: str) -> float:
             return derive_uniform(self.seed, step, index, purpose)
 
-        choices = [Choice(uniform(i, "caption"), (uniform(i, "left"), uniform(i, "top"))) for i in global_indices]
+        def choice(index: int) -> Choice:
+            window = uniform(index, "left"), uniform(index, "top")
+            shorten = uniform(index, "shorten"), uniform(index, "sentences")
+            return Choice(uniform(index, "caption"), window, uniform(index, "flip"), uniform(index, "crop"), shorten)
+
+        choices = [choice(index) for index in global_indices]
         substitutes = self._substitutes if self.damaged == "skip" else None
-        return self.images.micro_batch(step, stage, aspect, refs, global_indices, choices, substitutes)
+        micro = self.images.micro_batch(step, stage, aspect, refs, global_indices, choices, substitutes)
+        return micro if self.tokenize is None else replace(micro, tokens=self.tokenize(micro.captions))
 
     def _substitutes(self, ref: SampleRef) -> Iterator[SampleRef]:
         """Yield the samples that follow in the bucket's stream, to the end of the next epoch at most.
@@ -153,25 +164,15 @@ class StepLoader:
         self.seconds_waited = 0.0
         self.damaged = 0
         self._logged: set[str] = set()
-        self.loader = DataLoader(
-            _ErrorsAsResults(dataset),
-            batch_size=None,
-            sampler=range(first, len(dataset)),
-            num_workers=workers,
-            prefetch_factor=prefetch if workers else None,
-            pin_memory=pin_memory,
-            worker_init_fn=leave_to_parent,
-        )
+        self.loader = _make_loader(dataset, range(first, len(dataset)), workers, prefetch, pin_memory)
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __iter__(self) -> Iterator[list[MicroBatch]]:
         begin = perf_counter()
-        for batch in self.loader:
+        for batch in _without_errors(self.loader):
             self.seconds_waited += perf_counter() - begin
-            if isinstance(batch, DataError):
-                raise batch
             self._count_damaged(batch)
             yield batch
             begin = perf_counter()
@@ -184,20 +185,43 @@ class StepLoader:
                 log.warning("%s. Another sample replaces it", problem)
 
 
-class _ErrorsAsResults(Dataset[list[MicroBatch] | DataError]):
-    """The steps of a dataset, with a :class:`DataError` as the result of a step that can't be read.
+def _make_loader(
+    dataset: Dataset[Any], order: Sequence[int], workers: int, prefetch: int, pin_memory: bool
+) -> DataLoader[Any]:
+    """Return a loader of the items of a dataset in an order, with each :class:`DataError` as a result."""
+    return DataLoader(
+        _ErrorsAsResults(dataset),
+        batch_size=None,
+        sampler=order,
+        num_workers=workers,
+        prefetch_factor=prefetch if workers else None,
+        pin_memory=pin_memory,
+        worker_init_fn=leave_to_parent,
+    )
+
+
+class _ErrorsAsResults(Dataset[Any]):
+    """The items of a dataset, with a :class:`DataError` as the result of an item that can't be read.
 
     If a worker raised it, PyTorch would change its class and add a traceback to its message.
     """
 
-    def __init__(self, dataset: StepDataset) -> None:
+    def __init__(self, dataset: Dataset[Any]) -> None:
         self.dataset = dataset
 
-    def __getitem__(self, step: int) -> list[MicroBatch] | DataError:
+    def __getitem__(self, number: int) -> Any:
         try:
-            return self.dataset[step]
+            return self.dataset[number]
         except DataError as error:
             return error
+
+
+def _without_errors(results: Iterable[Any]) -> Iterator[Any]:
+    """Yield the results of a loader; raise the first that is an error."""
+    for result in results:
+        if isinstance(result, DataError):
+            raise result
+        yield result
 
 
 class HeldoutPart(NamedTuple):
@@ -292,3 +316,20 @@ class HeldoutDataset(Dataset[MicroBatch]):
         refs = {ref for part in self.parts for ref in part.refs}
         records = [(self.images.buckets[ref.bucket].shards, ref.record) for ref in sorted(refs)]
         return list(dict.fromkeys(shards.chunk_name(shards.chunk_of(record)) for shards, record in records))
+
+
+class HeldoutLoader:
+    """A loader of all micro-batches of a validation in order, which worker processes read ahead.
+
+    The workers live as long as one validation.
+    """
+
+    def __init__(self, dataset: HeldoutDataset, workers: int, prefetch: int, pin_memory: bool) -> None:
+        self.dataset = dataset
+        self.loader = _make_loader(dataset, range(len(dataset)), workers, prefetch, pin_memory)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        return _without_errors(self.loader)

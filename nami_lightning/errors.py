@@ -1,6 +1,7 @@
 """Error messages for users: the line of a parser's message that matters, and the nearest name to a misspelt one."""
 
 import inspect
+import pickle
 import re
 import traceback
 from collections.abc import Iterable
@@ -12,6 +13,9 @@ import jsonargparse
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 UNHELPFUL_ENTRIES = ("Expected a <class 'NoneType'>", "Not a valid subclass of")
+MOST_CHARACTERS = 3000
+"""Characters of a message."""
+
 PROJECT = Path(__file__).parent.resolve()
 PROJECT_FOLDERS = (PROJECT, *(PROJECT.joinpath(part).resolve() for part in ("callbacks", "datamodules")))
 RECIPE_CLASSES = {
@@ -45,7 +49,17 @@ def explain(error: BaseException, known_keys: Iterable[str] = ()) -> str:
         error: any exception; a message of jsonargparse is cut to the line that matters.
         known_keys: every key of a recipe, ``model.tau`` for example.
     """
-    text = str(error)
+    return shortened(_explanation(str(error), known_keys))
+
+
+def shortened(text: str) -> str:
+    """Return a message without its middle if it is longer than a screen: a value in it may be of any length."""
+    if len(text) <= MOST_CHARACTERS:
+        return text
+    return f"{text[: MOST_CHARACTERS * 2 // 3]} ... {text[-MOST_CHARACTERS // 3 :]}"
+
+
+def _explanation(text: str, known_keys: Iterable[str]) -> str:
     key = re.search(r'Parser key "([^"]+)"', text)
     where = f"{key[1]}: " if key else ""
     if match := re.search(r"unrecognized arguments: --(\S+)", text):
@@ -62,12 +76,19 @@ def explain(error: BaseException, known_keys: Iterable[str] = ()) -> str:
     return where + _first_cause(text)
 
 
+def why_unreadable(error: Exception) -> str:
+    """Return why torch can't read a file of weights, without torch's advice to run the code in it."""
+    if isinstance(error, pickle.UnpicklingError):
+        return "it is damaged, or holds more than tensors and plain values, which could run code"
+    return first_line(error).partition(". ")[0]
+
+
 def first_line(error: Exception) -> str:
     """Return the first line of a library's error message; the error's type if the message is empty."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """Return a library's error message as a single line."""
     return " ".join(str(error).split())
 

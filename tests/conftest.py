@@ -6,18 +6,20 @@ from pathlib import Path
 import pytest
 from helpers.processes import ENVIRONMENT
 
-os.environ.update(ENVIRONMENT)
-
 TINY = Path(__file__).parent / "tiny.yaml"
 LIMIT = 80
 LONGEST = [f"test_{name}.py" for name in ("distributed", "faults", "encode", "resume", "compare", "plan", "remote")]
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Import Lightning before pytest listens to the logs: only then Lightning prints its own, as in a command line.
+    """Hide a GPU from all tests but those of ``pytest -m gpu``, and import Lightning.
+
+    That is before pytest listens to the logs: only then Lightning prints its own, as in a command line.
 
     Not where pytest-xdist only hands out the tests: its processes would wait for that import, and repeat it.
     """
+    if config.getoption("markexpr") != "gpu":
+        os.environ.update(ENVIRONMENT)
     if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
         import lightning  # noqa: F401
 

@@ -72,9 +72,14 @@ def encode_parts(task: EncodingTask, batch_size: int, workers: int, shard: tuple
 
     Raises:
         ValueError: other machines encode other images, or with other encoders or settings.
+        FetchFailed: a store can't be reached, or it refuses access.
     """
+    if task.store:
+        task.store.pull()
     folder = parts_folder(task.output)
-    layout = _start_or_resume(task, folder, shared=shard[1] > 1)
+    layout = _start_or_resume(task, folder, shared=shard[1] > 1 or task.store is not None)
+    if task.store:
+        task.store.push_settings()
     missing = unfinished_parts(folder, range(shard[0], len(task.parts), shard[1]))
     batches = RawBatches(task, missing, batch_size)
     loader = DataLoader(batches, batch_size=None, num_workers=workers)
@@ -91,6 +96,8 @@ def encode_parts(task: EncodingTask, batch_size: int, workers: int, shard: tuple
             writer.close()
             (partial / REPORT).write_text(json.dumps({"checksums": checksums(partial / ITEMS)}))
             publish(partial, target, REPORT)
+            if task.store:
+                task.store.push_part(number, {ITEMS: task.parts[number].bucket_folder})
 
 
 def _start_or_resume(task: EncodingTask, folder: Path, shared: bool) -> Layout:
@@ -145,9 +152,10 @@ def encode_batch(module: HasEncoders, layout: Layout, raw: RawBatch, batch_size:
         some_texts = texts[first : first + batch_size]
         states = TextStates(*(field.to("cpu", torch.bfloat16) for field in module.text_encoder(some_texts)))
         packed |= {text: layout.pack_text(states.row(i)) for i, text in enumerate(some_texts)}
-    for i, (name, image, captions, weights) in enumerate(raw.records):
-        text = [packed[caption] for caption in captions]
-        yield EncodedRecord(name, captions, weights, text, image, [as_bytes(level[i]) for level in latents])
+    for i, record in enumerate(raw.records):
+        text: list[bytes | memoryview] = [packed[caption] for caption in record.captions]
+        stored: list[bytes | memoryview] = [as_bytes(level[i]) for level in latents]
+        yield EncodedRecord(record.id, record.captions, record.weights, text, record.image, stored, record.kinds)
 
 
 def _encode_images(module: HasEncoders, images: Tensor, coarse: bool, batch_size: int) -> Tensor:
@@ -172,9 +180,12 @@ def merge(task: EncodingTask) -> None:
 
     Raises:
         ValueError: parts are missing, or they were made for another task.
+        FetchFailed: a store can't be reached, or it refuses access.
     """
+    if task.store:
+        task.store.pull()
     folder = parts_folder(task.output)
-    with merging(task.output) as partial:
+    with task.store.merging() if task.store else merging(task.output) as partial:
         parts = finished_parts(task.output, len(task.parts))
         settings = json.loads((folder / SETTINGS).read_text())
         task.check(settings, folder)
@@ -193,7 +204,7 @@ def _join_buckets(task: EncodingTask, parts: list[Path], target: Path, settings:
     for bucket, group in groupby(range(len(parts)), key=lambda number: task.parts[number].bucket_folder):
         numbers = list(group)
         folders, names = [parts[number] / ITEMS for number in numbers], [parts[number].name for number in numbers]
-        counts[bucket] = join(folders, names, target / bucket)
+        counts[bucket] = join(folders, names, target / bucket, in_store=task.store is not None)
         chunks[bucket] = [task.parts[number].samples for number in numbers]
         for number in numbers:
             part_sums = json.loads((parts[number] / REPORT).read_text())["checksums"]

@@ -8,8 +8,10 @@ from nami_lightning.datamodules.module_protocols import HasEncoders
 from nami_lightning.datamodules.precomputed.records import Level, levels_of
 from nami_lightning.datamodules.preparation.parts_folder import check_settings, check_unused
 from nami_lightning.datamodules.preparation.prepare_parts import fingerprint
+from nami_lightning.datamodules.preparation.remote_output import RemoteOutput
 from nami_lightning.datamodules.stage_images import StageImages
 from nami_lightning.datamodules.storage.dataset import DESCRIPTION, SPLITS, Bucket, PreparedDataset, Split
+from nami_lightning.datamodules.storage.remote import is_remote
 from nami_lightning.models.autoencoder import PIXELS
 from nami_lightning.models.encoder_revisions import check_encoders
 
@@ -42,7 +44,7 @@ class EncodingTask:
         module: its frozen encoders, its resolutions and its latent pyramid are used; the encoders are loaded when they
             are first needed.
         images: a prepared data set of images.
-        output: the folder of the encodings.
+        output: the folder of the encodings, or its URL.
         crops: the number of crops stored of each training image; training takes one of them at random.
 
     Raises:
@@ -50,10 +52,12 @@ class EncodingTask:
             instead of images; or no stage can use any of its images.
     """
 
-    def __init__(self, module: HasEncoders, images: PreparedDataset, output: Path, crops: int = 1) -> None:
+    def __init__(self, module: HasEncoders, images: PreparedDataset, output: Path | str, crops: int = 1) -> None:
         if images.encodings is not None:
             raise ValueError(f"{images.folder} holds encodings already: give the data set of images")
-        self.module, self.images, self.output, self.crops = module, images, output, crops
+        self.module, self.images, self.crops = module, images, crops
+        self.store = RemoteOutput(str(output)) if is_remote(output) else None
+        self.output = self.store.local if self.store else Path(output)
         self.pixels = module.autoencoder_config.name == PIXELS
         if crops < 1:
             raise ValueError(f"--crops must be at least 1; got {crops}")
@@ -97,7 +101,7 @@ class EncodingTask:
             "crops": self.crops,
         }
 
-    def check(self, existing: dict[str, Any], folder: Path) -> None:
+    def check(self, existing: dict[str, Any], folder: Path | str) -> None:
         """Refuse to continue in a folder that was made by other encoders or with other settings.
 
         Args:
@@ -117,11 +121,14 @@ class EncodingTask:
         Raises:
             ValueError: it holds other encodings, or something else.
         """
-        if (self.output / DESCRIPTION).exists():
-            encodings = PreparedDataset(self.output).encodings
+        location = self.store.url if self.store else self.output
+        if self.store.description() if self.store else (self.output / DESCRIPTION).exists():
+            encodings = PreparedDataset(location).encodings
             if encodings is None:
-                raise ValueError(f"{self.output} is a data set of images: choose another output")
-            self.check(encodings, self.output)
+                raise ValueError(f"{location} is a data set of images: choose another output")
+            self.check(encodings, location)
             return True
+        if self.store:
+            return False
         check_unused(self.output, "holds no encodings")
         return False

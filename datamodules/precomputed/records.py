@@ -10,8 +10,9 @@ is exact, whereas bfloat16 rounds all 8-bit values away from zero.
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +24,6 @@ from nami_lightning.datamodules.module_protocols import ShowsConfigs
 from nami_lightning.datamodules.preparation.image_io import read_image
 from nami_lightning.datamodules.stage_images import Choice, Sample, SampleRef, StageImages, image_bytes
 from nami_lightning.datamodules.storage.dataset import Bucket, PreparedDataset
-from nami_lightning.datamodules.storage.shards import pick_index
 from nami_lightning.models.autoencoder import Posterior
 from nami_lightning.models.encoder_revisions import check_encoders
 from nami_lightning.models.text_encoder import TextStates
@@ -140,6 +140,7 @@ class EncodedRecord(NamedTuple):
         image: the image file, where latents are pixels, and of held-out samples, which metrics compare images with;
             else empty.
         latents: the latents of each kind, see :func:`levels_of`; each holds those of all crops.
+        kinds: what each caption is, see :class:`~nami_lightning.datamodules.storage.shards.Record`.
     """
 
     id: str
@@ -148,22 +149,24 @@ class EncodedRecord(NamedTuple):
     text: list[bytes | memoryview]
     image: bytes | memoryview
     latents: list[bytes | memoryview]
+    kinds: Sequence[str] = ()
 
     def to_item(self) -> tuple[Any, ...]:
         """Return the tuple that litdata stores."""
-        texts = json.dumps([self.captions, self.weights, [len(text) for text in self.text]], ensure_ascii=False)
+        values = [self.captions, self.weights, [len(text) for text in self.text], *([self.kinds] if self.kinds else [])]
+        texts = json.dumps(values, ensure_ascii=False)
         return self.id, texts, b"".join(self.text), self.image, *self.latents
 
     @classmethod
     def from_item(cls, item: tuple[Any, ...]) -> "EncodedRecord":
         """Return the record that an item holds, as litdata read it."""
         name, texts, joined, image, *latents = item
-        captions, weights, sizes = json.loads(texts)
+        captions, weights, sizes, *kinds = json.loads(texts)
         text, first = [], 0
         for size in sizes:
             text.append(joined[first : first + size])
             first += size
-        return cls(name, captions, weights, text, image, latents)
+        return cls(name, captions, weights, text, image, latents, *kinds)
 
 
 class StageEncodings(StageImages):
@@ -173,10 +176,18 @@ class StageEncodings(StageImages):
         buckets: all buckets of the split.
         layout: the layout of their records.
         empty_prompt: the packed states of the empty prompt.
+        caption_weights: how often captions of each kind are used; empty: as is stored.
     """
 
-    def __init__(self, buckets: Sequence[Bucket], layout: Layout, empty_prompt: bytes) -> None:
-        super().__init__(buckets, layout.resolutions, layout.latent_pyramid == "pool")
+    def __init__(
+        self,
+        buckets: Sequence[Bucket],
+        layout: Layout,
+        empty_prompt: bytes,
+        caption_weights: Mapping[str, float] = MappingProxyType({}),
+    ) -> None:
+        pooled = layout.latent_pyramid == "pool"
+        super().__init__(buckets, layout.resolutions, pooled, caption_weights=caption_weights)
         self.layout, self.empty_prompt = layout, empty_prompt
 
     def sample_bytes(self, stage: int) -> int:
@@ -190,7 +201,7 @@ class StageEncodings(StageImages):
         """
         layout, side = self.layout, self.sides[stage]
         record = EncodedRecord.from_item(item)
-        caption = pick_index(record.weights or [1.0] * len(record.captions), choice.caption)
+        caption = self.pick_caption(record, choice)
         levels = layout.levels(self.buckets[ref.bucket].resolution)
 
         def latents(level: Level) -> Posterior:

@@ -7,6 +7,7 @@ mean: it differs by 53 dB, where rounding alone gives 59 dB.
 """
 
 import io
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +30,11 @@ ImageFormat = Literal["jpeg", "png", "webp"]
 
 MAX_PIXELS = 2**28
 """Images with more pixels than this (16,384 x 16,384) are refused before they are decoded."""
+
+JPEG = ("JPEG", "MPO")
+START_OF_SCAN = b"\xff\xda"
+MOST_SCANS = 100
+"""Passes over a JPEG that are decoded; a progressive one has about ten. Each takes time and may have few bytes."""
 
 SAVE_OPTIONS = {"jpeg": {"subsampling": 0}, "png": {}, "webp": {}}
 SIXTEEN_BITS = ("PNG", "PPM", "JPEG2000")
@@ -62,17 +68,20 @@ def open_image(data: bytes | memoryview, notes: list[str] | None = None) -> Imag
         raise BadImage("zero bytes")
     register_plugins()
     try:
-        with warnings.catch_warnings(), _without_limit():
+        with warnings.catch_warnings(), _own_limit():
             warnings.simplefilter("ignore")  # Pillow warns of odd EXIF and the like
             image = Image.open(io.BytesIO(data))
-            if image.width * image.height > MAX_PIXELS:
-                raise BadImage(f"too large: {image.width}x{image.height} px; the limit is {MAX_PIXELS:,} px")
+            if image.format in JPEG and (scans := bytes(data).count(START_OF_SCAN)) > MOST_SCANS:
+                raise BadImage(f"a JPEG of {scans:,} passes over the whole image; the limit is {MOST_SCANS}")
             image.load()
             upright = ImageOps.exif_transpose(image)
             upright.format = image.format
             return to_rgb(upright, notes)
     except BadImage:
         raise
+    except Image.DecompressionBombError as error:
+        pixels = int(re.findall(r"\d+", str(error))[0])
+        raise BadImage(f"too large: {pixels:,} px; the limit is {MAX_PIXELS:,} px") from error
     except UnidentifiedImageError as error:
         reason = missing_plugin(data) or "not a readable image: no format that Pillow knows"
         raise BadImage(reason) from error
@@ -81,9 +90,12 @@ def open_image(data: bytes | memoryview, notes: list[str] | None = None) -> Imag
 
 
 @contextmanager
-def _without_limit() -> Iterator[None]:
-    """Switch off Pillow's own limit of pixels, which is lower than ``MAX_PIXELS``, inside a ``with`` block."""
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+def _own_limit() -> Iterator[None]:
+    """Give Pillow ``MAX_PIXELS`` as its limit inside a ``with`` block, also for images in icons and other containers.
+
+    Pillow refuses an image of more than twice the number that it is given.
+    """
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, MAX_PIXELS // 2
     try:
         yield
     finally:
@@ -189,7 +201,14 @@ def encode_image(image: Image.Image, format: ImageFormat, quality: int) -> bytes
     return output.getvalue()
 
 
-def read_image(data: bytes | memoryview, shape: Shape, factor: int, position: Position = MIDDLE) -> Tensor:
+def read_image(
+    data: bytes | memoryview,
+    shape: Shape,
+    factor: int,
+    position: Position = MIDDLE,
+    share: float = 1.0,
+    flip: bool = False,
+) -> Tensor:
     """Decode a stored image to uint8 ``(3, height, width)``.
 
     Args:
@@ -198,6 +217,8 @@ def read_image(data: bytes | memoryview, shape: Shape, factor: int, position: Po
         factor: how many times larger the stored image's resolution is.
         position: the position of the window, if the stored image is larger than ``shape`` times ``factor``; see
             :func:`crop`.
+        share: the share of the window's sides that is shown, scaled to ``shape``; 1 shows all of it.
+        flip: mirror the image, left to right.
 
     Raises:
         ValueError: the stored image is smaller than ``shape`` times ``factor``.
@@ -206,12 +227,18 @@ def read_image(data: bytes | memoryview, shape: Shape, factor: int, position: Po
     if image.width < shape.width * factor or image.height < shape.height * factor:
         raise ValueError(f"a stored image is {image.width}x{image.height}, smaller than {factor} times {shape}")
     stored_width = image.width
-    image.draft("RGB", (image.width // factor, image.height // factor))
+    detail = factor // 2 if share < 1 and factor % 2 == 0 else factor  # a part of an image is scaled down, not up
+    image.draft("RGB", (image.width // detail, image.height // detail))
     if image.mode != "RGB":  # an RGB image would only be copied
         image = image.convert("RGB")
-    if (remaining := factor * image.width // stored_width) > 1:
+    if (remaining := detail * image.width // stored_width) > 1:
         image = image.reduce(remaining)
-    if image.size != shape:
+    if share < 1:
+        sides = (max(1, round(share * side * factor / detail)) for side in shape)
+        image = crop(image, Shape(*sides), position).resize(shape, Image.Resampling.LANCZOS)
+    elif image.size != shape:
         image = crop(image, shape, position)
+    if flip:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     return pixels.view(image.height, image.width, 3).permute(2, 0, 1)

@@ -106,7 +106,7 @@ class OtherSettings(ValueError):
     """An error for a folder that was made with other settings; the message names those that changed."""
 
 
-def check_settings(existing: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
+def check_settings(existing: dict[str, Any], wanted: dict[str, Any], folder: Path | str) -> None:
     """Refuse to continue in a folder that was made with other settings.
 
     Raises:

@@ -33,9 +33,11 @@ from nami_lightning.datamodules.preparation.prepare_parts import (
     prepare_parts,
     settings_of,
 )
+from nami_lightning.datamodules.preparation.remote_output import RemoteOutput
 from nami_lightning.datamodules.preparation.source_changes import changes_since, write_reports
 from nami_lightning.datamodules.sources.base import Source
 from nami_lightning.datamodules.storage.dataset import DESCRIPTION, FORMAT, SKIPPED, SPLITS, PreparedDataset
+from nami_lightning.datamodules.storage.remote import is_remote
 from nami_lightning.datamodules.storage.shards import Shards, ShardWriter, join
 
 
@@ -68,15 +70,19 @@ def prepare(
 
 
 def is_complete(
-    source: Source, output: Path, preparation: Preparation, rescan: bool = False, keep: bool = False
+    source: Source, output: Path | str, preparation: Preparation, rescan: bool = False, keep: bool = False
 ) -> bool:
     """Return whether ``output`` is the finished data set of these settings; if its source changed, print how.
 
-    With ``keep`` it counts as finished although its source changed.
+    With ``keep`` it counts as finished although its source changed. A data set in a store is never replaced.
 
     Raises:
-        ValueError: it is a data set of other settings, or something else.
+        ValueError: it is a data set of other settings, or something else; or it lies in a store and would be replaced.
+        FetchFailed: a store can't be reached, or it refuses access.
     """
+    if is_remote(output):
+        return _is_complete_in_store(source, RemoteOutput(str(output)), preparation, rescan)
+    output = Path(output)
     finish_replacing(output)
     if not (output / DESCRIPTION).exists():
         check_unused(output, "is not a data set")
@@ -101,18 +107,36 @@ def is_complete(
     return True
 
 
-def merge(source: Source, output: Path, preparation: Preparation) -> None:
-    """Merge the parts into the data set at ``output``, and remove them.
+def _is_complete_in_store(source: Source, store: RemoteOutput, preparation: Preparation, rescan: bool) -> bool:
+    description = store.description()
+    if description is None:
+        return False
+    check_settings(description["settings"], settings_of(source, preparation), store.url)
+    changes = "all of its source is to be read again" if rescan else changes_since(source, store.fetch_reports())
+    store.close()
+    if changes:
+        raise ValueError(
+            f"{store.url} is complete, but its source has changed ({changes}), and a data set in a store is not "
+            "replaced, because runs may be reading it: choose another output"
+        )
+    return True
+
+
+def merge(source: Source, output: Path | str, preparation: Preparation) -> None:
+    """Merge the parts into the data set at ``output``, a folder or a URL, and remove them.
 
     An existing data set is replaced only if the new one differs from it, or if all of the source was read again: its
     files may be damaged.
 
     Raises:
         ValueError: parts are missing, the source changed after parts were made, or no sample is left.
+        FetchFailed: a store can't be reached, or it refuses access.
     """
+    store = RemoteOutput(str(output)) if is_remote(output) else None
+    output = store.pull() if store else Path(output)
     existing = output / DESCRIPTION
     old = json.loads(existing.read_text(encoding="utf-8")) if existing.exists() else None
-    with merging(output, replace=old is not None) as partial:
+    with store.merging() if store else merging(output, replace=old is not None) as partial:
         names = source.parts()
         parts = finished_parts(output, len(names))
         reports = [json.loads((part / REPORT).read_text(encoding="utf-8")) for part in parts]
@@ -125,7 +149,7 @@ def merge(source: Source, output: Path, preparation: Preparation) -> None:
                 "the preparation again, then merge"
             )
         duplicates = find_duplicates(parts) if preparation.filters.drop_duplicates else {}
-        sums, counts = _join_buckets(parts, reports, duplicates, partial, preparation.chunk_mib)
+        sums, counts = _join_buckets(parts, reports, duplicates, partial, preparation.chunk_mib, store)
         if not counts:
             raise ValueError(f"no sample is left: {_summarize(reports)}; see {parts_folder(output)}/*/{REPORT}")
         _write_skipped(reports, partial / SKIPPED)
@@ -177,6 +201,7 @@ def _join_buckets(
     duplicates: dict[tuple[str, str], set[int]],
     target: Path,
     chunk_mib: int,
+    store: RemoteOutput | None,
 ) -> tuple[dict[str, str], dict[str, int]]:
     """Make the buckets of ``target``; return the checksums of the chunk files, and the samples of each bucket."""
     sums: dict[str, str] = {}
@@ -186,15 +211,18 @@ def _join_buckets(
         for part, report in zip(parts, reports, strict=True):
             if bucket not in report["checksums"]:
                 continue
-            folder, part_sums = part / bucket, report["checksums"][bucket]
+            folder, name, part_sums = part / bucket, part.name, report["checksums"][bucket]
             if positions := duplicates.get((part.name, bucket)):
                 folder = target / "rewritten" / part.name / bucket
+                if store:  # a chunk in a store keeps its content for good, so what is made of it has another name
+                    store.fetch_chunks(part.name, bucket, part_sums)
+                    name = f"{part.name}-distinct"
                 _copy_without(part / bucket, positions, folder, chunk_mib)
                 part_sums = checksums(folder)
             folders.append(folder)
-            names.append(part.name)
-            sums |= {f"{bucket}/{part.name}-{file}": value for file, value in part_sums.items()}
-        counts[bucket] = join(folders, names, target / bucket)
+            names.append(name)
+            sums |= {f"{bucket}/{name}-{file}": value for file, value in part_sums.items()}
+        counts[bucket] = join(folders, names, target / bucket, in_store=store is not None)
     shutil.rmtree(target / "rewritten", ignore_errors=True)
     return sums, {bucket: count for bucket, count in counts.items() if count}
 

@@ -13,7 +13,7 @@ from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from multiprocessing import Value
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,9 +32,11 @@ from nami_lightning.datamodules.preparation.parts_folder import (
     start_or_resume,
     unfinished_parts,
 )
+from nami_lightning.datamodules.preparation.remote_output import RemoteOutput
 from nami_lightning.datamodules.preparation.source_changes import take_unchanged
 from nami_lightning.datamodules.sources.base import Skipped, Source, SourceSample
 from nami_lightning.datamodules.storage.dataset import FORMAT, SPLITS, bucket_name, parse_bucket_name
+from nami_lightning.datamodules.storage.remote import is_remote
 from nami_lightning.datamodules.storage.shards import Record, ShardWriter
 from nami_lightning.training.rng import derive_seed
 from nami_lightning.utils.atomic_write import publish, this_process
@@ -101,7 +103,7 @@ def fingerprint(settings: dict[str, Any]) -> str:
 
 def prepare_parts(
     source: Source,
-    output: Path,
+    output: Path | str,
     preparation: Preparation,
     workers: int,
     shard: tuple[int, int] = (0, 1),
@@ -111,7 +113,7 @@ def prepare_parts(
 
     Args:
         source: where the images come from.
-        output: the data set's folder.
+        output: the data set's folder, or its URL.
         preparation: how the images are prepared.
         workers: the number of processes.
         shard: (i, n): make only every n-th part, from part i on, while other machines make the others.
@@ -119,27 +121,33 @@ def prepare_parts(
 
     Raises:
         ValueError: the source is empty, or other machines make parts with other settings.
+        FetchFailed: a store can't be reached, or it refuses access.
     """
     parts = source.parts()
     if not parts:
         raise ValueError(f"the source {type(source).__name__} has no images: {source.settings()}")
     if lines := survey_lines(source):
         print("\n".join(lines))
-    folder = parts_folder(output)
+    store = RemoteOutput(str(output)) if is_remote(output) else None
+    folder = parts_folder(store.pull() if store else Path(output))
     settings = settings_of(source, preparation) | ({RESCAN: True} if rescan else {})
-    start_or_resume(folder, settings, shared=shard[1] > 1)
+    start_or_resume(folder, settings, shared=shard[1] > 1 or store is not None)
+    if store:
+        store.push_settings()
     numbers = range(shard[0], len(parts), shard[1])
     wanted = {number: (parts[number], source.signature(parts[number])) for number in numbers}
     remove_changed_parts(folder, wanted)
     missing = unfinished_parts(folder, numbers)
     # Chunks without the duplicates of other parts don't tell what the whole part holds, so they can't be taken.
-    if not rescan and not preparation.filters.drop_duplicates:
-        take_unchanged(output, {number: wanted[number] for number in missing}, folder)
+    if not rescan and not preparation.filters.drop_duplicates and store is None:
+        take_unchanged(Path(output), {number: wanted[number] for number in missing}, folder)
         missing = [number for number in missing if not (folder / part_name(number)).exists()]
-    counter = Value("q", 0)
-    with ProcessPoolExecutor(max(1, workers), initializer=_set_counter, initargs=(counter,)) as pool:
+    # Connections that a fork would share make both processes wait for each other's answers.
+    context = get_context("spawn" if store or source.uses_network() else None)
+    counter = context.Value("q", 0)
+    with ProcessPoolExecutor(max(1, workers), context, initializer=_set_counter, initargs=(counter,)) as pool:
         futures = [
-            pool.submit(prepare_part, source, *wanted[number], folder / part_name(number), preparation)
+            pool.submit(prepare_part, source, *wanted[number], folder / part_name(number), preparation, store)
             for number in missing
         ]
         try:
@@ -185,8 +193,15 @@ def survey_lines(source: Source) -> list[str]:
     return ["in the source", *(f"  {line}" for line in table(rows, "<><"))] if rows else []
 
 
-def prepare_part(source: Source, part: str, signature: dict[str, str], target: Path, preparation: Preparation) -> None:
-    """Write one part's samples and its report, under a temporary name until both are complete."""
+def prepare_part(
+    source: Source,
+    part: str,
+    signature: dict[str, str],
+    target: Path,
+    preparation: Preparation,
+    store: RemoteOutput | None = None,
+) -> None:
+    """Write one part's samples and report, under a temporary name until both are complete; then to a store, if any."""
     partial = target.with_name(f".{target.name}.{this_process()}")
     shutil.rmtree(partial, ignore_errors=True)
     writer = PartWriter(partial, preparation)
@@ -197,6 +212,8 @@ def prepare_part(source: Source, part: str, signature: dict[str, str], target: P
                 _counter.value += 1
     writer.close(part, signature)
     publish(partial, target, REPORT)
+    if store:
+        store.push_part(int(target.name))
 
 
 class PartWriter:

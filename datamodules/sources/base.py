@@ -7,6 +7,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+MOST_IMAGE_BYTES = 2**30
+"""Bytes of an image file; a larger one is skipped before it is read."""
+
+MOST_TEXT_BYTES = 2**24
+"""Bytes of a file with a caption; a larger one is not used."""
+
+MOST_EXPANSION = 100
+"""How many times its own size an archive may unpack to, beyond :data:`FREE_BYTES`; images hardly compress."""
+
+FREE_BYTES = 2**30
+
+
+def most_unpacked(size: int) -> int:
+    """Return how many bytes an archive of ``size`` bytes may unpack to."""
+    return FREE_BYTES + MOST_EXPANSION * size
+
 
 @dataclass(frozen=True)
 class SourceSample:
@@ -80,13 +96,25 @@ class Source(ABC):
         """
         return {part: ""}
 
+    def uses_network(self) -> bool:
+        """Return whether the source reads from a network; if so, its worker processes inherit no open connections."""
+        return False
+
+    def part_bytes(self, part: str) -> int | None:
+        """Return the bytes of a part's files, if they are known without asking for them; a plan estimates with them."""
+        return None
+
+    def part_samples(self, part: str) -> int | None:
+        """Return the number of samples of a part, if it is known without reading them; a plan estimates with it."""
+        return None
+
     def survey(self) -> list[Surveyed]:
         """Return which files were taken and which ignored; this is printed before the work begins."""
         return []
 
 
 def stamp(file: str | Path) -> str:
-    """Return the size and the time of modification of a file, which tell cheaply whether it changed.
+    """Return the size and the time of modification of a local file, which tell cheaply whether it changed.
 
     Raises:
         OSError: the system can't tell.

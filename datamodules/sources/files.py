@@ -10,6 +10,8 @@ from typing import NamedTuple
 from nami_lightning.datamodules.image_formats import extension_of
 from nami_lightning.datamodules.sources.base import Surveyed, stamp
 from nami_lightning.datamodules.sources.fields import printable
+from nami_lightning.datamodules.storage.remote import is_remote
+from nami_lightning.datamodules.storage.remote_files import file_size, list_remote
 
 NO_EXTENSION = "(none)"
 
@@ -18,11 +20,20 @@ def walk(path: str, follow_links: bool = False, hidden: Counter[str] | None = No
     """Yield all files below a folder with False, and linked folders that are not followed with True.
 
     Names are sorted. Hidden files and folders are left out, and counted by extension in ``hidden``; such a folder is
-    counted as one.
+    counted as one. In a store there are no folders, so each hidden file counts.
+
+    Args:
+        path: the folder, or its URL.
+        follow_links: follow symbolic links that lead outside the folder.
+        hidden: where hidden files are counted.
 
     Raises:
         OSError: the system can't list one of the folders.
+        FetchFailed: a store can't be reached.
     """
+    if is_remote(path):
+        yield from _walk_remote(path, hidden)
+        return
     seen = set()
     for top, folders, files in os.walk(path, onerror=_raise, followlinks=follow_links):
         if follow_links and (real := os.path.realpath(top)) in seen:  # a link leads to a folder that was already listed
@@ -41,13 +52,21 @@ def walk(path: str, follow_links: bool = False, hidden: Counter[str] | None = No
             yield from ((prefix + name, True) for name in folders if os.path.islink(os.path.join(top, name)))
 
 
+def _walk_remote(url: str, hidden: Counter[str] | None) -> Iterator[tuple[str, bool]]:
+    for name in list_remote(url).files:
+        if not any(map(is_hidden, name.split("/"))):
+            yield name, False
+        elif hidden is not None:
+            hidden[extension_of(name)] += 1
+
+
 def _raise(error: OSError) -> None:
     raise error
 
 
 def is_hidden(name: str) -> bool:
     """Return whether a file or folder is hidden: its name starts with a dot, or is that of the Mac's resource forks."""
-    return name.startswith(".") or name == "__MACOSX"
+    return (name.startswith(".") and name not in (".", "..")) or name == "__MACOSX"
 
 
 def ignored(counts: Mapping[tuple[str, str], int], hidden: Mapping[str, int]) -> list[Surveyed]:
@@ -63,10 +82,11 @@ def ignored(counts: Mapping[tuple[str, str], int], hidden: Mapping[str, int]) ->
 
 
 class Files(NamedTuple):
-    """The files of one kind at a path; each is one part of a source.
+    """The files of one kind at a path or a URL; each is one part of a source.
 
     Attributes:
-        path: a folder whose files and subfolders are searched, one file, or a pattern (``data/train-*``).
+        path: a folder whose files and subfolders are searched, one file, or a pattern (``data/train-*``); or the URL of
+            one of them.
         extension: the extension of the files to find in a folder, for example ``.tar``.
     """
 
@@ -80,41 +100,55 @@ class Files(NamedTuple):
 
         Raises:
             FileNotFoundError: there are no such files.
+            FetchFailed: a store can't be reached.
         """
-        if Path(self.path).is_dir():
+        if is_remote(self.path):
+            list_remote.cache_clear()
+            found = list_remote(self.path)
+            sizes = {name: found.info(name).size for name in found.files if self._is_wanted(name, found.is_folder)}
+        elif Path(self.path).is_dir():
             below = (name for name, is_folder in walk(self.path) if not is_folder)
-            found = [Path(self.path, name) for name in below if extension_of(name) == self.extension]
+            sizes = {name: file_size(f"{self.path}/{name}") for name in below if self._is_wanted(name, True)}
         else:
             pattern = glob.escape(self.path) if Path(self.path).exists() else self.path
-            found = list(map(Path, glob.glob(pattern, recursive=True)))
-        names = [(path.relative_to(self._root()).as_posix(), path) for path in found if path.is_file()]
-        if not names:
+            paths = [path for path in map(Path, glob.glob(pattern, recursive=True)) if path.is_file()]
+            sizes = {path.relative_to(self._root()).as_posix(): path.stat().st_size for path in paths}
+        if not sizes:
             raise FileNotFoundError(f"no {self.extension} files at {self.path}: give a folder, a file, or a pattern")
-        return [f"{name}:{path.stat().st_size}" for name, path in sorted(names)]
+        return [f"{name}:{size}" for name, size in sorted(sizes.items())]
+
+    def _is_wanted(self, name: str, in_folder: bool) -> bool:
+        """Return whether a file is read: of a folder those with the extension, of a pattern all."""
+        if not in_folder:
+            return True
+        return extension_of(name) == self.extension and not any(map(is_hidden, name.split("/")))
 
     def signature(self, part: str) -> dict[str, str]:
-        """Return the name of a part's file, with its size and time of modification."""
-        return {printable(part.rpartition(":")[0]): stamp(self.file(part))}
+        """Return the name of a part's file, with its size and time of modification, or what a store says instead."""
+        name = part.rpartition(":")[0]
+        remote = is_remote(self.path)
+        return {printable(name): list_remote(self.path).info(name).stamp if remote else stamp(self.file(part))}
 
     def survey(self) -> list[Surveyed]:
         """Return how many files of the folder are read, and how many are ignored; nothing for a file or a pattern."""
-        if not Path(self.path).is_dir():
-            return []
         hidden: Counter[str] = Counter()
+        if not (list_remote(self.path).is_folder if is_remote(self.path) else Path(self.path).is_dir()):
+            return []
         counts = Counter(extension_of(name) for name, _ in walk(self.path, hidden=hidden))
         taken = Surveyed(self.extension, counts.pop(self.extension, 0), "read")
         return [taken, *ignored({(name, f"not {self.extension}"): count for name, count in counts.items()}, hidden)]
 
-    def file(self, part: str) -> Path:
-        """Return the path of a part's file."""
-        return self._root() / part.rpartition(":")[0]
+    def file(self, part: str) -> str:
+        """Return the path or the URL of a part's file."""
+        name = part.rpartition(":")[0]
+        return f"{list_remote(self.path).root}/{name}" if is_remote(self.path) else str(self._root() / name)
 
     def name(self, part: str) -> str:
         """Return the name of a part's file without its extension; the ids of its samples start with this name."""
         return Path(part.rpartition(":")[0]).with_suffix("").as_posix()
 
     def _root(self) -> Path:
-        """Return the folder to which the names of files are relative."""
+        """Return the local folder to which the names of files are relative."""
         path = Path(self.path)
         if path.is_dir():
             return path

@@ -68,6 +68,11 @@ class HuggingFaceDataset(Source):
         files = sorted(path for path in Path(self.path).rglob("*") if path.is_file() and path.suffix in SAVED)
         return {str(path.relative_to(self.path)): f"{stamp(path)} of rows {part}" for path in files}
 
+    def part_samples(self, part: str) -> int:
+        """Return the number of rows."""
+        first, end = map(int, part.split("-")[:2])
+        return end - first
+
     def read(self, part: str) -> Iterator[SourceSample | Skipped]:
         """Yield the samples of one part: a range of rows."""
         import datasets

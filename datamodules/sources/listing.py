@@ -7,6 +7,7 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -14,6 +15,8 @@ from nami_lightning.datamodules.image_formats import extension_of, is_image, why
 from nami_lightning.datamodules.sources.base import Surveyed
 from nami_lightning.datamodules.sources.fields import Unusable
 from nami_lightning.datamodules.sources.files import ignored, walk
+from nami_lightning.datamodules.storage.remote import is_remote
+from nami_lightning.datamodules.storage.remote_files import open_file
 from nami_lightning.utils.text_files import encoding_of
 
 SIDECARS = (".txt", ".caption", ".json")
@@ -59,14 +62,15 @@ def list_images(path: str, follow_links: bool) -> Listing:
     """Return all images. They are kept in memory, because a process reads many parts of one folder.
 
     Args:
-        path: the folder.
+        path: the folder, or its URL.
         follow_links: follow symbolic links that lead outside the folder.
 
     Raises:
         FileNotFoundError: the folder doesn't exist.
         OSError: the system can't list one of the folders, or can't read a metadata file.
+        FetchFailed: a store can't be reached.
     """
-    if not Path(path).is_dir():
+    if not is_remote(path) and not Path(path).is_dir():
         raise FileNotFoundError(f"no folder {path}")
     images: dict[str, dict[str, Any]] = {}
     bad: list[Entry] = []
@@ -134,18 +138,18 @@ def is_inside(file: Path, folder: str) -> bool:
 
 def _add_metadata(images: dict[str, dict[str, Any]], path: str, name: str, follow_links: bool) -> Iterator[Entry]:
     """Add the rows of metadata file ``name`` to ``images``; yield an entry for each row that can't be used."""
-    file = Path(path, name)
-    if not follow_links and not is_inside(file, path):
+    if not is_remote(path) and not follow_links and not is_inside(Path(path, name), path):
         yield Entry(name, {}, LINK)
         return
-    if not file.is_file():  # a pipe would be waited for
+    if not is_remote(path) and not Path(path, name).is_file():  # a pipe would be waited for
         yield Entry(name, {}, "damaged metadata: a link to nothing, or no file")
         return
-    with file.open("rb") as stream:
+    file = f"{path}/{name}"
+    with open_file(file) as stream:
         encoding = encoding_of(stream.read(2))
     # Bytes that are not UTF-8 become lone surrogates here, so that only the captions with such bytes are lost.
     errors = "surrogatepass" if encoding == "utf-16" else "surrogateescape"
-    with file.open(encoding=encoding, errors=errors, newline="") as text:
+    with TextIOWrapper(open_file(file), encoding, errors, newline="") as text:
         try:
             for number, row in _json_rows(text) if name.endswith(".jsonl") else _csv_rows(text):
                 reason = _add_row(images, posixpath.dirname(name), row)

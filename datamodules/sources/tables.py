@@ -3,7 +3,7 @@
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from nami_lightning.datamodules.sources.base import Skipped, SourceSample
+from nami_lightning.datamodules.sources.base import MOST_IMAGE_BYTES, Skipped, SourceSample
 from nami_lightning.datamodules.sources.fields import Columns, Unusable, printable
 
 IMAGES = ("image", "jpg", "jpeg", "png", "webp", "img", "image_bytes", "bytes")
@@ -89,4 +89,6 @@ class TableColumns:
         if data is None:
             details = [row[name] for name in STATUS if row.get(name)] or ([image.get("path")] if image else [])
             return Skipped(printable(id), printable(": ".join(map(str, ["no image", *details]))))
+        if len(data) > MOST_IMAGE_BYTES:
+            return Skipped(printable(id), f"too large: {len(data):,} bytes; the limit is {MOST_IMAGE_BYTES:,}")
         return self.columns.sample(id, data, row)

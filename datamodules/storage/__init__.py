@@ -5,7 +5,8 @@
 - ``chunk_file``: the items of one chunk file.
 - ``chunk_cache``: the chunks of a remote data set that are kept on a local disk.
 - ``prefetch``: the chunks that the next steps need, fetched before they are read.
-- ``remote``: files at a URL.
+- ``remote``: files of a data set at a URL.
+- ``remote_files``: list and read the files of a source at a URL.
 - ``chunk_checks``: check one chunk and all its samples.
 - ``verify``: check a whole data set, and report what is damaged.
 - ``inspect``: print counts and statistics of captions, and make a contact sheet.

@@ -4,13 +4,18 @@ litdata's own access by index reads the whole local chunk for every item that is
 would spend more time on that than on decoding. Here each chunk is mapped into memory once and stays open.
 """
 
+import errno
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
 from litdata.streaming.item_loader import PyTreeLoader
 from litdata.streaming.serializers import _get_serializers
 from litdata.utilities._pytree import treespec_loads
+
+KINDS = ("str", "bytes")
+"""Kinds of values in an item. Others of litdata's run code when they are read (pickle) or are never written here."""
 
 
 class DataError(RuntimeError):
@@ -38,9 +43,29 @@ class DamagedSample(DamagedChunk):
 
 
 def checksum(file: Path) -> str:
-    """Return the BLAKE2b hash (128 bits, hexadecimal) of a file's content."""
+    """Return the BLAKE2b hash (128 bits, hexadecimal) of a file's content.
+
+    Raises:
+        OSError: it can't be read, or is a device or a pipe, which may have no end.
+    """
+    if file.exists() and not file.is_file():
+        raise OSError(errno.EINVAL, "no plain file", str(file))
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def check_config(config: dict[str, Any]) -> None:
+    """Check that an index describes plain tuples of texts and bytes: reading anything else could run code.
+
+    Raises:
+        ValueError: it describes something else.
+    """
+    formats, spec = config["data_format"], json.loads(config["data_spec"])[1]
+    if not formats or any(kind not in KINDS for kind in formats):
+        raise ValueError(f"its values are {formats}, not of {' and '.join(KINDS)}")
+    children = [(child["type"], child["context"], child["children_spec"]) for child in spec["children_spec"]]
+    if spec["type"] != "builtins.tuple" or spec["context"] != "null" or children != [(None, None, [])] * len(formats):
+        raise ValueError("its items are no plain tuples")
 
 
 class ChunkFile:
@@ -59,12 +84,15 @@ class ChunkFile:
         self.path = path
         try:
             self.items, self.bytes = int(entry["chunk_size"]), int(entry["chunk_bytes"])
+            check_config(config)
             config = config | {"data_spec": treespec_loads(config["data_spec"])}
             self._loader = PyTreeLoader(batch_decode="item")
             self._loader.setup(config, [entry], _get_serializers(None))
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
             raise DamagedChunk(path, f"its index does not say how it is to be read ({error!r})") from error
         try:
+            if path.exists() and not path.is_file():
+                raise OSError(errno.EINVAL, "no plain file")
             size = path.stat().st_size
             with path.open("rb") as file:
                 stored_items = int.from_bytes(file.read(4), "little")

@@ -21,7 +21,8 @@ from typing import Any, Literal
 from nami_lightning.datamodules.aspect_buckets import Aspect, Shape, aspect_of
 from nami_lightning.datamodules.storage.chunk_cache import CacheSettings, ChunkCache
 from nami_lightning.datamodules.storage.remote import Remote, is_remote
-from nami_lightning.datamodules.storage.shards import INDEX, Shards
+from nami_lightning.datamodules.storage.shards import INDEX, SOURCE, Shards, is_chunk_name
+from nami_lightning.utils.text_files import parse_json
 
 FORMAT = "nami-shards/3"
 ENCODED_FORMAT = "nami-encodings/1"
@@ -108,7 +109,7 @@ class PreparedDataset:
         remote = Remote(str(folder)) if is_remote(folder) else None
         self.location = remote.url if remote else str(folder)
         try:
-            content = remote.read(DESCRIPTION) if remote else (Path(folder) / DESCRIPTION).read_bytes()
+            content = remote.read(DESCRIPTION) if remote else _read_plain(Path(folder) / DESCRIPTION)
         except (FileNotFoundError, NotADirectoryError) as error:
             state = "holds no finished data set" if remote or Path(folder).exists() else "does not exist"
             raise FileNotFoundError(
@@ -134,6 +135,11 @@ class PreparedDataset:
             {name: value for name, value in encodings.items() if name != "images"},
         ]
         return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+    @property
+    def caption_kinds(self) -> list[str]:
+        """What captions the data set has: those of its source, and those that ``lightning data caption`` made."""
+        return [SOURCE, *(label for one in self.description.get("captions", []) for label in one["counts"])]
 
     @property
     def resolutions(self) -> list[int]:
@@ -170,10 +176,21 @@ class PreparedDataset:
         return shards
 
 
+def _read_plain(path: Path) -> bytes:
+    """Return the content of a file.
+
+    Raises:
+        FileNotFoundError: it doesn't exist, or is a device or a pipe, which may have no end.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(path)
+    return path.read_bytes()
+
+
 def _parse(content: bytes, path: str) -> dict[str, Any]:
     """Return the content of a description, and check that its format is the one of this version."""
     try:
-        description: dict[str, Any] = json.loads(content)
+        description: dict[str, Any] = parse_json(content)
         found = description.get("format")
     except (ValueError, AttributeError) as error:
         raise ValueError(
@@ -202,4 +219,14 @@ def _wrong_key(description: dict[str, Any]) -> str:
             BUCKET_NAME.fullmatch(name) and isinstance(count, int) and count >= 0 for name, count in counts.items()
         ):
             return f"samples.{split}"
+    for name, value in description["checksums"].items():
+        split, _, file = name.partition("/")
+        bucket, _, chunk = file.rpartition("/")
+        if (
+            split not in SPLITS
+            or not BUCKET_NAME.fullmatch(bucket)
+            or not is_chunk_name(chunk)
+            or not isinstance(value, str)
+        ):
+            return f"checksums[{name!r}]"
     return ""

@@ -141,6 +141,13 @@ def caption_lines(buckets: Sequence[tuple[Split, Bucket]]) -> list[str]:
     records = [record for _, _, record in sample_evenly(buckets, MEASURED)]
     measures: dict[str, list[float]] = {
         "characters of a caption": [len(caption) for record in records for caption in record.captions],
+    }
+    of_kind: dict[str, list[float]] = {}
+    for record in records:
+        for kind, caption in zip(record.kinds, record.captions, strict=False):
+            of_kind.setdefault(kind, []).append(len(caption))
+    measures |= {f"  {kind}": lengths for kind, lengths in of_kind.items()}
+    measures |= {
         "captions of an image": [len(record.captions) for record in records],
         "kB of an image": [len(record.image) / 1000 for record in records],
     }

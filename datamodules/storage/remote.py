@@ -28,19 +28,20 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 class FetchFailed(DataError):
-    """An error for a remote file that can't be fetched.
+    """An error for a remote file or folder that can't be fetched, listed or written.
 
     Args:
         url: the URL of the file.
         problem: why it can't be fetched.
+        how: what can't be done with it: ``fetched``, ``listed`` or ``written``.
     """
 
-    def __init__(self, url: str, problem: str) -> None:
-        super().__init__(url, problem)
-        self.url, self.problem = url, problem
+    def __init__(self, url: str, problem: str, how: str = "fetched") -> None:
+        super().__init__(url, problem, how)
+        self.url, self.problem, self.how = url, problem, how
 
     def __str__(self) -> str:
-        return f"{self.url} can't be fetched: {self.problem}"
+        return f"{self.url} can't be {self.how}: {self.problem}"
 
 
 def is_remote(folder: str | Path) -> bool:
@@ -95,25 +96,45 @@ class Remote:
             raise DamagedChunk(f"{self.url}/{file}", "it is missing") from error
 
     def _try(self, file: str, action: Callable[[Any, str], T], delays: Sequence[float]) -> T:
-        """Call ``action`` with a file's store and its path there; if that fails, try again after each of ``delays``."""
-        url = f"{self.url}/{file}"
-        for delay in (*delays, None):
-            try:
-                return action(*_store(url))
-            except FileNotFoundError as error:
-                raise FileNotFoundError(f"{url} does not exist") from error
-            except (ModuleNotFoundError, PermissionError) as error:
-                raise FetchFailed(url, str(error)) from error
-            except Exception as error:  # each store's client has its own classes of errors
-                if isinstance(error, OSError) and error.errno in NO_SPACE:
-                    raise
-                if delay is None and isinstance(error, DamagedChunk):
-                    raise
-                if delay is None:
-                    raise FetchFailed(url, f"{error!r}, in {len(delays) + 1} tries") from error
-                log.warning("%s can't be fetched (%r): trying again in up to %g s", url, error, delay)
-                time.sleep(random.SystemRandom().uniform(delay / 2, delay))  # leaves the run's random state alone
-        raise AssertionError("unreachable")
+        return try_again(f"{self.url}/{file}", action, delays)
+
+
+def try_again(
+    url: str, action: Callable[[Any, str], T], delays: Sequence[float] | None = None, how: str = "fetched"
+) -> T:
+    """Call ``action`` with a URL's store and the path there, and return its result; if it fails, try again later.
+
+    Args:
+        url: the URL.
+        action: what is to be done.
+        delays: the longest wait in seconds before each new try; None: :data:`DELAYS`.
+        how: what is done, for the message: the URL can't be fetched, listed or written.
+
+    Raises:
+        FileNotFoundError: nothing is at the URL.
+        DamagedChunk: ``action`` raised it in every try.
+        FetchFailed: the store can't be reached, or it refuses access.
+    """
+    delays = DELAYS if delays is None else delays
+    for delay in (*delays, None):
+        try:
+            return action(*_store(url))
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{url} does not exist") from error
+        except (ModuleNotFoundError, NotImplementedError, PermissionError) as error:
+            raise FetchFailed(url, str(error) or repr(error), how) from error
+        except FetchFailed:
+            raise
+        except Exception as error:  # each store's client has its own classes of errors
+            if isinstance(error, OSError) and error.errno in NO_SPACE:
+                raise
+            if delay is None and isinstance(error, DamagedChunk):
+                raise
+            if delay is None:
+                raise FetchFailed(url, f"{error!r}, in {len(delays) + 1} tries", how) from error
+            log.warning("%s can't be %s (%r): trying again in up to %g s", url, how, error, delay)
+            time.sleep(random.SystemRandom().uniform(delay / 2, delay))  # leaves the run's random state alone
+    raise AssertionError("unreachable")
 
 
 def _store(url: str) -> tuple[Any, str]:

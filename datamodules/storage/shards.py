@@ -1,6 +1,7 @@
 """Buckets on disk: litdata shards of records, which are written in order and read by index."""
 
 import json
+import re
 import shutil
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,14 @@ from nami_lightning.datamodules.storage.chunk_cache import OPEN_CHUNKS, ChunkCac
 from nami_lightning.datamodules.storage.chunk_file import ChunkFile, DamagedChunk, DamagedSample
 
 INDEX = "index.json"
+CHUNK_NAME = re.compile(r"[\w-][\w.-]*\.bin", re.ASCII)
+"""The names of chunk files, ``000012-chunk-0-3.bin`` for example."""
+
+ONE_CHUNK = "chunk-0-0.bin"
+"""The name of the chunk in a folder that has no other; litdata writes the same."""
+
+SOURCE = "source"
+"""The kind of the captions that a source had, beside those that a model wrote."""
 
 
 class Record(NamedTuple):
@@ -27,12 +36,15 @@ class Record(NamedTuple):
         image: the content of a PNG, JPEG or WebP file.
         captions: one caption or more.
         weights: the weight of each caption; empty if all have the same weight.
+        kinds: what each caption is: ``source``, or what ``lightning data caption`` made, ``long`` for example; empty
+            if all are the source's.
     """
 
     id: str
     image: bytes
     captions: list[str]
     weights: list[float]
+    kinds: Sequence[str] = ()
 
     def to_item(self) -> tuple[str, bytes, str]:
         """Return the tuple that litdata stores.
@@ -40,7 +52,17 @@ class Record(NamedTuple):
         It holds no dict: if pyarrow is installed, litdata stores dicts in Arrow's format. That can't be read where
         pyarrow is missing, and it is read 256 items at a time.
         """
-        return self.id, self.image, json.dumps([self.captions, self.weights], ensure_ascii=False)
+        texts = [self.captions, self.weights, *([self.kinds] if self.kinds else [])]
+        return self.id, self.image, json.dumps(texts, ensure_ascii=False)
+
+    def with_captions(self, numbers: Sequence[int]) -> "Record":
+        """Return the record with those of its captions that have these numbers."""
+        weights = [self.weights[number] for number in numbers] if self.weights else []
+        return self._replace(
+            captions=[self.captions[number] for number in numbers],
+            weights=weights if any(weights) else [],
+            kinds=[self.kinds[number] for number in numbers] if self.kinds else (),
+        )
 
     def caption(self, number: float) -> str:
         """Return the caption that ``number``, uniform in [0, 1), selects in proportion to the weights."""
@@ -194,28 +216,34 @@ def read_index(folder: Path) -> dict[str, Any]:
         ValueError: the index can't be read.
     """
     path = folder / INDEX
-    if not path.exists():
+    if not path.is_file():
         return {"chunks": [], "config": {}}
     try:
         index: dict[str, Any] = json.loads(path.read_text())
         for chunk in index["chunks"]:
             sizes = chunk["chunk_size"], chunk.get("chunk_bytes", 0)
-            if not all(isinstance(size, int) and size >= 0 for size in sizes) or not isinstance(chunk["filename"], str):
+            if not all(isinstance(size, int) and size >= 0 for size in sizes) or not is_chunk_name(chunk["filename"]):
                 raise ValueError(f"a chunk is {chunk}")
         if not isinstance(index["config"], dict):
             raise TypeError("its config is no object")
         return index
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, RecursionError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a litdata index ({error!r}): prepare this data set again") from error
 
 
-def join(folders: Sequence[Path], names: Sequence[str], target: Path) -> int:
+def is_chunk_name(name: Any) -> bool:
+    """Tell whether a name can be that of a chunk's file, which lies in its index's folder and nowhere else."""
+    return isinstance(name, str) and CHUNK_NAME.fullmatch(name) is not None
+
+
+def join(folders: Sequence[Path], names: Sequence[str], target: Path, in_store: bool = False) -> int:
     """Make one folder of shards from several without copying chunks: chunks are linked, and indices are joined.
 
     Args:
         folders: folders of shards that hold items of the same kind; empty ones add nothing.
         names: one name for each folder, which becomes the prefix of its chunks' new names.
         target: the new folder, which is created.
+        in_store: chunks that are not in their folders lie in a store under their new names already.
 
     Returns:
         The number of items.
@@ -228,7 +256,8 @@ def join(folders: Sequence[Path], names: Sequence[str], target: Path) -> int:
         config = config or index["config"]
         for chunk in index["chunks"]:
             renamed = f"{name}-{chunk['filename']}"
-            _link(folder / chunk["filename"], target / renamed)
+            if not in_store or (folder / chunk["filename"]).exists():
+                _link(folder / chunk["filename"], target / renamed)
             chunks.append(chunk | {"filename": renamed})
     (target / INDEX).write_text(json.dumps({"chunks": chunks, "config": config}))
     return sum(chunk["chunk_size"] for chunk in chunks)
@@ -251,6 +280,22 @@ def link_chunks(folder: Path, prefix: str, target: Path) -> None:
             _link(folder / chunk["filename"], target / name)
             chunks.append(chunk | {"filename": name})
     (target / INDEX).write_text(json.dumps({"chunks": chunks, "config": index["config"]}))
+
+
+def link_chunk(folder: Path, number: int, target: Path) -> None:
+    """Make a folder of one chunk of a folder of shards, without copying it.
+
+    Args:
+        folder: a folder of shards.
+        number: the number of the chunk in it.
+        target: the new folder, which is created.
+    """
+    index = read_index(folder)
+    target.mkdir(parents=True)
+    chunk = index["chunks"][number]
+    _link(folder / chunk["filename"], target / ONE_CHUNK)
+    entry = chunk | {"filename": ONE_CHUNK}
+    (target / INDEX).write_text(json.dumps({"chunks": [entry], "config": index["config"]}))
 
 
 def _link(source: Path, target: Path) -> None:

@@ -1,6 +1,5 @@
 """Check a whole data set: every file against its checksum, and every sample to the end of its image."""
 
-import json
 from collections import defaultdict, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -151,11 +150,10 @@ def encoding_chunks(folder: Path) -> tuple[list[Chunk], list[Damage]]:
     for path in sorted(folder.glob(f"{ENCODINGS}/*/{DESCRIPTION}")):
         subfolder = path.parent.relative_to(folder)
         try:
-            description = json.loads(path.read_text())
+            sums = PreparedDataset(path.parent).description["checksums"]
         except ValueError as error:
-            damages.append(Damage(str(subfolder / path.name), f"it is not JSON: {error}"))
+            damages.append(Damage(str(subfolder / path.name), str(error)))
             continue
-        sums = description.get("checksums", {}) if isinstance(description, dict) else {}
         chunks += [Chunk(folder, str(subfolder / name), value, {}, {}, None) for name, value in sums.items()]
     return chunks, damages
 

@@ -28,9 +28,11 @@ def render() -> str:
 
     from nami_lightning import BridgeFlow, Curriculum, NamiTransformer2DModel, Phase
     from nami_lightning.datamodules.sources import Source
+    from nami_lightning.models.image_features import ImageEncoder
     from nami_lightning.models.lora import LoraSettings
     from nami_lightning.runs.recipe import make_parser
     from nami_lightning.training.paths.rectified import DistillationSettings
+    from nami_lightning.training.techniques.technique import Technique
 
     parser = make_parser()
     links = {action.target[0] for action in parser._links_group._group_actions}  # type: ignore[attr-defined]
@@ -57,6 +59,10 @@ def render() -> str:
         "### model.distillation", doc(DistillationSettings), table(rows_of_class(DistillationSettings)),
         "### model.optimizer", "Any optimizer of torch by its class path, or:",
         *classes("model.optimizer", Optimizer, "nami_lightning"),
+        "### model.techniques", "Those of [Techniques](techniques.md), or yours:",
+        *classes("model.techniques", Technique, "nami_lightning"),
+        "### Image encoders", "The values of a technique's key `encoder`:",
+        *classes("encoder", ImageEncoder, "nami_lightning.models"),
         "## data", *classes("data", L.LightningDataModule, "nami_lightning.datamodules"),
         "### Sources", "The values of `data.init_args.source`:",
         *classes("data.init_args.source", Source, "nami_lightning.datamodules"),

@@ -50,13 +50,12 @@ def measure_sampling(options: Namespace) -> None:
     sides = options.resolutions or [model.resolutions[-1]]
     for side in sides:
         check_resolution(model, side)
-    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     encoders = Encoders(model, device) if options.with_encoders else None
-    pipelines = {name: make(model) for name, make in PIPELINES.items()}
+    with torch.device(device):  # random weights are made where they are used
+        pipelines = {name: make(model) for name, make in PIPELINES.items()}
     for pipeline in pipelines.values():
-        # The bridge stays in float32: rounding must not change where a stage starts.
-        nn.Module.to(pipeline.transformer, dtype)
-        pipeline.to(device)
+        dtype = move(pipeline, device)
     measured = [one for side in sides for one in measure_resolution(model, pipelines, encoders, side, options)]
     shown = with_paper(measured)
 
@@ -148,6 +147,15 @@ PIPELINES: dict[str, Callable[[NamiModule], NamiPipeline]] = {
     "flow-only": flow_only_pipeline,
     "FLUX-base": flux_base_pipeline,
 }
+
+
+def move(pipeline: NamiPipeline, device: str) -> torch.dtype:
+    """Move a pipeline to a device, its network in the dtype that is fast there; return that dtype."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    # The bridge stays in float32: rounding must not change where a stage starts.
+    nn.Module.to(pipeline.transformer, dtype)
+    pipeline.to(device)
+    return dtype
 
 
 def all_blocks(model: NamiModule) -> dict[str, int]:

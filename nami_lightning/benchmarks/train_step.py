@@ -73,7 +73,9 @@ class BareLoop(L.Callback):
         """Do one optimizer step as one would write it by hand."""
         twin = self.twin
         ratio = twin.curriculum.phase(batch[0].step).ratio
-        for micro in batch:
+        for number, micro in enumerate(batch, 1):
+            if isinstance(self.network, DistributedDataParallel):  # as no_sync does in all but the last
+                self.network.require_backward_grad_sync = number == len(batch)
             techniques = twin.techniques.active(micro.step)
             with torch.autocast(twin.device.type, torch.bfloat16, enabled=self.autocast):
                 loss, _, added = twin.flow_loss(
@@ -111,7 +113,7 @@ class UncountedReads:
 
 def shard(model: NamiTransformer2DModel, strategy: FSDP2Strategy) -> None:
     """Apply FSDP2 as torch's own tutorial does: to every block, every head, and the root."""
-    settings: dict[str, Any] = {"mesh": strategy.device_mesh["shard"], "mp_policy": strategy.policy}
+    settings: dict[str, Any] = {"mesh": strategy.weights_mesh, "mp_policy": strategy.policy}
     for part in model.parts:
         fully_shard(part, **settings)
     fully_shard(model, **settings)
@@ -133,6 +135,8 @@ def measure_step(options: Namespace) -> None:
     settings.logger, settings.enable_checkpointing, settings.limit_val_batches = False, False, 0
     settings.callbacks = [c for c in settings.callbacks if c.class_path.endswith(CALLBACKS_OF_A_STEP)]
     model, data, trainer = recipe.make()
+    if max(model.curriculum.context_parallel) > 1:
+        raise ValueError("the bare loop has whole samples on each process: measure without curriculum.context_parallel")
     twin = recipe.make_model()
     twin.configure_model()
     bare = BareLoop(twin)

@@ -1,6 +1,7 @@
 """Types of command-line arguments, and the parser, options and help that several commands share."""
 
 import argparse
+import math
 import re
 from typing import Any
 
@@ -34,6 +35,21 @@ def positive_int(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
     return int(text)
+
+
+def positive_float(text: str) -> float:
+    """Return a number above 0.
+
+    Raises:
+        ArgumentTypeError: the text isn't one.
+    """
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+    return number
 
 
 def whole_number(text: str) -> int:

@@ -4,7 +4,7 @@ import argparse
 from argparse import Namespace
 from typing import Any
 
-from nami_lightning.cli.argument_types import positive_int, whole_number
+from nami_lightning.cli.argument_types import positive_float, positive_int, whole_number
 
 RECIPE_HELP = "a recipe file, or the name of a packaged recipe (default openmoji); any recipe key may follow"
 
@@ -55,6 +55,29 @@ def add_command(commands: Any) -> None:
     )
     sample.add_argument("--output", metavar="DIR", help="folder of sampling.csv, and of the plot as PNG and SVG")
 
+    gpu = benchmarks.add_parser(
+        "gpu",
+        help="a report of what this machine's GPU does: parity, sampling, training, pictures",
+        description="Measure this machine's GPU in about eight minutes, offline, and write one report in Markdown with "
+        "each promise as held or not. The sections: parity (the same numbers as on the CPU), sampling (the paper's "
+        "Table 2), training (step time, memory, waits), run (a training of emoji). Keys of the recipe openmoji_gpu "
+        "may follow, for that training.",
+        allow_abbrev=False,
+    )
+    gpu.add_argument("--output", metavar="FILE", default="gpu/report.md", help="the report (default gpu/report.md)")
+    gpu.add_argument(
+        "--sections",
+        nargs="+",
+        choices=["parity", "sampling", "training", "run"],
+        default=["parity", "sampling", "training", "run"],
+        help="what to measure (default: all)",
+    )
+    gpu.add_argument(
+        "--minutes", type=positive_float, help="length of the training of emoji (default 7; of the stand-in 0.1)"
+    )
+    gpu.add_argument("--stand_in", action="store_true", help="run the whole flow small, on the CPU")
+    gpu.set_defaults(execute=bench, takes_keys=True)
+
     data = _add(
         benchmarks,
         "data",
@@ -90,7 +113,12 @@ def _add(benchmarks: Any, name: str, what: str, recipe: str) -> argparse.Argumen
 
 
 def bench(options: Namespace) -> None:
-    """Run one of the three benchmarks."""
+    """Run one of the benchmarks."""
+    if options.what == "gpu":
+        from nami_lightning.benchmarks.gpu.report import measure_gpu
+
+        measure_gpu(options)
+        return
     if options.recipe is None and options.overrides and not options.overrides[0].startswith("-"):
         options.recipe = options.overrides.pop(0)  # argparse accepts an optional argument only before the first option
     if options.what == "step":

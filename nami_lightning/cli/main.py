@@ -11,7 +11,6 @@ from nami_lightning.cli import (
     bench,
     compare,
     convert,
-    data,
     distill,
     evaluate,
     export,
@@ -25,6 +24,7 @@ from nami_lightning.cli import (
     tune,
 )
 from nami_lightning.cli.argument_types import CommandParser
+from nami_lightning.cli.data import command as data
 
 COMMANDS = (
     run,

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from nami_lightning.cli.argument_types import positive_int
+from nami_lightning.cli.argument_types import positive_float, positive_int
 
 if TYPE_CHECKING:
     from nami_lightning.datamodules import MultiResolutionDataModule
+    from nami_lightning.datamodules.precomputed.records import Layout
     from nami_lightning.planning.inputs import Network, Setup, Sharding
     from nami_lightning.planning.report import TrainingImages
     from nami_lightning.training.module import NamiModule
@@ -22,6 +23,7 @@ examples:
   lightning plan nami_2b --devices 64 --device a100-80gb
   lightning plan nami_0.6b --devices 8 --device h100 --images 50000000
   lightning plan nami_2b --devices 64 --device a100-40gb --model.activation_checkpointing 2   any recipe key
+  lightning plan nami_2b --devices 64 --network-bandwidth 12.5   slower cards between the nodes
   lightning plan nami_2b --devices 64 --json               all figures as JSON
 """
 
@@ -51,6 +53,20 @@ def add_command(commands: Any) -> None:
         "--device", default="a100-80gb", help="kind of device: a100-40gb, h100, h200, ... (default a100-80gb)"
     )
     parser.add_argument(
+        "--devices-per-node",
+        type=positive_int,
+        help=f"number of devices of a node (default: {DEFAULT_DEVICES_PER_NODE}, or what a recipe of several nodes "
+        "states)",
+    )
+    for place in ("node", "network"):
+        where = "the others of its node" if place == "node" else "other nodes"
+        parser.add_argument(
+            f"--{place}-bandwidth",
+            type=positive_float,
+            metavar="GB/S",
+            help=f"GB/s that a device can send to {where} (default: by the kind of device)",
+        )
+    parser.add_argument(
         "--utilization",
         type=float,
         default=0.4,
@@ -62,6 +78,11 @@ def add_command(commands: Any) -> None:
         nargs="+",
         metavar="N",
         help="number of training images: one total, or one number for each resolution",
+    )
+    parser.add_argument(
+        "--stored-encodings",
+        action="store_true",
+        help="plan a training on encodings (lightning data encode), whatever data set is there now",
     )
     parser.add_argument("--json", action="store_true", help="print all figures as JSON: bytes, operations, seconds")
     parser.set_defaults(execute=plan, takes_keys=True)
@@ -112,6 +133,8 @@ def read_setup(name: str, objects: Any, options: Namespace) -> Setup:
         raise ValueError(f"--device must be one of {', '.join(DEVICES)}; got {options.device}")
     with torch.device("meta"):
         kind = type(module.make_transformer())
+    layout = planned_encodings(module, data, options.stored_encodings)
+    devices = options.devices or count_devices(trainer)
     network = Network.from_config(kind, module.transformer_config, module.lora)
     setup = Setup(
         name=name,
@@ -121,7 +144,7 @@ def read_setup(name: str, objects: Any, options: Namespace) -> Setup:
         text_tokens=module.text_encoder_config.max_length,
         curriculum=module.curriculum,
         max_micro_batch=tuple(data.max_micro_batch),
-        devices=options.devices or count_devices(trainer),
+        devices=devices,
         device=options.device,
         utilization=options.utilization,
         activation_checkpointing=module.activation_checkpointing,
@@ -129,10 +152,14 @@ def read_setup(name: str, objects: Any, options: Namespace) -> Setup:
         sharding=read_sharding(trainer.strategy),
         ema=any(isinstance(callback, EMA) for callback in trainer.callbacks or []),
         optimizer=optimizer_state(module, network),
+        devices_per_node=options.devices_per_node or count_devices_per_node(trainer, options.devices),
+        node_bandwidth=options.node_bandwidth,
+        network_bandwidth=options.network_bandwidth,
+        read_ahead=bytes_read_ahead(data, devices, layout),
         techniques=module.techniques,
         teacher_calls=0 if module.distillation is None else module.distillation.teacher_calls,
     )
-    return add_encoders(setup, module, data)
+    return setup if layout else add_encoders(setup, module)
 
 
 def count_devices(trainer: Any) -> int:
@@ -141,16 +168,68 @@ def count_devices(trainer: Any) -> int:
     Raises:
         ValueError: a number below 1.
     """
-    each = trainer.devices
-    if isinstance(each, str) and "," in each:  # Lightning's way to list devices: "0,1"
-        each = each.strip(",").split(",")
-    number = len(each) if isinstance(each, list) else int(each) if str(each).isdigit() else DEFAULT_DEVICES_PER_NODE
+    number = count_listed(trainer)
     nodes = 1 if trainer.num_nodes is None else int(trainer.num_nodes)
     if number < 1 or nodes < 1:
         raise ValueError(
             f"trainer.devices and trainer.num_nodes must be at least 1; got {trainer.devices} and {trainer.num_nodes}"
         )
     return number * nodes
+
+
+def count_listed(trainer: Any) -> int:
+    """Return the number of a node's devices that the recipe states; eight if it states none."""
+    each = trainer.devices
+    if isinstance(each, str) and "," in each:  # Lightning's way to list devices: "0,1"
+        each = each.strip(",").split(",")
+    return len(each) if isinstance(each, list) else int(each) if str(each).isdigit() else DEFAULT_DEVICES_PER_NODE
+
+
+def count_devices_per_node(trainer: Any, all_devices: int | None) -> int:
+    """Return the number of devices of a node: the recipe's, if that states several nodes and ``all_devices`` is None.
+
+    One node may have room for more devices than the recipe uses: eight, if there are no more.
+    """
+    several_nodes = trainer.num_nodes is not None and int(trainer.num_nodes) > 1
+    listed = count_listed(trainer)
+    return listed if several_nodes and all_devices is None else max(listed, DEFAULT_DEVICES_PER_NODE)
+
+
+def planned_encodings(module: NamiModule, data: MultiResolutionDataModule, stored: bool) -> Layout | None:
+    """Return the layout of the encodings that are trained on; None: of images, which each step encodes.
+
+    They are those of the data set, or if ``stored`` those that the recipe's encoders would make.
+    """
+    from nami_lightning.datamodules.precomputed.records import Layout
+    from nami_lightning.models.autoencoder import PIXELS
+
+    if found := (read_description(data) or {}).get("encodings"):
+        return Layout(**found["layout"])
+    if not stored:
+        return None
+    config, width, pooled_width = module.autoencoder_config, *module.text_dims
+    return Layout(
+        list(data.resolutions),
+        module.latent_pyramid,
+        config.name == PIXELS,
+        config.factor,
+        module.transformer_config["in_channels"],
+        module.text_encoder_config.max_length,
+        width,
+        pooled_width,
+    )
+
+
+def bytes_read_ahead(data: MultiResolutionDataModule, ranks: int, encodings: Layout | None) -> int:
+    """Return the bytes that the workers of one rank hold ready, for training and for a validation.
+
+    The data set need not be prepared.
+    """
+    from nami_lightning.datamodules.stage_images import StageImages
+
+    images = StageImages([], data.resolutions, data.latent_pyramid == "pool")
+    sample_bytes = (encodings or images).sample_bytes
+    return data.read_ahead(ranks, sample_bytes).total + data.read_ahead_in_validation(ranks, sample_bytes).total
 
 
 def read_sharding(strategy: Any) -> Sharding:
@@ -185,7 +264,7 @@ def read_sharding(strategy: Any) -> Sharding:
     if isinstance(strategy, DDPStrategy):
         return Sharding(gradient_as_bucket_view=bool(strategy._ddp_kwargs.get("gradient_as_bucket_view")))
     if strategy is None or str(strategy).startswith(("auto", "ddp")):
-        return Sharding()
+        return Sharding(auto=not str(strategy).startswith("ddp"))
     raise ValueError(f"lightning plan knows only trainer.strategy ddp and fsdp2; the recipe has {strategy}")
 
 
@@ -209,12 +288,10 @@ def optimizer_state(module: NamiModule, network: Network) -> float:
     return held / sum(weight.numel() for weight in real.values())
 
 
-def add_encoders(setup: Setup, module: NamiModule, data: MultiResolutionDataModule) -> Setup:
+def add_encoders(setup: Setup, module: NamiModule) -> Setup:
     """Return the setup with the frozen encoders that its training loads."""
     from nami_lightning.planning import encoder_memory
 
-    if (found := read_description(data)) is not None and found.get("encodings"):
-        return setup
     finest = module.resolutions[-1]
     encodes = [[side, side // 2] if stage else [side] for stage, side in enumerate(module.resolutions)]
     if module.latent_pyramid == "pool":
@@ -222,8 +299,7 @@ def add_encoders(setup: Setup, module: NamiModule, data: MultiResolutionDataModu
     micro_batches = [setup.micro_batch(stage) for stage in range(len(encodes))]
     models = encoder_memory.text_encoders(module.text_encoder_config, len(encodes))
     if setup.sharding.shard_text_encoder:
-        shards = setup.sharding.shards(setup.devices)
-        models = [replace(model, memory=model.memory and -(-model.memory // shards)) for model in models]
+        models = [replace(model, memory=model.memory and -(-model.memory // setup.shards)) for model in models]
     models += encoder_memory.autoencoder(module.autoencoder_config, encodes, micro_batches)
     return replace(setup, frozen=tuple(models))
 

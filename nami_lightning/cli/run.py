@@ -118,7 +118,7 @@ def decide_start(run: Run, recipe: Recipe, model: NamiModule, trainer: L.Trainer
         rank_zero_info(f"New run {run.folder}: {curriculum.total_steps} steps in {len(curriculum.phases)} phases")
         return decision
     path, checkpoint = newest
-    model.check_checkpoint(checkpoint)
+    model.identity.check(checkpoint)
     step = checkpoint["nami"]["step"]
     where = curriculum.describe(step)
     if step >= curriculum.total_steps:

@@ -51,7 +51,7 @@ def serve(options: Namespace) -> None:
     check_port(options.port)
     import_gradio()
     from nami_lightning.pipelines.nami_pipeline import NamiPipeline
-    from nami_lightning.runs.load import load_pipeline
+    from nami_lightning.runs.load import identify_weights, load_pipeline
     from nami_lightning.serving.drawing import Studio
 
     pipeline: Any = load_pipeline(options.run, options.dtype, options.step, options.ema is not False, options.device)
@@ -60,8 +60,13 @@ def serve(options: Namespace) -> None:
             f"{options.run} is a {type(pipeline).__name__}; lightning serve takes only a NAMI. lightning convert makes "
             "one of a FLUX"
         )
+    weights = {
+        "model": options.run,
+        "weights": identify_weights(options.run, options.step, options.ema is not False),
+        "dtype": options.dtype,
+    }
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as by Ctrl+C: the images are removed
-    with serving(Studio(pipeline, options.lora), options.run, options.port) as address:
+    with serving(Studio(pipeline, options.lora), weights, options.port) as address:
         print(f"Serving {options.run} at {address} to this machine alone; Ctrl+C ends it", flush=True)
         try:
             Event().wait()

@@ -280,14 +280,15 @@ def _row(one: Measured) -> str:
 
 
 def _features(recipe: Recipe) -> nn.Module:
-    """Return the network that the run was measured with."""
+    """Return the network that the run was measured with, the first of several."""
     from importlib import import_module
 
     from nami_lightning.metrics import EfficientNetLite0
 
     for callback in recipe.config.trainer.callbacks:
         features: Any = callback.init_args.get("features") if callback.class_path.endswith(".Metrics") else None
-        if features is not None:
+        features = features[0] if isinstance(features, list) and features else features
+        if features:
             module, _, name = features.class_path.rpartition(".")
             return getattr(import_module(module), name)(**(features.get("init_args") or {}))
     return EfficientNetLite0()

@@ -47,8 +47,16 @@ def extend_transformer(model: NamiTransformer2DModel, stage: NewStage, seed: int
         model: the network so far.
         stage: to add.
         seed: of the new blocks' weights, which do nothing until they are trained: their gates are zero.
+
+    Raises:
+        ValueError: the network predicts clean images, which a stage before the finest can't.
     """
     config = dict(model.config)
+    if config["prediction"] == "clean":
+        raise ValueError(
+            "this network's finest stage predicts clean images, and would not be the finest: only a network of "
+            "prediction velocity can get a finer stage"
+        )
     last = model.num_stages - 1
     changes: dict[str, Any] = {
         "num_layers": [*config["num_layers"], stage.num_layers],

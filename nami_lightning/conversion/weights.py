@@ -1,6 +1,5 @@
 """Read the weights of a model's folder as they are stored, mapped from the disk, and without running code of theirs."""
 
-import json
 import pickle
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -10,6 +9,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from nami_lightning.errors import why_unreadable
+from nami_lightning.utils.text_files import parse_json
 
 SHOWN = 4
 """The number of keys that a message shows."""
@@ -45,8 +47,8 @@ def read_config(file: Path) -> dict[str, Any]:
         ValueError: it is no JSON object.
     """
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        content = parse_json(file.read_bytes())
+    except ValueError as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{file} is not a JSON object")
@@ -85,8 +87,7 @@ def read_weights_file(file: Path) -> dict[str, Tensor]:
             return load_file(file)
         weights = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{file} can't be read as weights: {reason}") from error
+        raise ValueError(f"{file} can't be read as weights: {why_unreadable(error)}") from error
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
         raise ValueError(f"{file} is not a state dict: it must hold tensors by their names, and nothing else")
     return weights

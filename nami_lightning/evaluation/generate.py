@@ -8,7 +8,6 @@ OUT/BENCHMARK/MODEL/not_finite.json          which images have NaN or infinite v
 GenEval's own judge reads this layout too.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from nami_lightning.pipelines.sampler_settings import SamplerSettings
 from nami_lightning.runs.load import identify_weights, load_pipeline
 from nami_lightning.utils.atomic_write import write_json
 from nami_lightning.utils.image_grid import save_image
+from nami_lightning.utils.text_files import parse_json
 
 SETTINGS_FILE = "drawing.json"
 NOT_FINITE_FILE = "not_finite.json"
@@ -77,7 +77,7 @@ class GeneratedImages:
         read counts as none: the images are only generated again.
         """
         try:
-            found = json.loads((self.folder / NOT_FINITE_FILE).read_text(encoding="utf-8"))
+            found = parse_json((self.folder / NOT_FINITE_FILE).read_bytes())
             entries = found["images"] if found["drawing"] == record else []
             return {(entry["item"], entry["sample"]): entry for entry in entries}
         except (FileNotFoundError, ValueError, TypeError, KeyError):
@@ -94,7 +94,7 @@ class GeneratedImages:
         if not path.exists() or not any(self.folder.glob("*/samples/*.png")):
             return None
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
+            return parse_json(path.read_bytes())
         except ValueError as error:
             raise ValueError(
                 f"{path} is damaged ({error}): remove {self.folder} to generate all images again"

@@ -6,6 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+MOST_BYTES = 200
+"""Bytes of an item's id: file systems take 255 of a name."""
+
+DEVICES = re.compile(r"con|prn|aux|nul|com\d|lpt\d", re.IGNORECASE)
+"""Names that are devices in every folder of Windows."""
+
 
 @dataclass(frozen=True)
 class Item:
@@ -30,8 +36,13 @@ def check_id(name: str, where: str) -> str:
     Raises:
         ValueError: it can't.
     """
-    if not re.fullmatch(r"[\w.-]*\w[\w.-]*", name):
-        raise ValueError(f"{where}: id {name!r} can't name a folder: use only letters, digits, dots, _ and -")
+    plain = re.fullmatch(r"[\w.-]+", name) and re.search(r"\w", name) and not DEVICES.fullmatch(name.partition(".")[0])
+    if not plain or len(name.encode()) > MOST_BYTES:
+        shown = name if len(name) <= MOST_BYTES else f"{name[:MOST_BYTES]}..."
+        raise ValueError(
+            f"{where}: id {shown!r} can't name a folder: use only letters, digits, dots, _ and -, at most {MOST_BYTES} "
+            "bytes, and no name of a device such as NUL"
+        )
     return name
 
 

@@ -12,6 +12,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
+from nami_lightning.utils.text_files import parse_json
+
 Interval: TypeAlias = tuple[float, float] | None
 """The two ends of an interval; None if there are too few values to compute it."""
 
@@ -40,13 +42,22 @@ class VerdictLog:
         self.verdicts: dict[str, tuple[Any, str]] = {}
         self.judged_on: set[str] = set()
         if path.exists():
-            for line in path.read_text(encoding="utf-8").split("\n"):
-                try:
-                    entry = json.loads(line)
-                except json.JSONDecodeError:  # an interrupted process wrote only a part of this line
-                    continue
-                if entry["judge"] == self.judge:
-                    self.verdicts[entry["image"]] = entry["verdict"], entry.get("hardware", "a machine not noted")
+            self._read(path)
+
+    def _read(self, path: Path) -> None:
+        lost = 0
+        for line in filter(None, path.read_bytes().split(b"\n")):
+            try:
+                entry = parse_json(line)
+                judge, image, verdict = str(entry["judge"]), str(entry["image"]), entry["verdict"]
+                machine = str(entry.get("hardware", "a machine not noted"))
+            except (AttributeError, KeyError, TypeError, ValueError):  # an interrupted process wrote a part of it
+                lost += 1
+                continue
+            if judge == self.judge:
+                self.verdicts[image] = verdict, machine
+        if lost:
+            print(f"{path}: {lost:,} line(s) can't be read; their images are judged again")
 
     def get(self, image: Path, task: Any) -> Any:
         """Return the verdict on an image for a task (any JSON value), or None."""

@@ -9,6 +9,6 @@
 
 from nami_lightning.utils.lazy_import import lazy
 
-_HOMES = {"EfficientNetLite0": "features", "Inception": "features"}
+_HOMES = {"EfficientNetLite0": "features", "EfficientNetLite2": "features", "Inception": "features"}
 
 __all__, __getattr__, __dir__ = lazy(__name__, _HOMES)

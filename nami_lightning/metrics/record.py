@@ -13,6 +13,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from nami_lightning.utils.atomic_write import replacing, write_text
+from nami_lightning.utils.text_files import parse_json
 
 METRICS = "metrics.jsonl"
 EVALUATION = "evaluation.npz"
@@ -53,7 +54,7 @@ def read_entries(folder: Path) -> list[Entry]:
     lines = path.read_bytes().splitlines()
     for number, line in enumerate(lines, 1):
         try:
-            entry = Entry(**json.loads(line))
+            entry = Entry(**parse_json(line))
             entry = replace(entry, metrics={name: float(value) for name, value in entry.metrics.items()})
             sum((entry.step, entry.samples, entry.flops, entry.drawn, entry.seconds or 0.0))
         except (ValueError, TypeError, AttributeError) as error:

@@ -9,7 +9,7 @@ paper does, and reaches the same outputs. Once fitted it is frozen, and saved wi
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -71,7 +71,9 @@ class BridgeFlow(Float32Model, ConfigMixin):
     ) -> None:
         super().__init__()
         windows = windows or ("matched" if kind == "matched" else "contiguous")
-        _check_settings(kind, kernel_size, affine_size, residual_noise, windows, timestep_spacing, len(window_ratios))
+        _check_settings(
+            kind, channels, kernel_size, affine_size, residual_noise, windows, timestep_spacing, len(window_ratios)
+        )
         self.kind = kind
         self.residual_noise = residual_noise
         self.shift = (base_shift, max_shift) if shift else None
@@ -184,7 +186,7 @@ class BridgeFlow(Float32Model, ConfigMixin):
 @contextmanager
 def exact_convolutions() -> Iterator[None]:
     """Convolve float32 numbers in float32 in a ``with`` block; by default cuDNN rounds them to TF32's ten bits."""
-    settings = torch.backends.cudnn.conv
+    settings: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]  # torch adds it at run time
     before = settings.fp32_precision
     settings.fp32_precision = "ieee"
     try:
@@ -213,6 +215,7 @@ class AffineMap(nn.Module):
 
 def _check_settings(
     kind: str,
+    channels: int,
     kernel_size: int,
     affine_size: list[int] | None,
     residual_noise: bool,
@@ -225,6 +228,8 @@ def _check_settings(
     for name, value, known in choices:
         if value not in get_args(known):
             raise ValueError(f"bridge {name} must be one of {', '.join(get_args(known))}; got {value!r}")
+    if channels < 1:
+        raise ValueError(f"bridge channels must be at least 1; got {channels}")
     if kernel_size not in (1, 3):
         raise ValueError(f"bridge kernel_size must be 1 or 3; got {kernel_size}")
     if affine_size is not None and (

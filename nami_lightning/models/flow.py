@@ -184,14 +184,16 @@ def velocity_target(start: Tensor, end: Tensor, window: Window) -> Tensor:
     return (start - end) / window.duration
 
 
-def clean_estimate(x: Tensor, velocity: Tensor, tau: float, window: Window) -> Tensor:
-    """Return the clean latents to which ``x`` at local time ``tau`` and a velocity there point.
+def clean_estimate(x: Tensor, velocity: Tensor, tau: float | Tensor, window: Window) -> Tensor:
+    """Return the clean latents to which ``x`` at local time ``tau``, a number or ``(B,)``, and a velocity there point.
 
     A stage moves along ``sigma * eps + (1 - sigma) * z``, so ``z`` lies ``sigma`` further the same way. That is exact
     for a straight flow of stage 1, and the last stage's end is its own estimate; at the start of the other stages the
     bridge's image stands for ``z``.
     """
     sigma = window.end + tau * (window.start - window.end)
+    if isinstance(sigma, Tensor):
+        sigma = sigma.view(-1, 1, 1, 1)
     return x - sigma * window.duration / (window.start - window.end) * velocity
 
 

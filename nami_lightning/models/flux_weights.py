@@ -95,8 +95,14 @@ class FluxWeightsMixin(FromOriginalModelMixin):
         return cls.from_flux(flux, num_layers, num_single_layers, patch_size, rope_positions, output_head)
 
     def to_flux(self) -> FluxTransformer2DModel:
-        """Return the last stage's network as diffusers' own FLUX, for tools that know it; it shares the weights."""
+        """Return the last stage's network as diffusers' own FLUX, for tools that know it; it shares the weights.
+
+        Raises:
+            ValueError: the network predicts clean images.
+        """
         config = self.config
+        if config.prediction == "clean":
+            raise ValueError("this network's finest stage predicts clean images, and FLUX velocities: it can't be FLUX")
         with torch.device("meta"):
             flux = FluxTransformer2DModel(
                 patch_size=1,

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from nami_lightning.models.bridge import BridgeFlow
 from nami_lightning.models.transformer import NamiTransformer2DModel
 
@@ -13,13 +15,16 @@ CONVENTIONS = ("window_ratios", "windows", "kind", "time", "velocity_time", "res
 """Settings of the flow that a network was trained with."""
 
 
-def load_pretrained(source: str, transformer: NamiTransformer2DModel, bridge: BridgeFlow) -> list[str]:
+def load_pretrained(
+    source: str, transformer: NamiTransformer2DModel, bridge: BridgeFlow, weights: bool = True
+) -> list[str]:
     """Load a network's weights, and the bridges beside it if they are of the same kind and windows.
 
     Args:
         source: folder or hub name of a NamiPipeline, or the folder of a NamiTransformer2DModel alone.
-        transformer: changed in place.
+        transformer: changed in place: it gives up its weights, and takes over those that are loaded.
         bridge: changed in place, if the pipeline's is fitted and has the same settings.
+        weights: whether to load the network's weights, and not only to check its config.
 
     Returns:
         Lines that say in which conventions the recipe differs from what the weights were trained with.
@@ -37,8 +42,12 @@ def load_pretrained(source: str, transformer: NamiTransformer2DModel, bridge: Br
             f"fetched from the hub: {str(error).splitlines()[0]}"
         ) from error
     notes = compare_networks(source, config, dict(transformer.config))
-    loaded = NamiTransformer2DModel.from_pretrained(source, subfolder=None if alone else "transformer")
-    transformer.load_state_dict(loaded.state_dict())
+    if weights:
+        transformer.to("meta")  # what it held makes way: memory holds one network, not two
+        loaded = NamiTransformer2DModel.from_pretrained(
+            source, subfolder=None if alone else "transformer", torch_dtype=torch.float32
+        )
+        transformer.load_state_dict(loaded.state_dict(), assign=True)
     if alone:
         return notes
     return notes + load_bridge(source, bridge)

@@ -4,8 +4,11 @@ The models go by Hugging Face name or local folder. They are never trained, neve
 when something is to be encoded.
 """
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.util import find_spec
 from typing import Any, Literal, NamedTuple, Self
 
@@ -92,6 +95,88 @@ class TextStates(NamedTuple):
         )
 
 
+class Tokens(NamedTuple):
+    """Tokenized prompts of one encoder.
+
+    Attributes:
+        ids: ``(B, L)``; L is the same for all prompts.
+        mask: ``(B, L)``, 1 at what is no padding.
+        padded: whether there is padding, so that nobody must ask the device.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    padded: bool
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Tokens":
+        """Return the tokens with every tensor replaced by ``change`` of it."""
+        return Tokens(change(self.ids), change(self.mask), self.padded)
+
+
+class PromptTokens(NamedTuple):
+    """Tokenized prompts of both encoders; ``pooled`` is None where there is one encoder."""
+
+    sequence: Tokens
+    pooled: Tokens | None
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "PromptTokens":
+        """Return the tokens with every tensor replaced by ``change`` of it."""
+        sequence, pooled = self
+        return PromptTokens(sequence.map(change), pooled and pooled.map(change))
+
+
+class PromptTokenizer:
+    """Tokenizes prompts as the encoder of the same settings does, without its models: for processes that read data.
+
+    Args:
+        config: names the tokenizers, which are loaded at their first use.
+    """
+
+    def __init__(self, config: TextEncoderConfig) -> None:
+        self.config = config
+
+    @cached_property
+    def _kinds(self) -> list[tuple[Any, str]]:
+        """The tokenizer and the kind of model of each encoder."""
+        from torch.utils.data import get_worker_info
+
+        if get_worker_info() is not None:
+            os.environ["TOKENIZERS_PARALLELISM"] = "false"  # these processes are parallel already
+        named = [(self.config.sequence, self.config.sequence_subfolder)]
+        if self.config.pooled is not None:
+            named.append((self.config.pooled, self.config.pooled_subfolder))
+        return [(load_tokenizer(*name), load_model_type(*name)) for name in named]
+
+    def __call__(self, prompts: Sequence[str]) -> PromptTokens:
+        """Return the tokens of some prompts, on the host."""
+        return tokenize_for_both(prompts, self.config, *self._kinds)
+
+
+def tokenize_for_both(
+    prompts: Sequence[str], settings: TextSettings, sequence: tuple[Any, str], pooled: tuple[Any, str] | None = None
+) -> PromptTokens:
+    """Tokenize prompts for the encoders of the sequence and of the pooled state.
+
+    Args:
+        prompts: to be tokenized.
+        settings: the lengths.
+        sequence: the tokenizer and the kind of model of the sequence's encoder.
+        pooled: those of the pooled state's encoder, if there is one.
+    """
+    length = settings.pooled_max_length or settings.max_length
+    return PromptTokens(
+        tokenize(prompts, *sequence, settings.max_length), pooled and tokenize(prompts, *pooled, length)
+    )
+
+
+def tokenize(prompts: Sequence[str], tokenizer: Any, model_type: str, length: int) -> Tokens:
+    """Tokenize prompts to one length: ``length``, or what the tokenizer knows as its model's limit if that is less."""
+    if model_type not in T5_FAMILY:  # T5's positions are relative: FLUX passes its tokenizer's limit
+        length = min(length, tokenizer.model_max_length)
+    tokens = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    return Tokens(tokens.input_ids, tokens.attention_mask, not bool(tokens.attention_mask.all()))
+
+
 class PromptEncoder:
     """Encodes prompts with one or two frozen models of transformers.
 
@@ -163,25 +248,30 @@ class PromptEncoder:
     def __call__(self, prompts: Sequence[str]) -> TextStates:
         """Encode ``prompts`` to float32 states on the models' device."""
         if self.cache is None:
-            return self._encode(list(prompts))
+            return self.encode(self._tokenize(prompts))
         missing = list(dict.fromkeys(prompt for prompt in prompts if prompt not in self.cache))
         for first in range(0, len(missing), BATCH_IN_CACHE):
             chunk = missing[first : first + BATCH_IN_CACHE]
-            states = self._encode(chunk + [""] * (BATCH_IN_CACHE - len(chunk)))
+            states = self.encode(self._tokenize(chunk + [""] * (BATCH_IN_CACHE - len(chunk))))
             self.cache |= {prompt: states.row(i) for i, prompt in enumerate(chunk)}
         rows = [self.cache[prompt] for prompt in prompts]
         return TextStates(torch.stack([r.sequence for r in rows]), torch.stack([r.pooled for r in rows]))
 
-    def _encode(self, prompts: list[str]) -> TextStates:
+    def _tokenize(self, prompts: Sequence[str]) -> PromptTokens:
+        kinds = [(self.sequence_tokenizer, self.sequence.config.model_type)]
+        if self.pooled is not None:
+            kinds.append((self.pooled_tokenizer, self.pooled.config.model_type))
+        return tokenize_for_both(prompts, self.settings, *kinds)
+
+    @torch.no_grad()
+    def encode(self, tokens: PromptTokens) -> TextStates:
+        """Encode tokenized prompts to float32 states on the models' device; nothing is remembered."""
         settings = self.settings
-        output, mask = self._run(
-            self.sequence, self.sequence_tokenizer, prompts, settings.max_length, settings.attention_mask
-        )
+        output, mask = self._run(self.sequence, tokens.sequence, settings.attention_mask)
         states = output.last_hidden_state.float()
         sequence = states * mask if settings.zero_padding else states
-        if self.pooled is not None:
-            length = settings.pooled_max_length or settings.max_length
-            output, mask = self._run(self.pooled, self.pooled_tokenizer, prompts, length, attention_mask=True)
+        if tokens.pooled is not None:
+            output, mask = self._run(self.pooled, tokens.pooled, attention_mask=True)
             states = output.last_hidden_state.float()
         match self.pooling:
             case "pooler":
@@ -190,19 +280,36 @@ class PromptEncoder:
                 return TextStates(sequence, states[:, 0])
         return TextStates(sequence, (states * mask).sum(1) / mask.sum(1))
 
-    def _run(
-        self, model: Any, tokenizer: Any, prompts: list[str], length: int, attention_mask: bool
-    ) -> tuple[Any, Tensor]:
-        """Return the model's output and what is no padding, ``(B, L, 1)``; L is the same for all prompts."""
-        if model.config.model_type not in T5_FAMILY:  # T5's positions are relative: FLUX passes its tokenizer's limit
-            length = min(length, tokenizer.model_max_length)
-        tokens = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    def _run(self, model: Any, tokens: Tokens, attention_mask: bool) -> tuple[Any, Tensor]:
+        """Return the model's output and what is no padding, ``(B, L, 1)``."""
         device = self.device or model.device
-        tokens = tokens.to(device)
-        mask = {"attention_mask": tokens.attention_mask} if attention_mask else {}
+        ids, mask = (_send(tensor, device) for tensor in (tokens.ids, tokens.mask))
+        shown = {"attention_mask": _visible(model, mask)} if attention_mask and tokens.padded else {}
         with torch.autocast(device.type, enabled=False):  # the same states in training, sampling and stored encodings
-            output = model(input_ids=tokens.input_ids, **mask)
-        return output, tokens.attention_mask[..., None].float()
+            output = model(input_ids=ids, **shown)
+        return output, mask[..., None].float()
+
+
+def _send(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor on a device; the host does not wait for its copy to a GPU, which page-locked memory allows."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+def _visible(model: Any, mask: Tensor) -> Tensor:
+    """Return which token sees which, ``(B, 1, L, L)``, as transformers would make it of a mask ``(B, L)``.
+
+    Given ``(B, L)``, transformers asks the device whether there is padding, and the host waits. It does what it always
+    did where attention is not torch's ``scaled_dot_product_attention``.
+    """
+    if model.config._attn_implementation != "sdpa":
+        return mask
+    length = mask.shape[1]
+    visible = mask.bool()[:, None, None].expand(-1, 1, length, length)
+    if model.config.model_type == "clip_text_model":  # a token sees those before it
+        visible = visible & torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
+    return visible
 
 
 def _has_pooler(model: Any) -> bool:
@@ -220,15 +327,38 @@ def load_text_model(name: str, dtype: str, subfolder: str | None = None) -> tupl
     Raises:
         FileNotFoundError: it can be neither found nor fetched.
     """
-    from transformers import AutoConfig, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
+    loader = text_model_class(load_model_type(name, subfolder))
     path, part = resolve_name(name), subfolder or ""
-    try:
-        loader = text_model_class(AutoConfig.from_pretrained(path, subfolder=part).model_type)
+    with _named_when_missing(name, subfolder):
         model = loader.from_pretrained(path, subfolder=part, dtype=getattr(torch, dtype)).eval().requires_grad_(False)
-        return model, AutoTokenizer.from_pretrained(path, subfolder=part.replace("text_encoder", "tokenizer"))
+    return model, load_tokenizer(name, subfolder)
+
+
+def load_model_type(name: str, subfolder: str | None = None) -> str:
+    """Return what transformers calls the kind of an encoder; arguments and errors are those of its loading."""
+    from transformers import AutoConfig
+
+    with _named_when_missing(name, subfolder):
+        return str(AutoConfig.from_pretrained(resolve_name(name), subfolder=subfolder or "").model_type)
+
+
+def load_tokenizer(name: str, subfolder: str | None = None) -> Any:
+    """Load the tokenizer of an encoder; arguments and errors are those of its loading."""
+    from transformers import AutoTokenizer
+
+    part = (subfolder or "").replace("text_encoder", "tokenizer")
+    with _named_when_missing(name, subfolder):
+        return AutoTokenizer.from_pretrained(resolve_name(name), subfolder=part)
+
+
+@contextmanager
+def _named_when_missing(name: str, subfolder: str | None) -> Iterator[None]:
+    """Turn transformers' error of what can't be found or fetched into one line that names the encoder."""
+    try:
+        yield
     except OSError as error:
         where = f"{name}/{subfolder}" if subfolder else name
         raise FileNotFoundError(f"text encoder {where} can't be loaded: {str(error).splitlines()[0]}") from error

@@ -7,7 +7,7 @@ block, and its parameter names are FLUX's too, unless every stage has its own ou
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import accumulate
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +39,11 @@ BlockHook = Callable[[int, Tensor, Rotary], tuple[Tensor, Rotary]]
 """Called before each block with its number, the image tokens ``(B, N, width)`` and the rotary embedding, and once more
 after the last block; returns what goes on from there."""
 
-SETTINGS_BEFORE = {"rope_unit_stage": None, "output_head": "per_stage"}
+Prediction = Literal["velocity", "clean"]
+LEAST_TIME = 0.05
+"""The noise level below which a predicted clean image counts as this far away (JiT)."""
+
+SETTINGS_BEFORE = {"rope_unit_stage": None, "output_head": "per_stage", "prediction": "velocity"}
 """Settings that configs of earlier versions lack, and what they were then."""
 
 
@@ -79,6 +83,8 @@ class NamiTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, FluxWeig
         rope_unit_stage: the stage whose tokens are 1 apart with ``aligned``, 0 the coarsest; null: the finest. By it
             a network that gets a finer stage keeps the positions of the others.
         output_head: one head ``shared`` by all stages, with FLUX's names, or one head ``per_stage``.
+        prediction: of the finest stage's layers, which ends in data: the ``velocity``, as that of all others; or the
+            ``clean`` image z of JiT (Li and He, 2025), whose velocity ``(x - z) / t`` the network then returns.
 
     Raises:
         ValueError: lists of different lengths, a first stage without blocks, rotary dimensions that do not fit, an
@@ -105,10 +111,11 @@ class NamiTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, FluxWeig
         rope_positions: RopePositions = "aligned",
         rope_unit_stage: int | None = None,
         output_head: HeadKind = "shared",
+        prediction: Prediction = "velocity",
     ) -> None:
         super().__init__()
         _check_layers(num_layers, num_single_layers)
-        _check_choices(rope_positions, rope_unit_stage, output_head, len(num_layers))
+        _check_choices(rope_positions, rope_unit_stage, output_head, prediction, len(num_layers))
         if sum(axes_dims_rope) != attention_head_dim or any(dim % 2 for dim in axes_dims_rope):
             raise ValueError(
                 f"axes_dims_rope {list(axes_dims_rope)} must be even numbers that add up to "
@@ -179,7 +186,10 @@ class NamiTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, FluxWeig
             x, rotary = hook(number + 1, x, rotary)
         shared = self.config.output_head == "shared"
         tokens = self.proj_out(self.norm_out(x, temb)) if shared else self.heads[stage](x, temb)
-        return unpatchify(tokens, height, width, self.config.patch_size)
+        output = unpatchify(tokens, height, width, self.config.patch_size)
+        if self.config.prediction == "clean" and stage == self.num_stages - 1:
+            return (hidden_states.float() - output.float()) / timestep.float().clamp(min=LEAST_TIME).view(-1, 1, 1, 1)
+        return output
 
     def enable_cache(self, config: FirstBlockCacheConfig | PyramidAttentionBroadcastConfig) -> None:
         """Reuse what changes little from one solver step to the next, by a step cache of diffusers.
@@ -317,11 +327,14 @@ def _check_layers(num_layers: Sequence[int], num_single_layers: Sequence[int]) -
         )
 
 
-def _check_choices(rope_positions: str, rope_unit_stage: int | None, output_head: str, stages: int) -> None:
+def _check_choices(
+    rope_positions: str, rope_unit_stage: int | None, output_head: str, prediction: str, stages: int
+) -> None:
     """Refuse settings that are none of their choices."""
     for name, value, known in (
         ("rope_positions", rope_positions, RopePositions),
         ("output_head", output_head, HeadKind),
+        ("prediction", prediction, Prediction),
     ):
         if value not in get_args(known):
             raise ValueError(f"{name} must be one of {', '.join(get_args(known))}; got {value!r}")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from nami_lightning.models.flow import SolverKind
+from nami_lightning.utils.text_files import is_text
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 DECODING = "decoding"
@@ -188,9 +189,10 @@ def check_prompts(name: str, prompts: Any) -> None:
     """Check that prompts are a text or a list of texts.
 
     Raises:
-        ValueError: they are something else, or the list is empty.
+        ValueError: they are something else, the list is empty, or a text has characters that can't be written.
     """
     if isinstance(prompts, str):
+        _check_text(name, prompts)
         return
     if not isinstance(prompts, list | tuple):
         raise ValueError(f"{name} must be a string or a list of strings; got {type(prompts).__name__}")
@@ -199,6 +201,12 @@ def check_prompts(name: str, prompts: Any) -> None:
     for i, prompt in enumerate(prompts):
         if not isinstance(prompt, str):
             raise ValueError(f"{name}[{i}] must be a string; got {type(prompt).__name__}")
+        _check_text(f"{name}[{i}]", prompt)
+
+
+def _check_text(name: str, text: str) -> None:
+    if not is_text(text):
+        raise ValueError(f"{name} has a NUL or half of a surrogate pair, which no text can hold: got {text[:80]!a}")
 
 
 def check_embeds(name: str, embeds: Any, pooled: Any, sequence_dim: int, pooled_dim: int) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from nami_lightning.models.flow import SolverKind
-from nami_lightning.utils.text_files import read_lines, read_text
+from nami_lightning.utils.text_files import parse_json, read_lines, read_text
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def read_rows(path: Path) -> list[ImageRow]:
 
 def _json(path: Path, number: int, line: str) -> dict[str, Any]:
     try:
-        row = json.loads(line)
+        row = parse_json(line)
     except ValueError as error:
         raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
     if not isinstance(row, dict):

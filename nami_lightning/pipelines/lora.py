@@ -98,6 +98,11 @@ def check_lora(name: str, weights: Mapping[str, Tensor], transformer: NamiTransf
         pair = [weights.get(f"transformer.{layer}.lora_{part}.weight") for part in "AB"]
         if pair[0] is None or pair[1] is None:
             raise ValueError(f"{name} is not whole: {layer} needs both lora_A.weight and lora_B.weight")
+        if not (pair[0].ndim == pair[1].ndim == 2 and pair[0].shape[0] == pair[1].shape[1] > 0):
+            raise ValueError(
+                f"{name} is damaged: the matrices of {layer} have the shapes {list(pair[0].shape)} and "
+                f"{list(pair[1].shape)}, which don't go together"
+            )
         theirs = pair[0].shape[-1], pair[1].shape[0]
         ours = layers[layer].in_features, layers[layer].out_features
         if theirs != ours:

@@ -10,6 +10,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from nami_lightning.utils.atomic_write import replacing
+from nami_lightning.utils.text_files import parse_json
 
 CHUNK = "nami_lightning"
 """The text chunk of a PNG that holds the settings as JSON."""
@@ -51,7 +52,9 @@ def read_settings(path: Path) -> dict[str, dict[str, Any]] | None:
             raise OSError(f"{path} is not a whole PNG")
     try:
         with Image.open(path) as image:
-            found = json.loads(image.info[CHUNK])
+            found = parse_json(image.info[CHUNK])
             return {"asked": dict(found["asked"]), "drawn": dict(found["drawn"])}
     except (KeyError, ValueError, TypeError):
         return None
+    except OSError as error:
+        raise OSError(f"{path} is not a whole PNG: {error}") from error

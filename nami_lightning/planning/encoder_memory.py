@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nami_lightning.models.autoencoder import PIXELS, AutoencoderConfig, encode_posterior
 from nami_lightning.models.text_encoder import TextEncoderConfig, resolve_name, text_model_class
+from nami_lightning.planning.known_encoders import AUTOENCODERS, TEXT_ENCODERS
 from nami_lightning.planning.memory import LiveBytes
 
 
@@ -27,6 +28,7 @@ class FrozenModel:
         flops: operations to encode one sample of each stage.
         peak: bytes that encoding the largest micro-batch needs in addition to the weights.
         dtype: name of the dtype that it computes in.
+        of_text: whether it encodes prompts: once a sample, and not once a stage.
     """
 
     name: str
@@ -34,6 +36,7 @@ class FrozenModel:
     flops: tuple[int, ...]
     peak: int
     dtype: str
+    of_text: bool = False
 
 
 def text_encoders(config: TextEncoderConfig, stages: int) -> list[FrozenModel]:
@@ -48,12 +51,12 @@ def text_encoders(config: TextEncoderConfig, stages: int) -> list[FrozenModel]:
             continue
         model = _load_without_weights(partial(_text_model, name, subfolder))
         if model is None:
-            found.append(FrozenModel(name, None, (0,) * stages, 0, config.dtype))
+            found.append(FrozenModel(name, None, (0,) * stages, 0, config.dtype, of_text=True))
             continue
         limit = getattr(model.config, "max_position_embeddings", length)
         tokens = torch.zeros(1, min(length, limit), dtype=torch.long, device="meta")
         flops = 0 if config.cache else _count(partial(model, tokens))
-        found.append(FrozenModel(name, _bytes(model, config.dtype), (flops,) * stages, 0, config.dtype))
+        found.append(FrozenModel(name, _bytes(model, config.dtype), (flops,) * stages, 0, config.dtype, of_text=True))
     return found
 
 
@@ -72,7 +75,9 @@ def autoencoder(config: AutoencoderConfig, encodes: list[list[int]], micro_batch
         return [FrozenModel(config.name, None, (0,) * len(encodes), 0, config.dtype)]
     cost = {side: _count(partial(vae.encode, _images(1, side))) for side in {s for e in encodes for s in e}}
     peak = max(
-        _peak(config, samples, max(sides)) for samples, sides in zip(micro_batches, encodes, strict=True) if samples
+        _peak(vae.config, config.dtype, samples, max(sides))
+        for samples, sides in zip(micro_batches, encodes, strict=True)
+        if samples
     )
     flops = tuple(sum(cost[side] for side in sides) for sides in encodes)
     return [FrozenModel(config.name, _bytes(vae, config.dtype), flops, peak, config.dtype)]
@@ -81,7 +86,8 @@ def autoencoder(config: AutoencoderConfig, encodes: list[list[int]], micro_batch
 def _load_without_weights(load: Callable[[bool], Any]) -> Any:
     """Return a model on the meta device; None if its configuration is not found.
 
-    The configuration is read from this machine or else, if the hub can be reached, from the hub.
+    The configuration is read from this machine, or is that of ``known_encoders``, or is read from the hub if that can
+    be reached.
     """
     for local in (True, False):
         if local or _hub_answers():
@@ -96,13 +102,25 @@ def _load_without_weights(load: Callable[[bool], Any]) -> Any:
 def _text_model(name: str, subfolder: str | None, local: bool) -> Any:
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(resolve_name(name), subfolder=subfolder or "", local_files_only=local)
+    known = TEXT_ENCODERS.get((name, subfolder))
+    try:
+        config = AutoConfig.from_pretrained(resolve_name(name), subfolder=subfolder or "", local_files_only=local)
+    except OSError:
+        if known is None:
+            raise
+        config = AutoConfig.for_model(**known)
     kind = text_model_class(config.model_type)
     return kind.from_config(config) if hasattr(kind, "from_config") else kind(getattr(config, "text_config", config))
 
 
 def _vae(config: AutoencoderConfig, local: bool) -> Any:
-    settings = AutoencoderKL.load_config(config.name, subfolder=config.subfolder, local_files_only=local)
+    known = AUTOENCODERS.get((config.name, config.subfolder))
+    try:
+        settings = AutoencoderKL.load_config(config.name, subfolder=config.subfolder, local_files_only=local)
+    except OSError:
+        if known is None:
+            raise
+        settings = known
     return AutoencoderKL.from_config(settings)
 
 
@@ -135,13 +153,12 @@ def _count(encode: Callable[[], Any]) -> int:
 
 
 @torch.no_grad()
-def _peak(config: AutoencoderConfig, samples: int, side: int) -> int:
+def _peak(settings: Any, dtype: str, samples: int, side: int) -> int:
     """Return the most bytes that are alive at once while so many images are encoded."""
     before = torch.get_default_dtype()
-    torch.set_default_dtype(getattr(torch, config.dtype))
+    torch.set_default_dtype(getattr(torch, dtype))
     try:
         with FakeTensorMode():
-            settings = AutoencoderKL.load_config(config.name, subfolder=config.subfolder)
             vae = AutoencoderKL.from_config(settings).eval()
             images = torch.empty(samples, 3, side, side, dtype=torch.float32)
             with LiveBytes(vae) as live:

@@ -28,6 +28,8 @@ class Device:
         tfloat32: dense TFLOP/s of float32 matrices at ``torch.set_float32_matmul_precision("high")``.
         single: dense TFLOP/s in float32.
         name: words that CUDA's name of the device contains, in lower case.
+        node_bandwidth: GB/s that a device sends to the others of its node: NVLink, or PCIe without it.
+        network_bandwidth: GB/s that a device sends to other nodes: one network card a device where that is usual.
     """
 
     memory: float
@@ -35,6 +37,8 @@ class Device:
     tfloat32: float
     single: float
     name: tuple[str, ...]
+    node_bandwidth: float = 32
+    network_bandwidth: float = 12.5
 
     def peak_flops(self, dtype: DtypeName) -> float:
         """Return the peak speed in FLOP/s for a dtype."""
@@ -43,16 +47,16 @@ class Device:
 
 
 DEVICES = {
-    "a100-40gb": Device(39.4, 312, 156, 19.5, ("a100", "40gb")),
-    "a100-80gb": Device(79.2, 312, 156, 19.5, ("a100", "80gb")),
-    "h100": Device(79.1, 989.4, 494.7, 66.9, ("h100", "hbm3")),
-    "h100-pcie": Device(79.1, 756, 378, 51.2, ("h100", "pcie")),
-    "h200": Device(139.8, 989.4, 494.7, 66.9, ("h200",)),
-    "b200": Device(178.4, 2250, 1125, 75, ("b200",)),
+    "a100-40gb": Device(39.4, 312, 156, 19.5, ("a100", "40gb"), 300, 25),
+    "a100-80gb": Device(79.2, 312, 156, 19.5, ("a100", "80gb"), 300, 25),
+    "h100": Device(79.1, 989.4, 494.7, 66.9, ("h100", "hbm3"), 450, 50),
+    "h100-pcie": Device(79.1, 756, 378, 51.2, ("h100", "pcie"), 64, 25),
+    "h200": Device(139.8, 989.4, 494.7, 66.9, ("h200",), 450, 50),
+    "b200": Device(178.4, 2250, 1125, 75, ("b200",), 900, 50),
     "l40s": Device(44.4, 362, 183, 91.6, ("l40s",)),
     "rtx-4090": Device(23.6, 165.2, 82.6, 82.6, ("4090",)),
 }
-"""Known devices, with the values of NVIDIA's data sheets without sparsity."""
+"""Known devices, with the values of NVIDIA's data sheets without sparsity; bandwidths are of one direction."""
 
 
 def find_device(name: str) -> Device | None:

@@ -11,8 +11,8 @@ from torch import nn
 from nami_lightning.models.lora import LoraSettings, add_adapter, trained_parameters
 from nami_lightning.models.transformer import NamiTransformer2DModel
 from nami_lightning.planning.encoder_memory import FrozenModel
-from nami_lightning.planning.flops import matmul_dtype
-from nami_lightning.training.curriculum import Curriculum, Phase, split_evenly
+from nami_lightning.planning.flops import DEVICES, matmul_dtype
+from nami_lightning.training.curriculum import Curriculum, Phase
 from nami_lightning.training.techniques.technique import Techniques
 
 
@@ -20,21 +20,21 @@ from nami_lightning.training.techniques.technique import Techniques
 class Sharding:
     """How the weights are stored on the devices.
 
-    :class:`~nami_lightning.FSDP2Strategy` has arguments of the same names.
+    :class:`~nami_lightning.FSDP2Strategy` has arguments of the same names, torch's DDP ``gradient_as_bucket_view``.
+
+    Attributes:
+        auto: the strategy is Lightning's ``auto``: DDP on several devices, and nothing around the network on one.
     """
 
     kind: Literal["ddp", "fsdp2"] = "ddp"
-    replicate: int = 1
+    replicate: int | None = None
     param_dtype: str = "float32"
     reduce_dtype: str = "float32"
     reshard_after_forward: bool = True
     reduce_each_micro_batch: bool = True
     gradient_as_bucket_view: bool = False
     shard_text_encoder: bool = False
-
-    def shards(self, devices: int) -> int:
-        """Return the number of devices that share one copy of the weights."""
-        return devices // self.replicate if self.kind == "fsdp2" else 1
+    auto: bool = False
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,10 @@ class Setup:
         optimizer: bytes of the optimizer's state for each byte of trained weights.
         frozen: the frozen encoders.
         teacher_calls: forward passes of a student's frozen teacher for one sample; 0: there is none.
+        devices_per_node: number of devices of a node.
+        node_bandwidth: GB/s that a device sends inside its node; None: the device's data sheet's.
+        network_bandwidth: GB/s that a device sends to other nodes; None: as is usual with such devices.
+        read_ahead: bytes of the steps that a device's workers read ahead, on the host.
         techniques: that the network is trained with; the plan counts those that are on at the first step.
     """
 
@@ -133,7 +137,29 @@ class Setup:
     optimizer: float
     frozen: tuple[FrozenModel, ...] = ()
     teacher_calls: int = 0
+    devices_per_node: int = 8
+    node_bandwidth: float | None = None
+    network_bandwidth: float | None = None
+    read_ahead: int = 0
     techniques: Techniques = field(default_factory=Techniques)
+
+    @property
+    def nodes(self) -> int:
+        """Number of nodes."""
+        return -(-self.devices // self.devices_per_node)
+
+    @property
+    def shards(self) -> int:
+        """Number of devices that share one copy of the weights; as the strategy's default, those of a node."""
+        if self.sharding.kind == "ddp":
+            return 1
+        return self.devices // (self.sharding.replicate or self.nodes)
+
+    @property
+    def bandwidths(self) -> tuple[float, float]:
+        """GB/s that a device can send inside its node, and to other nodes."""
+        device = DEVICES[self.device]
+        return self.node_bandwidth or device.node_bandwidth, self.network_bandwidth or device.network_bandwidth
 
     @property
     def matmul_dtype(self) -> str:
@@ -159,15 +185,17 @@ class Setup:
         Raises:
             ValueError: the samples can't be split evenly.
         """
-        samples = phase.ratio[stage] * self.curriculum.unit
-        return split_evenly(samples, self.devices, self.max_micro_batch[stage], stage)
+        return self.curriculum.split(phase, stage, self.devices, self.max_micro_batch[stage])
 
     def micro_batch(self, stage: int) -> int:
         """Return the number of samples in the largest micro-batch of a stage."""
         return max(self.micro_batches(phase, stage)[1] for phase in self.curriculum.phases)
 
     def flux_base(self) -> "Setup":
-        """Return the setup of FLUX-base: one stage, all blocks at the finest resolution, as many samples and steps."""
+        """Return the setup of FLUX-base: one stage, all blocks at the finest resolution, as many samples and steps.
+
+        It has no techniques: those of this setup were made for its stages.
+        """
         config = dict(self.network.config)
         for key in ("num_layers", "num_single_layers"):
             config[key] = [sum(config[key])]
@@ -177,9 +205,10 @@ class Setup:
             name="FLUX-base",
             network=Network.from_config(type(self.network.model), config, self.network.lora),
             resolutions=self.resolutions[-1:],
-            curriculum=Curriculum(phases, self.curriculum.unit),
+            curriculum=Curriculum(phases, self.curriculum.unit, self.curriculum.context_parallel[-1:]),
             max_micro_batch=self.max_micro_batch[-1:],
             frozen=tuple(replace(model, flops=model.flops[-1:]) for model in self.frozen),
+            techniques=Techniques(),
         )
         return replace(one, max_micro_batch=(largest_even_micro_batch(one, 0, one.max_micro_batch[0]),))
 

@@ -1,7 +1,9 @@
 """What a recipe needs on given devices: operations, memory and time, to be compared with FLUX-base's.
 
 Parameters are counted on the meta device, operations by the closed formula of ``flops``, and activations by running
-each stage's micro-batch with fake tensors (``memory``). The rest of the memory follows from the strategy:
+each stage's micro-batch with fake tensors (``memory``). Devices that share the tokens of a sample share its activations
+and its operations, but each encodes it, and each runs a student's teacher. The rest of the memory follows from the
+strategy:
 
 ===============  ====================================================================================================
 weights          all of them on every device, or one shard (FSDP2 cuts each parameter along its first dimension)
@@ -9,9 +11,10 @@ gradients        as many as weights; FSDP2 with ``reduce_gradients: step`` also 
 optimizer        the state that the recipe's optimizer keeps for the weights
 EMA              as many as weights, if the recipe has an EMA
 frozen models    the encoders; and a student's teacher, with as many weights as the student
-communication    DDP: its buckets, unless gradients are views of them. FSDP2: the root and three gathered blocks (the
-                 one that computes, the next one, which is being gathered, and a copy), or all that have been gathered
-                 if ``reshard_after_forward`` is off; and the gradients of one block, which are being reduced
+communication    DDP: its buckets, with one process too, unless gradients are views of them, which they are only if a
+                 step is one micro-batch. FSDP2: the root and three gathered blocks (the one that computes, the next
+                 one, which is being gathered, and a copy), or all that have been gathered if ``reshard_after_forward``
+                 is off; and the gradients of one block, which are being reduced
 ===============  ====================================================================================================
 """
 
@@ -25,10 +28,14 @@ from tqdm import tqdm
 from nami_lightning.planning.flops import DEVICES, Flops, transformer_flops
 from nami_lightning.planning.inputs import Setup
 from nami_lightning.planning.memory import MicroBatchShape, measure_activations
+from nami_lightning.planning.traffic import Traffic, step_traffic
 from nami_lightning.training.curriculum import Phase
 
 USABLE_MEMORY = 0.92
 """Share of a device's memory that a plan may fill; CUDA, NCCL and gaps between allocations take the rest."""
+
+REACHED_BANDWIDTH = 0.8
+"""Share of a link's bandwidth that large collectives reach."""
 
 GATHERED_BLOCKS = 3
 """Number of gathered blocks that torch's FSDP2 holds at once: the one in use, the next one, and a flat copy of one."""
@@ -46,9 +53,11 @@ class StagePlan:
         parameters: number of parameters that this stage adds: its blocks and its head.
         parameters_used: number of parameters that the stage uses, with those of earlier stages and the shared ones.
         micro_batch: number of samples that go through a device at once.
+        devices: number of devices that share the tokens of these samples.
         flops: operations of training on one sample.
         encoding_flops: operations of the frozen encoders for one sample.
-        saved: bytes that a micro-batch keeps for its backward pass, with those of the largest recomputed block.
+        saved: bytes that a micro-batch keeps on a device for its backward pass, with those of the largest recomputed
+            block.
         temporary: bytes that are alive in addition at the worst moment.
         communication: bytes of the communication buffers.
     """
@@ -60,6 +69,7 @@ class StagePlan:
     parameters: int
     parameters_used: int
     micro_batch: int
+    devices: int
     flops: Flops
     encoding_flops: int
     saved: int
@@ -98,7 +108,11 @@ class PhasePlan:
         samples: number of samples of each stage in a step.
         micro_batches: number of micro-batches of each stage on one device in a step.
         flops: operations of each stage in a step on all devices, with recomputed blocks and the encoders.
-        seconds_per_step: seconds of a step at the assumed utilisation.
+        encoder_seconds: seconds that a step's encoders compute, at the assumed utilisation.
+        compute_seconds: seconds that a step computes in all, likewise.
+        traffic: bytes that each device sends in a step.
+        node_seconds: seconds that sending inside a node takes.
+        network_seconds: seconds that sending to other nodes takes.
         gpu_hours: GPU-hours of the whole phase.
     """
 
@@ -107,8 +121,24 @@ class PhasePlan:
     samples: list[int]
     micro_batches: list[int]
     flops: list[int]
-    seconds_per_step: float
+    encoder_seconds: float
+    compute_seconds: float
+    traffic: Traffic
+    node_seconds: float
+    network_seconds: float
     gpu_hours: float
+
+    @property
+    def seconds_per_step(self) -> float:
+        """Seconds of a step: those of what takes longest, the rest happens meanwhile."""
+        return max(self.compute_seconds, self.node_seconds, self.network_seconds)
+
+    @property
+    def bound(self) -> str:
+        """What a step takes longest for: ``computing``, ``links in a node`` or ``network``."""
+        parts = {"computing": self.compute_seconds, "links in a node": self.node_seconds}
+        parts["network"] = self.network_seconds
+        return max(parts, key=lambda name: parts[name])
 
 
 @dataclass(frozen=True)
@@ -180,7 +210,7 @@ def _stage(setup: Setup, stage: int) -> StagePlan:
     used = network.groups_used(stage)
     before = network.groups_used(stage - 1) if stage else {None}
     sizes = {group: sum(p.numel() for p in parameters) for group, parameters in network.groups()}
-    samples = setup.micro_batch(stage)
+    samples, devices = setup.micro_batch(stage), setup.curriculum.context_parallel[stage]
     activations_of = measure_activations(network.make, _shape(setup, stage, samples)) if samples else None
     doubles, singles = (list(accumulate(config[key]))[stage] for key in ("num_layers", "num_single_layers"))
     tokens = setup.image_tokens(stage)
@@ -196,14 +226,15 @@ def _stage(setup: Setup, stage: int) -> StagePlan:
         parameters=sum(sizes[group] for group in used - before),
         parameters_used=sum(sizes[group] for group in used),
         micro_batch=samples,
+        devices=devices,
         flops=replace(
             flops,
-            forward=flops.forward * (1 + setup.teacher_calls) + changed.forward,
+            forward=flops.forward * (1 + devices * setup.teacher_calls) + changed.forward,
             backward=flops.backward + changed.backward,
         ),
-        encoding_flops=sum(model.flops[stage] for model in setup.frozen),
-        saved=activations_of.saved if activations_of else 0,
-        temporary=max(activations_of.peak - activations_of.saved, 0) if activations_of else 0,
+        encoding_flops=devices * sum(model.flops[stage] for model in setup.frozen),
+        saved=activations_of.saved // devices if activations_of else 0,
+        temporary=max(activations_of.peak - activations_of.saved, 0) // devices if activations_of else 0,
         communication=_communication(setup, stage),
     )
 
@@ -234,7 +265,10 @@ def _communication(setup: Setup, stage: int) -> int:
     """Return the bytes of communication buffers while a micro-batch of ``stage`` computes."""
     sharding, groups = setup.sharding, setup.network.groups()
     if sharding.kind == "ddp":
-        unneeded = setup.devices == 1 or sharding.gradient_as_bucket_view
+        phases, stages = setup.curriculum.phases, range(len(setup.resolutions))
+        # Gradients of earlier micro-batches are not views: they are new in each step, and reduced with the last one's.
+        one = all(sum(setup.micro_batches(phase, k)[0] for k in stages) == 1 for phase in phases)
+        unneeded = (sharding.gradient_as_bucket_view and one) or (sharding.auto and setup.devices == 1)
         trained = sum(p.numel() for p in setup.network.trained.values())
         return 0 if unneeded else trained * setup.weight_dtype.itemsize
     used = setup.network.groups_used(stage)
@@ -251,7 +285,7 @@ def _constant_memory(setup: Setup) -> dict[str, int]:
     """Return the bytes that a device holds during the whole of a step, by what they hold."""
     sharding = setup.sharding
     parameters = list(setup.network.model.parameters())
-    shards = sharding.shards(setup.devices)
+    shards = setup.shards
     weights = sum(shard_numel(p, shards) for p in parameters) * setup.weight_dtype.itemsize
     trained = sum(shard_numel(p, shards) for p in setup.network.trained.values()) * setup.weight_dtype.itemsize
     gradients = trained
@@ -287,16 +321,24 @@ def _phase(setup: Setup, stages: list[StagePlan], phase: Phase) -> PhasePlan:
     samples = [parts * setup.curriculum.unit for parts in phase.ratio]
     trained = [count * stage.flops.hardware for count, stage in zip(samples, stages, strict=True)]
     encoded = [count * stage.encoding_flops for count, stage in zip(samples, stages, strict=True)]
-    seconds = sum(trained) / device.peak_flops(setup.matmul_dtype)
+    reached = setup.devices * setup.utilization
+    encoder_seconds = 0.0
     for model in setup.frozen:
-        seconds += sum(n * f for n, f in zip(samples, model.flops, strict=True)) / device.peak_flops(model.dtype)
-    seconds /= setup.devices * setup.utilization
-    return PhasePlan(
+        flops = sum(n * f * stage.devices for n, f, stage in zip(samples, model.flops, stages, strict=True))
+        encoder_seconds += flops / device.peak_flops(model.dtype) / reached
+    traffic = step_traffic(setup, phase)
+    node, network = (1e9 * REACHED_BANDWIDTH * bandwidth for bandwidth in setup.bandwidths)
+    planned = PhasePlan(
         steps=phase.steps,
         ratio=phase.ratio,
         samples=samples,
         micro_batches=[setup.micro_batches(phase, stage)[0] for stage in range(len(stages))],
         flops=[one + other for one, other in zip(trained, encoded, strict=True)],
-        seconds_per_step=seconds,
-        gpu_hours=phase.steps * seconds * setup.devices / 3600,
+        encoder_seconds=encoder_seconds,
+        compute_seconds=encoder_seconds + sum(trained) / device.peak_flops(setup.matmul_dtype) / reached,
+        traffic=traffic,
+        node_seconds=traffic.node / node,
+        network_seconds=traffic.network / network,
+        gpu_hours=0.0,
     )
+    return replace(planned, gpu_hours=phase.steps * planned.seconds_per_step * setup.devices / 3600)

@@ -7,7 +7,7 @@ from typing import Any
 
 from nami_lightning.planning.encoder_memory import FrozenModel
 from nami_lightning.planning.flops import DEVICES
-from nami_lightning.planning.plan import USABLE_MEMORY, Memory, Plan
+from nami_lightning.planning.plan import REACHED_BANDWIDTH, USABLE_MEMORY, Memory, Plan
 from nami_lightning.planning.suggestions import Suggestion
 from nami_lightning.utils.text_table import table
 
@@ -79,7 +79,14 @@ def _figures(plan: Plan) -> dict[str, Any]:
         "stages": [asdict(stage) for stage in plan.stages],
         "memory": asdict(plan.memory) | {"total": plan.memory.total, "limit": plan.limit},
         "fits": plan.fits,
-        "phases": [asdict(phase) for phase in plan.phases],
+        "phases": [
+            asdict(phase) | {"seconds_per_step": phase.seconds_per_step, "bound": phase.bound} for phase in plan.phases
+        ],
+        "node_bandwidth": setup.bandwidths[0],
+        "network_bandwidth": setup.bandwidths[1],
+        "devices_per_node": setup.devices_per_node,
+        "shards": setup.shards,
+        "read_ahead": setup.read_ahead,
         "samples": total_samples(plan),
         "gpu_hours": plan.gpu_hours,
         "frozen": [_frozen_model(model) for model in setup.frozen],
@@ -95,13 +102,15 @@ def as_text(plan: Plan, base: Plan | None, suggestion: Suggestion | None, data: 
     """Return a plan as lines for the terminal."""
     setup, device = plan.setup, DEVICES[plan.setup.device]
     sharding = setup.sharding
-    how = "copied to each device" if sharding.kind == "ddp" else f"sharded over {sharding.shards(setup.devices)}"
+    how = "copied to each device" if sharding.kind == "ddp" else f"sharded over {setup.shards}"
+    if setup.shards > 1 and setup.shards < setup.devices:
+        how += f", {setup.devices // setup.shards} copies"
     rate = device.peak_flops(setup.matmul_dtype) / 1e12
     lines = [
         f"{setup.name} on {setup.devices} x {setup.device}, weights {how} ({sharding.kind}), computing in "
         f"{setup.matmul_dtype}",
         f"Times are at {setup.utilization:.0%} of {rate:g} TFLOP/s per device (--utilization). All work counts, "
-        "and waiting for data or for other devices is included.",
+        "and waiting for data is included.",
         "",
         *_stages(plan, base),
         "",
@@ -109,9 +118,12 @@ def as_text(plan: Plan, base: Plan | None, suggestion: Suggestion | None, data: 
         "",
         *_phases(plan, base),
         "",
+        *_bounds(plan),
+        "",
         *_samples(plan, data),
         "",
         *_verdict(plan, suggestion),
+        *_read_ahead(plan),
         f"Host memory to convert, export or load the network's weights: {_gib(4 * plan.parameters)} in float32, "
         f"{_gib(2 * plan.parameters)} in bfloat16.",
     ]
@@ -135,6 +147,8 @@ def _stages(plan: Plan, base: Plan | None) -> list[str]:
     row("  recomputed, in addition", lambda s: f"{s.flops.recomputed / 1e12:,.3g}")
     row("  encoders, in addition", lambda s: f"{s.encoding_flops / 1e12:,.3g}")
     row("micro-batch, samples", lambda s: str(s.micro_batch))
+    if any(stage.devices > 1 for stage in stages):
+        row("  devices that share them", lambda s: str(s.devices))
     row("  its activations", lambda s: _gib(s.saved))
     row("  temporary, at its peak", lambda s: _gib(s.temporary))
     total = f"parameters: {plan.parameters:,}, of which {plan.shared_parameters:,} are shared by all stages"
@@ -179,6 +193,48 @@ def _phases(plan: Plan, base: Plan | None) -> list[str]:
             f"{abs(less):.1%} {'fewer' if less >= 0 else 'more'} GPU-hours than FLUX-base for as many samples."
         )
     return lines
+
+
+def _bounds(plan: Plan) -> list[str]:
+    """Return what each device computes and sends in a step, and which of it takes longest."""
+    setup = plan.setup
+    rows = [["phase", "computing, s", "sent in its node, GB", "s", "to other nodes, GB", "s", "bound by"]]
+    for number, phase in enumerate(plan.phases, 1):
+        sent = (phase.traffic.node, phase.node_seconds), (phase.traffic.network, phase.network_seconds)
+        cells = [cell for size, seconds in sent for cell in (f"{size / 1e9:,.3g}", f"{seconds:,.3g}")]
+        rows.append([str(number), f"{phase.compute_seconds:,.3g}", *cells, phase.bound])
+    node, network = setup.bandwidths
+    lines = table(rows, ">" * (len(rows[0]) - 1) + "<")
+    lines.append(
+        f"Bytes are sent at {REACHED_BANDWIDTH:.0%} of {node:g} GB/s a device in a node of {setup.devices_per_node} "
+        f"(--node-bandwidth) and of {network:g} GB/s between nodes (--network-bandwidth), while the device computes."
+    )
+    return lines + _encoding(plan)
+
+
+def _encoding(plan: Plan) -> list[str]:
+    """Return what the encoders cost, in each step and once."""
+    setup = plan.setup
+    encoding = sum(phase.steps * phase.encoder_seconds for phase in plan.phases) * setup.devices / 3600
+    if not encoding:
+        return []
+    device = DEVICES[setup.device]
+    once = sum((max(m.flops) if m.of_text else sum(m.flops)) / device.peak_flops(m.dtype) for m in setup.frozen)
+    return [
+        f"Encoding in every step takes {_hours(encoding)} GPU-hours of computing. Stored encodings (lightning data "
+        f"encode) take none of a step, and {_hours(once * 1e6 / setup.utilization / 3600)} GPU-hours once for a "
+        "million images."
+    ]
+
+
+def _read_ahead(plan: Plan) -> list[str]:
+    held = plan.setup.read_ahead * min(plan.setup.devices, plan.setup.devices_per_node)
+    if not held:
+        return []
+    return [
+        f"Host memory of a node for the steps that are read ahead: {_gib(held)} (data.init_args.prefetch_memory). A "
+        f"container needs as much shared memory: docker run --shm-size {-(-held // 2**30)}g."
+    ]
 
 
 def _samples(plan: Plan, data: TrainingImages | None) -> list[str]:

@@ -27,12 +27,15 @@ def find_suggestion(plan: Plan) -> Suggestion | None:
     """Return the first change that makes a plan fit, with its plan; None if there is none.
 
     The changes are tried in this order, first alone and then combined: recompute every block, use smaller
-    micro-batches, use FSDP2, use more devices.
+    micro-batches, use FSDP2, use more devices. Shards over all nodes come last: the network between them is
+    slow.
     """
     kinds: tuple[Change, ...] = (_checkpointing, _smaller_micro_batches, _fsdp2, _more_devices)
     combinations = [[kind] for kind in kinds]
     combinations += [[_fsdp2, _checkpointing], [_fsdp2, _checkpointing, _smaller_micro_batches]]
-    combinations += [[_fsdp2, _checkpointing, _more_devices], [_fsdp2, _checkpointing, _more_devices, _smallest]]
+    combinations += [[_fsdp2_over_all], [_fsdp2_over_all, _checkpointing]]
+    combinations += [[_fsdp2_over_all, _checkpointing, _more_devices]]
+    combinations += [[_fsdp2_over_all, _checkpointing, _more_devices, _smallest]]
     for combination in combinations:
         for setup, settings in _attempts(plan.setup, combination):
             if _cannot_fit(setup):
@@ -86,13 +89,36 @@ def _smallest(setup: Setup) -> Iterator[Attempt]:
 
 
 def _fsdp2(setup: Setup) -> Iterator[Attempt]:
-    half = setup.matmul_dtype if setup.matmul_dtype in ("bfloat16", "float16") else "float32"
-    sharding = Sharding("fsdp2", param_dtype=half)
+    sharding = Sharding("fsdp2", param_dtype=_half(setup))
     if setup.sharding == sharding or setup.devices == 1:
         return
+    yield replace(setup, sharding=sharding, precision="32-true"), _strategy_settings(sharding)
+
+
+def _fsdp2_over_all(setup: Setup) -> Iterator[Attempt]:
+    """Shard over all nodes, instead of inside each of them."""
+    sharding = setup.sharding if setup.sharding.kind == "fsdp2" else Sharding("fsdp2", param_dtype=_half(setup))
+    if sharding.replicate == 1 or setup.devices == 1:
+        return
+    sharding = replace(sharding, replicate=1)
+    yield replace(setup, sharding=sharding, precision="32-true"), _strategy_settings(sharding)
+
+
+def _half(setup: Setup) -> str:
+    return setup.matmul_dtype if setup.matmul_dtype in ("bfloat16", "float16") else "float32"
+
+
+def _strategy_settings(sharding: Sharding) -> list[str]:
+    """Return the recipe keys of an FSDP2 strategy: naming its class drops what a recipe says about it."""
     strategy = "--trainer.strategy"
-    settings = [strategy, "nami_lightning.FSDP2Strategy", f"{strategy}.param_dtype", half]
-    yield replace(setup, sharding=sharding, precision="32-true"), [*settings, "--trainer.precision", "32-true"]
+    settings = [strategy, "nami_lightning.FSDP2Strategy", f"{strategy}.param_dtype", sharding.param_dtype]
+    for name in ("replicate", "reduce_dtype", "reshard_after_forward", "shard_text_encoder"):
+        value = getattr(sharding, name)
+        if value != getattr(Sharding(), name):
+            settings += [f"{strategy}.{name}", str(value)]
+    if not sharding.reduce_each_micro_batch:
+        settings += [f"{strategy}.reduce_gradients", "step"]
+    return [*settings, "--trainer.precision", "32-true"]
 
 
 def _more_devices(setup: Setup) -> Iterator[Attempt]:

@@ -7,10 +7,12 @@ scatters, and twice that if it is an all-reduce (the ring's count, and the least
 DDP         an all-reduce of the gradients
 FSDP2       gathers of the parameters that a stage uses, forward and backward, in ``param_dtype``; a reduce-scatter of
             their gradients in ``reduce_dtype``; and, over replicas, an all-reduce of the shards' gradients
+attention   where devices share the tokens of a sample, all-to-alls of queries, keys, values and results in each block,
+            forward and backward
 ==========  =======================================================================================================
 
-Gradients are reduced in every micro-batch, or once a step if the strategy says so. Shards that have room in a node are
-sent over its links; whatever leaves a node is counted on the network, which is slower.
+Gradients are reduced once a step under DDP; under FSDP2 in every micro-batch, or once if it says so. Shards that have
+room in a node are sent over its links; whatever leaves a node is counted on the network, which is slower.
 """
 
 from dataclasses import dataclass
@@ -44,10 +46,12 @@ def step_traffic(setup: Setup, phase: Phase) -> Traffic:
     total = Traffic()
     for stage in trained:
         total += _sent(setup, counts[stage] * _gathered(setup, stage), setup.shards)
-    reductions = counts if setup.sharding.reduce_each_micro_batch else [int(stage == trained[-1]) for stage in counts]
-    for stage in trained:
-        total += _reductions(setup, stage, reductions[stage])
-    return total
+        total += _exchanged(setup, phase, stage)
+    if setup.sharding.kind == "fsdp2" and setup.sharding.reduce_each_micro_batch:
+        for stage in trained:
+            total += _reductions(setup, stage, counts[stage])
+        return total
+    return total + _reductions(setup, trained[-1], 1)
 
 
 def _sent(setup: Setup, held: float, devices: int) -> Traffic:
@@ -66,6 +70,20 @@ def _gathered(setup: Setup, stage: int) -> int:
     times = {group: 2 if group is None or sharding.reshard_after_forward else 1 for group in sizes}
     values = sum(size * times[group] for group, size in sizes.items())
     return values * int(getattr(torch, sharding.param_dtype).itemsize)
+
+
+def _exchanged(setup: Setup, phase: Phase, stage: int) -> Traffic:
+    """Return what the devices that share the tokens of a stage's samples send each other in a step."""
+    devices = setup.curriculum.context_parallel[stage]
+    micro_batches, samples = setup.micro_batches(phase, stage)
+    model, every = setup.network.model, setup.activation_checkpointing
+    blocks = {id(block) for block in model.blocks(stage)}
+    recomputed = blocks & {id(block) for block in model.recomputed_blocks(every)} if every else set()
+    image, text = setup.image_tokens(stage), setup.text_tokens
+    tokens = (image + text) // devices * 4 * (2 * len(blocks) + len(recomputed))
+    width = setup.network.config["num_attention_heads"] * setup.network.config["attention_head_dim"]
+    size = micro_batches * samples * width * getattr(torch, setup.matmul_dtype).itemsize
+    return _sent(setup, size * (tokens + image), devices)  # the image tokens are gathered for the head
 
 
 def _reductions(setup: Setup, stage: int, times: int) -> Traffic:

@@ -37,7 +37,7 @@ def load_module(run: Run, step: int | None = None, ema: bool = True) -> NamiModu
     rank_zero_info(LOADING.format(path))
     checkpoint = read_metadata(path)
     model = Recipe(run.recipe).make_model()
-    model.check_checkpoint(checkpoint)
+    model.identity.check(checkpoint)
     if model.lora is None:
         with torch.device("meta"):
             model.transformer = model.make_transformer()
@@ -85,7 +85,8 @@ def load_pipeline(
                 f"{first_line(error)}; {describe_runs(source)}"
             ) from error
     if isinstance(pipeline, NamiPipeline):
-        pipeline.transformer.to(torch_dtype or fast_dtype(pipeline.transformer.dtype, place))  # the bridges stay float32: they are small, and joints must be exact
+        # The bridges stay float32: they are small, and joints must be exact.
+        pipeline.transformer.to(torch_dtype or fast_dtype(pipeline.transformer.dtype, place))
     if "prompt" not in inspect.signature(pipeline.__call__).parameters:
         raise ValueError(f"{source} is a {type(pipeline).__name__}, which takes no prompt")
     return pipeline.to(place)

@@ -43,7 +43,8 @@ def _renamed(content: Any) -> Any:
     if not isinstance(content, dict):
         return MOVED.get(content, content) if isinstance(content, str) else content
     upgraded = {key: _renamed(value) for key, value in content.items()}
-    names = RENAMED.get(upgraded.get("class_path", ""), {})
+    class_path = upgraded.get("class_path")
+    names = RENAMED.get(class_path, {}) if isinstance(class_path, str) else {}
     arguments = upgraded.get("init_args")
     if names and isinstance(arguments, dict):
         upgraded["init_args"] = {names.get(key, key): value for key, value in arguments.items()}
@@ -56,12 +57,12 @@ def upgrade_saved(recipe: dict[str, Any]) -> dict[str, Any]:
     A saved recipe states all that its version knew, and ``base: null``. Any other recipe stays as it is: what it leaves
     out is today's default.
     """
-    model = recipe.get("model") or {}
-    transformer = model.get("transformer") or {}
+    model = _mapping(recipe, "model")
+    transformer = _mapping(model, "transformer")
     if recipe.get("base", "") is not None:
         return recipe
     if isinstance(transformer.get("init_args"), dict):
-        transformer["init_args"] = ADDED.get(transformer.get("class_path", ""), {}) | transformer["init_args"]
+        transformer["init_args"] = ADDED.get(str(transformer.get("class_path")), {}) | transformer["init_args"]
     if "lora" not in model:
         _count_all_stages(recipe)
     return recipe
@@ -69,10 +70,17 @@ def upgrade_saved(recipe: dict[str, Any]) -> dict[str, Any]:
 
 def _count_all_stages(recipe: dict[str, Any]) -> None:
     """Turn a sampler's steps of each stage, as versions without LoRA counted them, into those of all stages."""
-    for callback in (recipe.get("trainer") or {}).get("callbacks") or []:
-        sampler = (callback.get("init_args") or {}).get("sampler") or {}
-        if isinstance(sampler.get("num_inference_steps"), int):
-            sampler["num_inference_steps"] *= len(recipe.get("resolutions") or [1])
+    callbacks, resolutions = _mapping(recipe, "trainer").get("callbacks"), recipe.get("resolutions")
+    for callback in callbacks if isinstance(callbacks, list) else []:
+        sampler = _mapping(_mapping(callback, "init_args"), "sampler")
+        if isinstance(sampler.get("num_inference_steps"), int) and isinstance(resolutions, list):
+            sampler["num_inference_steps"] *= len(resolutions) or 1
+
+
+def _mapping(part: Any, key: str) -> dict[str, Any]:
+    """Return the mapping at a key; an empty one if something else is there, which the parser refuses later."""
+    value = part.get(key) if isinstance(part, dict) else None
+    return value if isinstance(value, dict) else {}
 
 
 def joined(content: Any) -> Any:

@@ -5,6 +5,7 @@ agree on (resolutions, curriculum, seed, latent pyramid) is stated once and hand
 """
 
 import hashlib
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
@@ -15,15 +16,23 @@ from typing import Any
 import lightning as L
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
+from omegaconf.errors import OmegaConfBaseException
 
 from nami_lightning.errors import explain
 from nami_lightning.runs.old_recipes import upgrade, upgraded_arguments, upgraded_layer
 from nami_lightning.runs.tensorboard import RunTensorBoard
 from nami_lightning.training.curriculum import Curriculum
 from nami_lightning.training.module import NamiModule
+from nami_lightning.utils.environment_secrets import find_secret
 from nami_lightning.utils.text_files import encoding_of, read_text
 
 RECIPES = Path(__file__).parents[1] / "recipes"
+MOST_VALUES = 100_000
+"""Values of a recipe's file; the packaged ones have about a hundred."""
+
+MOST_CHARACTERS = 200
+"""Characters of a run's name: file systems take 255 bytes."""
+
 SET_BY_THE_RUN = {
     "default_root_dir",
     "max_epochs",
@@ -98,7 +107,7 @@ class Recipe:
         layers = [part for file in files for part in ("--config", upgraded_layer(file))]
         try:
             self.config = self.parser.parse_args(with_readable_files([*layers, *upgraded_arguments(list(overrides))]))
-        except ArgumentError as error:
+        except (ArgumentError, OmegaConfBaseException) as error:
             message = explain(error, keys(self.parser))
             if "No module named" in message:
                 message += f"; Python looked among the installed packages and in {', '.join(folders)}"
@@ -106,6 +115,12 @@ class Recipe:
         if self.config.base != read_layer(files[-1]).get("base"):
             raise ValueError(f"base: {self.config.base} in an overlay: only RECIPE itself can name its base")
         self.config.base = None  # resolved: the recipe now stands alone
+        check_name(self.config.name)
+        if secret := find_secret(self.dump(), os.environ):
+            raise ValueError(
+                f"{path} holds the value of the environment variable {secret}, and a run writes its recipe to files, "
+                "logs and loggers: leave it out; libraries read it from the environment by themselves"
+            )
         self.config.import_from = [folder for folder in folders if holds_a_class(folder, self.config.as_dict())]
 
     @property
@@ -164,6 +179,20 @@ class Recipe:
         return objects.model, objects.data, trainer
 
 
+def check_name(name: str) -> None:
+    """Check that a run's name leads to a folder below ``output_dir``.
+
+    Raises:
+        ValueError: it doesn't.
+    """
+    parts = name.split("/")
+    if any(part.strip() in ("", ".", "..") for part in parts) or not name.isprintable() or len(name) > MOST_CHARACTERS:
+        raise ValueError(
+            f"name: {name[:MOST_CHARACTERS]!r} is no name of a folder below output_dir: use at most {MOST_CHARACTERS} "
+            "letters, digits and the like, and no .."
+        )
+
+
 def keys(parser: ArgumentParser) -> list[str]:
     """Return every key that the command line takes, without the classes' own arguments."""
     return [option.removeprefix("--") for action in parser._actions for option in action.option_strings]
@@ -199,6 +228,26 @@ class UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def check_size(root: yaml.Node | None) -> None:
+    """Check that a YAML file doesn't grow beyond measure where its aliases are replaced by what they stand for.
+
+    Raises:
+        ValueError: it does.
+        RecursionError: an alias stands for something that holds it.
+    """
+    sizes: dict[int, int] = {}
+
+    def size(node: yaml.Node) -> int:
+        if id(node) not in sizes:
+            children = [child for pair in node.value for child in pair] if isinstance(node, yaml.MappingNode) else []
+            children = node.value if isinstance(node, yaml.SequenceNode) else children
+            sizes[id(node)] = 1 + sum(map(size, children))
+        return sizes[id(node)]
+
+    if root is not None and size(root) > MOST_VALUES:
+        raise ValueError(f"with its aliases replaced it has {size(root):,} values; the limit is {MOST_VALUES:,}")
+
+
 def read_layer(path: Path) -> dict[str, Any]:
     """Return the keys of one file of a recipe; none if it is not a mapping, which the parser refuses later.
 
@@ -207,8 +256,11 @@ def read_layer(path: Path) -> dict[str, Any]:
     """
     text = read_text(path)
     try:
+        check_size(yaml.compose(text, yaml.SafeLoader))
         content = yaml.load(text, UniqueKeys)
-    except yaml.YAMLError as error:
+    except RecursionError as error:
+        raise ValueError(f"{path} is not YAML of a recipe: values are nested in values without an end") from error
+    except (yaml.YAMLError, AttributeError, OverflowError, TypeError, ValueError) as error:  # 2001-99-99 is no date
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     return content if isinstance(content, dict) else {}
 

@@ -19,10 +19,13 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 
+from nami_lightning.errors import one_line, why_unreadable
 from nami_lightning.runs.lock import hold
 from nami_lightning.runs.tensorboard import describe_curves
 from nami_lightning.utils.atomic_write import replacing
+from nami_lightning.utils.shard_index import check_shards
 
 RECIPE_FILE = "recipe.yaml"
 
@@ -101,7 +104,9 @@ def read_metadata(checkpoint: Path) -> dict[str, Any]:
     try:
         content: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:
-        raise ValueError(f"{checkpoint} can't be read ({error}): remove it to resume from the one before") from error
+        raise ValueError(
+            f"{checkpoint} can't be read ({why_unreadable(error)}): remove it to resume from the one before"
+        ) from error
     return content
 
 
@@ -112,15 +117,26 @@ def load_weights(checkpoint: Path, model: nn.Module, names: dict[str, str]) -> N
         checkpoint: a file or a folder of shards.
         model: whose weights are replaced.
         names: a weight's name in the model to its name in the checkpoint.
+
+    Raises:
+        ValueError: the checkpoint is damaged, lacks a weight, or has one of another shape.
     """
     weights = model.state_dict()
     state = {"state_dict": {there: weights[here] for here, there in names.items()}}
-    if checkpoint.is_dir():
-        dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
-        return
-    saved = read_metadata(checkpoint)["state_dict"]
-    for name, weight in state["state_dict"].items():
-        weight.copy_(saved[name])
+    try:
+        if checkpoint.is_dir():
+            check_shards(checkpoint)
+            dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
+            return
+        saved = read_metadata(checkpoint)["state_dict"]
+        for name, weight in state["state_dict"].items():
+            if saved[name].shape != weight.shape:
+                raise RuntimeError(f"{name} has the shape {list(saved[name].shape)} and not {list(weight.shape)}")
+            weight.copy_(saved[name])
+    except (CheckpointException, AttributeError, KeyError, RuntimeError, TypeError) as error:
+        causes = getattr(error, "failures", {}).values()  # torch's error is one of all ranks
+        reason = next((one_line(cause[0]) for cause in causes), f"{type(error).__name__} {one_line(error)}")
+        raise ValueError(f"{checkpoint} does not hold this model's weights, or is damaged: {reason}") from error
 
 
 def step_of(checkpoint: Path) -> int:

@@ -45,7 +45,9 @@ class Settings:
     @property
     def row(self) -> dict[str, Any]:
         """The settings as ``lightning sample`` writes them into a PNG."""
-        return asdict(self) | {"loras": [f"{name}:{weight:g}" for name, weight in self.loras.items()] or None}
+        values = asdict(self)
+        loras = [{"lora": name, "weight": weight} for name, weight in values.pop("loras").items()]
+        return values | {"lora": loras or None}
 
 
 @dataclass(frozen=True)

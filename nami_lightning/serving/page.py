@@ -1,7 +1,7 @@
 """The page: its layout, and what its buttons do."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from html import escape
 from itertools import count
@@ -34,12 +34,14 @@ SMALL = 256
 """Images up to this side in px are shown with their pixels as squares."""
 
 CSS = """
-.gradio-container {max-width: 1280px !important; padding: 8px 16px !important}
-#title h1 {font-size: 1.15rem; margin: 2px 0}
+.gradio-container {max-width: 1280px !important}
+.gradio-container main {padding: 4px 16px !important}
+#title h1 {font-size: 1.15rem; margin: 0}
 #title h1 span {font-weight: 400; opacity: .7}
 .tight {gap: 8px !important}
 .labels [data-testid="block-info"] {font-size: .75rem; white-space: nowrap}
 .stage img {width: 100% !important; height: 100% !important; object-fit: contain !important}
+#history .grid-container {grid-template-columns: repeat(8, minmax(0, 1fr)) !important}
 .small img {image-rendering: pixelated}
 #stages {align-items: flex-end}
 #status {min-height: 1.4em; font-variant-numeric: tabular-nums}
@@ -80,15 +82,16 @@ class Page:
 
     Args:
         studio: what draws.
-        name: of the model, for people.
+        weights: what its images say of its weights: ``model``, its name for people, and more.
         folder: for the images.
 
     Attributes:
         blocks: the page, for gradio.
     """
 
-    def __init__(self, studio: Studio, name: str, folder: Path) -> None:
-        self.studio, self.name, self.folder = studio, name, folder
+    def __init__(self, studio: Studio, weights: Mapping[str, Any], folder: Path) -> None:
+        self.studio, self.weights, self.folder = studio, weights, folder
+        name = weights["model"]
         self._numbers = count(1)
         self._to_stop: set[str] = set()
         with gr.Blocks(title=f"{name} - nami_lightning", analytics_enabled=False) as self.blocks:
@@ -181,8 +184,7 @@ class Page:
         self.gallery = gr.Gallery(
             label="This session's images: click one to have its settings back",
             columns=8,
-            fit_columns=False,
-            height=190,
+            height=220,
             allow_preview=False,
             interactive=False,
             object_fit="contain",
@@ -339,7 +341,7 @@ class Page:
         last = drawn.stage + 1 == len(self.pictures)
         path = self.folder / f"{next(self._numbers):05d}_seed{settings.seed}.png"
         if last:
-            row = settings.row | {"model": self.name}
+            row = settings.row | dict(self.weights)
             save_with_settings(drawn.image, path, row, row)
         else:
             drawn.image.save(path)

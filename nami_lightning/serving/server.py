@@ -3,7 +3,7 @@
 import os
 import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -42,12 +42,12 @@ def check_port(port: int) -> None:
 
 
 @contextmanager
-def serving(studio: Studio, name: str, port: int) -> Iterator[str]:
+def serving(studio: Studio, weights: Mapping[str, Any], port: int) -> Iterator[str]:
     """Serve the page until the context ends; the images of its histories are removed then.
 
     Args:
         studio: what draws.
-        name: of the model, for people.
+        weights: what its images say of its weights: ``model``, its name for people, and more.
         port: of this machine.
 
     Yields:
@@ -60,12 +60,14 @@ def serving(studio: Studio, name: str, port: int) -> Iterator[str]:
     check_port(port)
     with TemporaryDirectory(prefix="nami_serve_") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder  # gradio keeps its own copies there too
+        for name in ("no_proxy", "NO_PROXY"):  # gradio asks its own server whether it is up
+            os.environ[name] = ",".join(filter(None, [os.environ.get(name), LOOPBACK]))
         import_gradio()
         from starlette.middleware import Middleware
 
         from nami_lightning.serving.page import CSS, Page, theme
 
-        page = Page(studio, name, Path(folder)).blocks
+        page = Page(studio, weights, Path(folder)).blocks
         page.queue(max_size=WAITING, default_concurrency_limit=1)
         try:
             page.launch(
@@ -140,4 +142,8 @@ class LoopbackOnly:
 
 def is_own(host: str, origin: str | None) -> bool:
     """Tell whether a request names this machine, and comes from the page itself if it says where it comes from."""
-    return bool(HOSTS.fullmatch(host)) and (origin is None or urlsplit(origin).netloc == host)
+    try:
+        from_page = origin is None or urlsplit(origin).netloc == host
+    except ValueError:  # no address at all
+        return False
+    return bool(HOSTS.fullmatch(host)) and from_page

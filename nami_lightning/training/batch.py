@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nami_lightning.models.autoencoder import Posterior
-from nami_lightning.models.text_encoder import TextStates
+from nami_lightning.models.text_encoder import PromptTokens, TextStates
 
 
 class Encodings(NamedTuple):
@@ -71,6 +71,7 @@ class MicroBatch:
         encodings: precomputed latents and text states, if the data set has them.
         padding: number of samples at the end that count in no result: in a validation they repeat others, so that all
             ranks run micro-batches of the same stages.
+        tokens: of the captions, where the processes that read the data tokenize.
     """
 
     step: int
@@ -82,6 +83,7 @@ class MicroBatch:
     damaged: list[str] = field(default_factory=list)
     encodings: Encodings | None = None
     padding: int = 0
+    tokens: PromptTokens | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -95,8 +97,9 @@ class MicroBatch:
         return self._map(Tensor.pin_memory)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "MicroBatch":
-        encodings = None if self.encodings is None else self.encodings.map(change)
-        return replace(self, images=change(self.images), encodings=encodings)
+        encodings = self.encodings and self.encodings.map(change)
+        tokens = self.tokens and self.tokens.map(change)
+        return replace(self, images=change(self.images), encodings=encodings, tokens=tokens)
 
 
 def pixels(images: Tensor) -> Tensor:

@@ -55,8 +55,9 @@ def check_stages(
     resolutions: list[int],
     curriculum: Curriculum,
     vae: AutoencoderConfig,
+    text_tokens: int,
 ) -> None:
-    """Refuse parts that do not describe the same stages.
+    """Refuse parts that do not describe the same stages, or tokens that ranks can't share.
 
     Raises:
         ValueError: naming the recipe key.
@@ -83,18 +84,40 @@ def check_stages(
             f"resolutions {odd} are not multiples of {multiple} px, the patch size {transformer['patch_size']} times "
             f"the autoencoder's factor {vae.factor}"
         )
+    windows = bridge.windows[-1]
+    if transformer["prediction"] == "clean" and (windows.times, windows.velocity_time) != (None, "global"):
+        raise ValueError(
+            "model.transformer.prediction clean needs a bridge with time noise_level and velocity_time global: the "
+            "clean image is the point minus the time times the velocity"
+        )
+    for stage, size in enumerate(curriculum.context_parallel):
+        numbers = {
+            "attention heads": transformer["num_attention_heads"],
+            "text tokens": text_tokens,
+            "image tokens": (resolutions[stage] // multiple) ** 2,
+        }
+        if uneven := [f"{number} {name}" for name, number in numbers.items() if number % size]:
+            raise ValueError(
+                f"curriculum.context_parallel[{stage}] lets {size} ranks share a sample, but {size} does not divide "
+                f"its {' and its '.join(uneven)}"
+            )
 
 
 def check_shapes(
-    shapes: Sequence[tuple[Fraction, Fraction]], resolution: int, transformer: dict[str, Any], vae: AutoencoderConfig
+    shapes: Sequence[tuple[Fraction, Fraction]],
+    resolution: int,
+    transformer: dict[str, Any],
+    vae: AutoencoderConfig,
+    context_parallel: Sequence[int],
 ) -> None:
-    """Refuse images that the network can't cut into patches.
+    """Refuse images that the network can't cut into patches, or whose patches ranks can't share.
 
     Args:
         shapes: width and height in px of all kinds of images at ``resolution``; at the others they are doubled.
         resolution: of the coarsest stage.
         transformer: its config.
         vae: whose factor divides their sides first.
+        context_parallel: the number of ranks that share a sample, of each stage.
 
     Raises:
         ValueError: naming the recipe key.
@@ -106,6 +129,13 @@ def check_shapes(
             f"{transformer['patch_size']} times the autoencoder's factor {vae.factor}: at {resolution} px, stage 1's, "
             f"the data set has images of {', '.join(odd)} px. Prepare it with another aspect_step"
         )
+    for stage, size in enumerate(context_parallel):
+        tokens = {int(width * height) * 4**stage // multiple**2 for width, height in shapes}
+        if odd := [str(number) for number in sorted(tokens) if number % size]:
+            raise ValueError(
+                f"curriculum.context_parallel[{stage}] lets {size} ranks share a sample, but some images of the data "
+                f"set have {', '.join(odd)} tokens there: choose a number that divides them"
+            )
 
 
 def model_settings(

@@ -49,12 +49,15 @@ class Curriculum:
     Args:
         phases: at least one; all with the same number of stages.
         unit: samples that one part of a ratio stands for.
+        context_parallel: for each stage the number of ranks that share the tokens of a sample; null: 1 for all, which
+            share none.
 
     Raises:
-        ValueError: no phase, phases of different numbers of stages, a unit below 1.
+        ValueError: no phase, phases of different numbers of stages, a unit below 1, a ``context_parallel`` that has not
+            one number of at least 1 a stage.
     """
 
-    def __init__(self, phases: list[Phase], unit: int) -> None:
+    def __init__(self, phases: list[Phase], unit: int, context_parallel: list[int] | None = None) -> None:
         if not phases:
             raise ValueError("a curriculum needs at least one phase")
         if len({len(phase.ratio) for phase in phases}) > 1:
@@ -63,6 +66,12 @@ class Curriculum:
             raise ValueError(f"unit must be at least 1; got {unit}")
         self.phases = list(phases)
         self.unit = unit
+        self.context_parallel = context_parallel or [1] * self.num_stages
+        if len(self.context_parallel) != self.num_stages or min(self.context_parallel) < 1:
+            raise ValueError(
+                f"curriculum.context_parallel {self.context_parallel} must have a number of at least 1 for each of the "
+                f"{self.num_stages} stages"
+            )
         self.ends = list(accumulate(phase.steps for phase in phases))
 
     @property
@@ -100,6 +109,28 @@ class Curriculum:
     def samples(self, step: int) -> list[int]:
         """Return the samples of each stage in the global batch of ``step``."""
         return [parts * self.unit for parts in self.phase(step).ratio]
+
+    def split(self, phase: Phase, stage: int, ranks: int, limit: int) -> tuple[int, int]:
+        """Return how many micro-batches of a stage each rank has in a step of a phase, and the samples in each.
+
+        Ranks that share the tokens of their samples have the same micro-batches.
+
+        Args:
+            phase: of this curriculum.
+            stage: 0 (coarsest) to K-1.
+            ranks: the number of all ranks.
+            limit: samples in a micro-batch, at most.
+
+        Raises:
+            ValueError: the samples don't come out even, or the ranks don't.
+        """
+        size = self.context_parallel[stage]
+        if ranks % size:
+            raise ValueError(
+                f"curriculum.context_parallel[{stage}] lets {size} ranks share the tokens of a sample, and must divide "
+                f"the number of ranks, {ranks}"
+            )
+        return split_evenly(phase.ratio[stage] * self.unit, ranks // size, limit, stage)
 
     def runs(self, stage: int) -> list[tuple[int, int]]:
         """Return (steps, samples in each of them) of every phase that trains ``stage``."""
@@ -163,7 +194,7 @@ def _check_phase(index: int, past: Phase, now: Sequence[Phase], running: bool) -
 
 
 def split_evenly(samples: int, ranks: int, limit: int, stage: int) -> tuple[int, int]:
-    """Split the samples of one stage over ranks: return micro-batches a rank, and samples in each.
+    """Split the samples of one stage over ranks, or groups of ranks: return micro-batches a rank, and samples in each.
 
     Raises:
         ValueError: they don't come out even, with a unit that would.

@@ -110,6 +110,14 @@ def ema_note(saved: dict[str, Any], wanted: bool) -> str | None:
 
 
 @torch.no_grad()
+def update_ema(ema: nn.Module, network: nn.Module, decay: float) -> None:
+    """Move averages towards a network's trained weights: ``decay * average + (1 - decay) * weight``, in place."""
+    averages = local_shards(ema)
+    weights = [weight.to(averages[0].device) for weight in local_shards(network)]
+    torch._foreach_lerp_(averages, weights, 1 - decay)
+
+
+@torch.no_grad()
 def swap_weights(first: nn.Module, second: nn.Module) -> None:
     """Swap the trained weights of two networks, each staying on its device; this needs memory for one more tensor."""
     for a, b in zip(local_shards(first), local_shards(second), strict=True):

@@ -19,7 +19,13 @@ from nami_lightning.models.autoencoder import (
     load_autoencoder,
 )
 from nami_lightning.models.bridge import BridgeFlow
-from nami_lightning.models.text_encoder import PromptEncoder, TextEncoderConfig, TextStates
+from nami_lightning.models.text_encoder import (
+    PromptEncoder,
+    PromptTokenizer,
+    PromptTokens,
+    TextEncoderConfig,
+    TextStates,
+)
 from nami_lightning.models.transformer import NamiTransformer2DModel
 from nami_lightning.pipelines.nami_pipeline import NamiPipeline
 from nami_lightning.training import rng
@@ -84,6 +90,11 @@ class EncodingModule(L.LightningModule):
             )
         return encoder
 
+    @property
+    def prompt_tokenizer(self) -> PromptTokenizer | None:
+        """Tokenizes captions for processes that read data; None where encodings of prompts are remembered."""
+        return None if self.text_encoder_config.cache else PromptTokenizer(self.text_encoder_config)
+
     @cached_property
     def _empty_prompt(self) -> TextStates:
         return self.text_encoder([""])
@@ -133,7 +144,7 @@ class EncodingModule(L.LightningModule):
     def text_states(self, micro: MicroBatch, drop: Tensor) -> TextStates:
         """Return text states of the captions; where ``drop`` (bool, ``(n,)``) is set, those of the empty prompt."""
         if micro.encodings is None:
-            return self.encode_prompts(micro.captions, drop)
+            return self.encode_prompts(micro.captions, drop, micro.tokens)
         text, empty = (TextStates(*map(Tensor.float, states)) for states in micro.encodings[2:])
         return text.replaced(drop, empty)
 
@@ -143,9 +154,14 @@ class EncodingModule(L.LightningModule):
             return self._empty_prompt
         return TextStates(*map(Tensor.float, micro.encodings.empty_prompt))
 
-    def encode_prompts(self, prompts: list[str], drop: Tensor | None = None) -> TextStates:
-        """Return text states of ``prompts``; where ``drop`` (bool, ``(n,)``) is set, those of the empty prompt."""
-        states = self.text_encoder(prompts)
+    def encode_prompts(
+        self, prompts: list[str], drop: Tensor | None = None, tokens: PromptTokens | None = None
+    ) -> TextStates:
+        """Return text states of ``prompts``; where ``drop`` (bool, ``(n,)``) is set, those of the empty prompt.
+
+        ``tokens`` are those of the prompts, if they are tokenized already.
+        """
+        states = self.text_encoder(prompts) if tokens is None else self.text_encoder.encode(tokens)
         return states if drop is None else states.replaced(drop, self._empty_prompt)
 
     def assemble_pipeline(

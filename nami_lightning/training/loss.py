@@ -1,7 +1,7 @@
 """The loss of NAMI: one function for training and for validation, and the validation loss by stage and by tau."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import torch
@@ -10,9 +10,11 @@ from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 
 from nami_lightning.models.bridge import BridgeFlow
+from nami_lightning.models.transformer import NamiTransformer2DModel
 from nami_lightning.training import rng
 from nami_lightning.training.batch import MicroBatch
 from nami_lightning.training.frozen_encoders import EncodingModule
+from nami_lightning.training.parallel.token_groups import TokenGroup
 from nami_lightning.training.paths.straight import Path
 from nami_lightning.training.techniques.technique import ForwardPass, Technique
 
@@ -44,11 +46,13 @@ class FlowLoss:
         path: the points that the network sees, and the velocity that it should give there.
         local_velocity: measure the error in the stage's local time, as written in the paper: times the square of the
             window's duration.
+        groups: the ranks that train together on a sample, by the number of the stage, where there are such.
     """
 
     bridge: BridgeFlow
     path: Path
     local_velocity: bool
+    groups: dict[int, TokenGroup] = field(default_factory=dict)
 
     def __call__(
         self,
@@ -81,12 +85,20 @@ class FlowLoss:
         x, tau, target = self.path(encoders, micro, start, end, text, random)
         t = window.timestep(tau)
 
-        forward = ForwardPass(micro, encoders.seed, window, x, tau, target)
+        scale = window.duration**2 if self.local_velocity else 1.0
+        forward = ForwardPass(micro, encoders.seed, window, x, tau, target, scale)
         hooks = [hook for technique in techniques if (hook := technique.block_hook(forward)) is not None]
-        forward.velocity = transformer(x, text.sequence, text.pooled, t, stage, block_hooks=hooks).float()
+        # In a validation each rank has samples of its own.
+        group = self.groups.get(stage) if isinstance(seed_key, int) else None
+        if group is None:
+            velocity = transformer(x, text.sequence, text.pooled, t, stage, block_hooks=hooks)
+        else:
+            assert isinstance(transformer, NamiTransformer2DModel)
+            velocity = group.predict(transformer, x, text, t, stage)
+        forward.velocity = velocity.float()
         loss = F.mse_loss(forward.velocity, target, reduction=reduction)
         added = {technique.name: one for technique in techniques if (one := technique.loss(forward)) is not None}
-        return FlowError(loss * window.duration**2 if self.local_velocity else loss, tau, added)
+        return FlowError(loss * scale, tau, added)
 
 
 class LossByTau:

@@ -36,11 +36,14 @@ from nami_lightning.training.curriculum import Curriculum, continue_epoch
 from nami_lightning.training.ema import SwapWeights, adapt_ema, ema_note, leave_out_of_ddp, make_ema_model
 from nami_lightning.training.frozen_encoders import EncodingModule, LatentPyramid
 from nami_lightning.training.loss import FlowLoss, LossByTau
+from nami_lightning.training.parallel.first_weights import make_with_first_weights
+from nami_lightning.training.parallel.token_groups import make_token_groups
 from nami_lightning.training.paths.rectified import DistillationSettings, RectifiedPath, make_path
 from nami_lightning.training.paths.straight import TauDistribution
-from nami_lightning.training.step_sync import SkippedSteps, agree, require_same_start
-from nami_lightning.training.strategies import full_tensor, parallelize, reduce_gradients, shard_parts
+from nami_lightning.training.step_sync import Agreement, SkippedSteps, agree, require_same_start
+from nami_lightning.training.strategies import full_tensor, reduce_gradients, shard_parts
 from nami_lightning.training.techniques.technique import Technique, Techniques
+from nami_lightning.utils.collectives import gather_objects
 from nami_lightning.utils.heartbeat import Heartbeat
 
 VALIDATION = "validation"
@@ -131,8 +134,8 @@ class NamiModule(EncodingModule):
         if lora is not None:
             leave_out_base(self, "transformer.")
             self.strict_loading = False
-        check_stages(self.transformer_config, self.bridge, resolutions, curriculum, autoencoder)
-        self.techniques = Techniques(techniques or ()).prepare(config)
+        check_stages(config, self.bridge, resolutions, curriculum, autoencoder, text_encoder.max_length)
+        self.techniques = Techniques(techniques or ()).prepare(config, autoencoder, seed)
 
         self.step = 0
         """Number of global batches consumed, which is the number of the next one."""
@@ -183,11 +186,9 @@ class NamiModule(EncodingModule):
         """Build the network and the EMA's, once; the weights are a pure function of the seed."""
         if hasattr(self, "transformer"):
             return
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
-            self.transformer = self.new_transformer()
-        parallelize(self.transformer, self._strategy, self.activation_checkpointing, self.compile_blocks, self.float8)
-        self.techniques.build(self.seed)
+        settings = self.activation_checkpointing, self.compile_blocks, self.float8
+        self.transformer = make_with_first_weights(self.new_transformer, self._strategy, *settings)
+        self.pretrained_weights = gather_objects(self.pretrained_weights)[0]
         shard_parts(self.techniques, self._strategy)
         if isinstance(path := self.flow_loss.path, RectifiedPath):
             path.load_teacher(self.pretrained, self.make_transformer, self._strategy, self.compile_blocks)
@@ -195,18 +196,21 @@ class NamiModule(EncodingModule):
             self.ema = make_ema_model(self.transformer, self.make_transformer, self._strategy, self.ema_on_host)
             leave_out_of_ddp(self, "ema")
 
-    def new_transformer(self) -> NamiTransformer2DModel:
-        """Make the network with the weights that it starts from, and with a LoRA's adapter."""
-        transformer = self.make_transformer()
-        if self.pretrained is None:
-            transformer.init_weights()
-        else:
-            for note in load_pretrained(self.pretrained, transformer, self.bridge):
-                rank_zero_info(note)
-        if self.lora is not None or self.distillation is not None:
-            self.pretrained_weights = fingerprint(transformer)
-        if self.lora is not None:
-            add_adapter(transformer, self.lora)
+    def new_transformer(self, weights: bool = True) -> NamiTransformer2DModel:
+        """Make the network with a LoRA's adapter, and with the weights that it starts from or without values."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            with torch.device("cpu" if weights else "meta"):
+                transformer = self.make_transformer()
+            if self.pretrained is not None:
+                for note in load_pretrained(self.pretrained, transformer, self.bridge, weights):
+                    rank_zero_info(note)
+            elif weights:
+                transformer.init_weights()
+            if weights and (self.lora is not None or self.distillation is not None):
+                self.pretrained_weights = fingerprint(transformer)
+            if self.lora is not None:
+                add_adapter(transformer, self.lora)
         return transformer
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -232,15 +236,13 @@ class NamiModule(EncodingModule):
         counts = [sum(len(micro) for micro in batch if micro.stage == stage) for stage in range(self.num_stages)]
         losses = torch.zeros(self.num_stages, device=self.device)
         micro_losses = []
-        techniques = self.techniques.active(self.step)
-        added = {technique.name: torch.zeros((), device=self.device) for technique in techniques}
+        active = self.techniques.active(self.step)
+        added = {technique.name: torch.zeros((), device=self.device) for technique in active}
         for number, micro in enumerate(batch, 1):
             self.heartbeat.beat(f"stage {micro.stage + 1}, micro-batch {number} of {len(batch)}")
             share = len(micro) / counts[micro.stage]
             reduce_gradients((self.transformer, *self.techniques), self._strategy, last=number == len(batch))
-            error = self.flow_loss(
-                self, self.transformer, micro, micro.step, self.prompt_dropout, techniques=techniques
-            )
+            error = self.flow_loss(self, self.transformer, micro, micro.step, self.prompt_dropout, techniques=active)
             self.manual_backward(weights[micro.stage] * share * sum(error.added.values(), error.loss))
             micro_losses.append(error.loss.detach())
             for name, value in error.added.items():
@@ -248,14 +250,15 @@ class NamiModule(EncodingModule):
             losses[micro.stage] += share * micro_losses[-1]
 
         self.heartbeat.beat("the update")
-        agreed = agree(self.trainer.strategy, losses, self.clip_gradients_by_norm(), self.stop_requested)
+        figures = {"loss": (weights * losses).sum()} | {f"loss_{name}": value for name, value in added.items()}
+        agreed = agree(self.trainer.strategy, losses, figures, self.clip_gradients_by_norm(), self.stop_requested)
         self.stop_agreed = agreed.stop
         self.step += 1
         if agreed.finite:
             optimizer.step()
             self.skipped.in_row = 0
             self._update_running_losses(agreed.losses, ratio)
-            self._log_losses(weights, agreed.losses, agreed.norm, added)
+            self._log_losses(agreed)
         else:
             self.skipped.add(self.step - 1, batch, micro_losses)
             self._log_metrics({"train/skipped": self.skipped.total})
@@ -274,8 +277,7 @@ class NamiModule(EncodingModule):
         """Refuse bridges that are not fitted, and ranks that start from different things.
 
         Raises:
-            ValueError: the bridges are not fitted (it names the callback that fits them), or the data set is another
-                one than the checkpoint's.
+            ValueError: the bridges are not fitted, or the data set is another one than the checkpoint's.
             RuntimeError: the ranks differ; it names in what.
         """
         require_same_start(self.same_on_all_ranks | {"step": self.step, "data set": self.data_identity()})
@@ -285,6 +287,7 @@ class NamiModule(EncodingModule):
             raise ValueError(
                 "the bridges are not fitted: trainer.callbacks needs nami_lightning.callbacks.BridgePretraining"
             )
+        self.flow_loss.groups.update(make_token_groups(self.curriculum, self.transformer, self.techniques))
 
     def on_train_batch_end(self, outputs: Any, batch: list[MicroBatch], batch_idx: int) -> None:
         """End a run that skips every step, once the callbacks have seen this one."""
@@ -297,16 +300,15 @@ class NamiModule(EncodingModule):
         trained = [*self.transformer.parameters(), *self.techniques.parameters()]
         return full_tensor(torch.nn.utils.clip_grad_norm_(trained, limit))
 
-    def _log_losses(self, weights: Tensor, losses: Tensor, norm: float, added: dict[str, Tensor]) -> None:
-        """Log the losses, every ``log_every_n_steps`` steps."""
-        loss = (weights * losses).sum()
-        self.log("train/loss", loss, prog_bar=True, logger=False)
+    def _log_losses(self, agreed: Agreement) -> None:
+        """Log the losses, every ``log_every_n_steps`` steps; the progress bar's is on the host, or it would wait."""
+        self.log("train/loss", torch.tensor(agreed.figures["loss"]), prog_bar=True, logger=False)
         if self.step % self.trainer.log_every_n_steps:  # type: ignore[attr-defined]
             return
-        metrics = {"train/loss": float(loss), "train/gradient_norm": norm, "train/skipped": self.skipped.total}
+        metrics = {f"train/{name}": value for name, value in agreed.figures.items()}
+        metrics |= {"train/gradient_norm": agreed.norm, "train/skipped": self.skipped.total}
         trained = [k for k, parts in enumerate(self.curriculum.phase(self.step - 1).ratio) if parts]
-        metrics |= {f"train/loss_stage{k + 1}": float(losses[k]) for k in trained}
-        metrics |= {f"train/loss_{name}": float(value) for name, value in added.items()}
+        metrics |= {f"train/loss_stage{k + 1}": agreed.stage_losses[k] for k in trained}
         self._log_metrics(metrics)
 
     def _log_metrics(self, metrics: dict[str, float]) -> None:
@@ -361,7 +363,7 @@ class NamiModule(EncodingModule):
 
     @cached_property
     def identity(self) -> TrainingIdentity:
-        """What a checkpoint must have in common with this module to be resumed by it."""
+        """What a checkpoint must have in common with this module; its ``check`` refuses another one by a ValueError."""
         settings = model_settings(self.transformer_config, self.bridge, self.resolutions, self.lora)
         settings["techniques"] = self.techniques.trained
         encoders = describe_encoders(self.text_encoder_config, self.autoencoder_config)
@@ -390,10 +392,6 @@ class NamiModule(EncodingModule):
         if note := ema_note(saved, self.ema is not None):
             rank_zero_info(note)
         continue_epoch(checkpoint)
-
-    def check_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another model, or whose past is not this recipe's, by a ValueError."""
-        self.identity.check(checkpoint)
 
     def data_identity(self) -> str | None:
         """Return what tells the data set from others, if its DataModule says it."""

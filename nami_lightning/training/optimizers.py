@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import AdamW, Optimizer
 
 from nami_lightning.models.transformer import is_hidden_layer
@@ -14,15 +15,19 @@ def orthogonalize(matrix: Tensor, coefficients: tuple[float, float, float], step
     """Move a matrix ``U S V'`` towards ``U V'``, whose singular values are one, by Newton-Schulz iterations.
 
     In bfloat16 on a GPU, in float32 on a CPU: one without instructions for bfloat16 multiplies in it 35 times slower.
+    A matrix that is sharded is gathered once, in that dtype; every rank iterates on all of it and keeps its shard.
 
     Args:
         matrix: ``(m, n)``.
         coefficients: a, b, c of an iteration: a singular value s becomes ``a s + b s^3 + c s^5``.
         steps: iterations.
     """
+    x = matrix.to(torch.float32 if matrix.device.type == "cpu" else torch.bfloat16)
+    if isinstance(x, DTensor):
+        whole = orthogonalize(x.full_tensor(), coefficients, steps)
+        return distribute_tensor(whole, x.device_mesh, x.placements, src_data_rank=None)
     a, b, c = coefficients
     tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.to(torch.float32 if matrix.device.type == "cpu" else torch.bfloat16)
     x = x.T if tall else x
     x = x / x.norm().clamp(min=1e-7)  # no singular value is above one then
     for _ in range(steps):

@@ -5,10 +5,12 @@ they are, its batch counts as consumed. All ranks decide on the same numbers, th
 losses need anyway; the gradient's norm is that of clipping. The decision is the host's, so a step waits for its device
 once, where its gradients are ready: only some (fused) optimizers could be told on the device to leave their state
 alone. Workers read ahead meanwhile, and only the few launches of the optimizer's own kernels are not queued in advance.
-(A prompt that is tokenized in the step waits too: cache text states, or encode the data set beforehand.)
+What is logged comes to the host with the same numbers. (DDP waits once more in a step that leaves a parameter without a
+gradient on this rank: it asks whether another rank has one.)
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,30 +32,39 @@ class Agreement:
 
     Attributes:
         losses: ``(K,)`` mean over the ranks of each stage's loss, on the device.
+        stage_losses: the same K numbers on the host.
+        figures: means over the ranks of other numbers, on the host, by their names.
         norm: of the gradient of all ranks.
         finite: whether all losses and the norm are finite.
         stop: whether any rank was asked to stop.
     """
 
     losses: Tensor
+    stage_losses: list[float]
+    figures: dict[str, float]
     norm: float
     finite: bool
     stop: bool
 
 
-def agree(strategy: Strategy, losses: Tensor, norm: Tensor, stop: bool) -> Agreement:
-    """Agree on a step: one all-reduce of K + 2 numbers, and one wait for the device.
+def agree(strategy: Strategy, losses: Tensor, figures: Mapping[str, Tensor], norm: Tensor, stop: bool) -> Agreement:
+    """Agree on a step: one small all-reduce, and one wait for the device, which brings all that is logged to the host.
 
     Args:
         strategy: Lightning's, which reduces.
         losses: ``(K,)`` of this rank.
+        figures: numbers of this rank that are to be logged, by their names.
         norm: of the whole gradient.
         stop: whether this rank was asked to stop.
     """
-    mine = torch.cat([losses, norm.reshape(1).to(losses), losses.new_full((1,), float(stop))])
+    numbers = [number.reshape(1).to(losses) for number in (*figures.values(), norm)]
+    mine = torch.cat([losses, *numbers, losses.new_full((1,), float(stop))])
     agreed = strategy.reduce(mine, reduce_op="mean")
     *values, ranks_told = agreed.tolist()
-    return Agreement(agreed[: len(losses)], values[-1], all(map(math.isfinite, values)), ranks_told > 0)
+    stages = len(losses)
+    named = dict(zip(figures, values[stages:-1], strict=True))
+    finite = all(map(math.isfinite, values))
+    return Agreement(agreed[:stages], values[:stages], named, values[-1], finite, ranks_told > 0)
 
 
 @dataclass

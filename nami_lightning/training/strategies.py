@@ -8,7 +8,8 @@
    micro-batch. It is for training alone: drawing and validation run the blocks as they are written, because their
    batches have many shapes (see ``SwapWeights`` in ``ema.py``), and so does an EMA's network;
 4. FSDP2 (``fully_shard``) shards every block, every stage's head, then the rest at the root, over the mesh's ``shard``
-   dimension, and replicates over its ``replicate`` dimension (HSDP) if that is larger than one;
+   dimension, and replicates over its ``replicate`` dimension (HSDP) if that is larger than one, as it is by default on
+   several nodes;
 5. its mixed precision computes in ``param_dtype`` and reduces gradients in ``reduce_dtype``; the weights that the
    optimizer steps, and its moments, stay as they are (float32).
 
@@ -27,14 +28,17 @@ import torch
 import torch.distributed.checkpoint as dcp
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from nami_lightning.models.lora import in_adapter, trained_parameters
 from nami_lightning.models.text_encoder import PromptEncoder
 from nami_lightning.models.transformer import NamiTransformer2DModel, is_hidden_layer
+from nami_lightning.utils.shard_index import check_shards
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # float16 would need a scaled loss
 DTypeName = Literal["float32", "bfloat16"]
@@ -47,7 +51,8 @@ class FSDP2Strategy(ModelParallelStrategy):
     """Shards over all processes with FSDP2, or HSDP; on a CPU with gloo too. In a recipe: ``trainer.strategy: fsdp2``.
 
     Args:
-        replicate: groups of processes that hold a copy each; 1 shards over all. One a node keeps gathers inside it.
+        replicate: groups of processes that hold a copy each; 1 shards over all. null: one a node, which keeps gathers
+            inside it: between nodes only the shards' gradients are reduced.
         param_dtype: of the computation and the gathers.
         reduce_dtype: of the gradients' reduction.
         reshard_after_forward: drop a block's gathered weights between forward and backward: less memory, one more
@@ -65,7 +70,7 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     def __init__(
         self,
-        replicate: int = 1,
+        replicate: int | None = None,
         param_dtype: DTypeName = "float32",
         reduce_dtype: DTypeName = "float32",
         reshard_after_forward: bool = True,
@@ -90,6 +95,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         """Start the process group and make the mesh."""
         self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
         super().setup_environment()
+        self.replicate = self.num_nodes if self.replicate is None else self.replicate
         if self.replicate < 1 or self.world_size % self.replicate:
             raise ValueError(f"replicate {self.replicate} must divide the {self.world_size} processes")
         # For checkpoints alone, on the host: a thread may write one while a step's own collectives go on.
@@ -104,15 +110,30 @@ class FSDP2Strategy(ModelParallelStrategy):
         """The number of replicas and the rank: every process has its own share of the data."""
         return {"num_replicas": self.world_size, "rank": self.global_rank}
 
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Return this rank's shards where they lie: whoever writes a checkpoint copies them to the host, once."""
+        assert self.model is not None
+        return get_model_state_dict(self.model)
+
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Return the optimizer's state, filled up for weights that had no gradient yet: a resume needs all of it."""
-        fill_state(getattr(optimizer, "_optimizer", optimizer))
-        return super().optimizer_state(optimizer)
+        """Return the optimizer's state where it lies, filled up for weights that had no gradient yet.
+
+        A resume needs all of it.
+        """
+        plain = getattr(optimizer, "_optimizer", optimizer)
+        fill_state(plain)
+        assert self.model is not None
+        return get_optimizer_state_dict(self.model, plain)
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Load a checkpoint's shards; an EMA that is new to the run starts from the weights that are loaded."""
+        """Load a checkpoint's shards; an EMA that is new to the run starts from the weights that are loaded.
+
+        Raises:
+            ValueError: reading it would run code, or its index is damaged.
+        """
         module: Any = self.lightning_module
         path = Path(self.broadcast(checkpoint_path))
+        check_shards(path)
         metadata = torch.load(path / "meta.pt", weights_only=True)
         if getattr(module, "ema", None) is None or metadata["nami"]["ema"]:
             return super().load_checkpoint(path, weights_only)
@@ -137,7 +158,7 @@ class FSDP2Strategy(ModelParallelStrategy):
     @property
     def weights_mesh(self) -> DeviceMesh:
         """The devices over which weights are sharded: in two dimensions, if some of them are replicas."""
-        mesh: DeviceMesh = self.device_mesh if self.replicate > 1 else self.device_mesh["shard"]
+        mesh: DeviceMesh = self.device_mesh if (self.replicate or 1) > 1 else self.device_mesh["shard"]
         return mesh
 
     def shard_frozen(self, model: nn.Module) -> None:
@@ -175,6 +196,7 @@ def parallelize(
         compile: compile each block.
         float8: multiply in float8 in the blocks' linear layers.
     """
+    leave_out_cudnn_attention()
     if float8:
         to_float8(model)
     if activation_checkpointing:
@@ -185,6 +207,15 @@ def parallelize(
             block.compile(dynamic=False)
     if isinstance(strategy, FSDP2Strategy):
         strategy.shard(model)
+
+
+def leave_out_cudnn_attention() -> None:
+    """Let attention use flash or memory-efficient kernels in this process, never cuDNN's, in drawing too.
+
+    cuDNN's backward pass in bfloat16 gives NaN, or reads outside its memory, at some numbers of tokens (torch 2.11 on
+    an H200, docs/scale.md; https://github.com/pytorch/pytorch/issues/196678), and torch takes it first on such GPUs.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def shard_parts(parts: Iterable[nn.Module], strategy: object) -> None:
@@ -225,7 +256,9 @@ def to_float8(model: NamiTransformer2DModel) -> None:
         return multiple and is_hidden_layer(name) and not in_adapter(name)
 
     emulate = not (torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9))
-    convert_to_float8_training(model, module_filter_fn=fits, config=Float8LinearConfig(emulate=emulate))
+    # A layer's gradient multiplies over the rows, its tokens: kernels take multiples of 16, aspect buckets have others.
+    config = Float8LinearConfig(emulate=emulate, pad_inner_dim=True)
+    convert_to_float8_training(model, module_filter_fn=fits, config=config)
 
 
 def shard_text_encoder(encoder: PromptEncoder, strategy: object) -> None:
@@ -257,7 +290,18 @@ def fill_state(optimizer: Optimizer) -> None:
 
 
 def reduce_gradients(models: Sequence[nn.Module], strategy: object, last: bool) -> None:
-    """Tell FSDP2 before a micro-batch's backward pass whether to reduce the gradients of some models after it."""
+    """Tell DDP or FSDP2 before a micro-batch's backward pass whether to reduce the gradients after it.
+
+    DDP reduces what a step's micro-batches have added up, in the last one's backward pass: Lightning reads DDP's
+    attribute before each backward pass. DDP notes the parameters that earlier micro-batches used, and reduces them too.
+
+    Args:
+        models: those that are trained.
+        strategy: Lightning's.
+        last: whether the micro-batch is the step's last.
+    """
+    if isinstance(wrapper := getattr(strategy, "model", None), DistributedDataParallel):
+        wrapper.require_backward_grad_sync = last
     for model in models:
         if isinstance(strategy, FSDP2Strategy) and isinstance(model, FSDPModule):
             model.set_requires_gradient_sync(last or strategy.reduce_each_micro_batch)

@@ -35,11 +35,12 @@ def remove_partials(folder: Path) -> None:
     """Remove the temporary files of :func:`replacing` that killed processes of this machine left in a folder."""
     name = re.compile(rf"\..+\.{re.escape(socket.gethostname())}-(\d+)\.partial")
     for path in folder.glob(".*.partial"):
-        if (match := name.fullmatch(path.name)) and not _is_running(int(match[1])):
+        if (match := name.fullmatch(path.name)) and not is_running(int(match[1])):
             path.unlink(missing_ok=True)
 
 
-def _is_running(process: int) -> bool:
+def is_running(process: int) -> bool:
+    """Return whether a process of this machine with this id is running."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:

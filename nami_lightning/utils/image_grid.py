@@ -48,7 +48,7 @@ def caption_grid(
         grid.paste(shown, (left, top))
         drawing.rectangle((left - 1, top - 1, left + shown.width, top + shown.height), outline="lightgray")
         if labels:
-            draw_text(grid, (x, y + height + 2), labels[i], "gray", FONT_SIZE)
+            draw_text(grid, (x, y + height + 2), labels[i][:width], "gray", FONT_SIZE)
         for number, part in enumerate(_wrap(readable(caption), width)):
             draw_text(grid, (x, y + height + label + 2 + number * line), part, "black", FONT_SIZE)
     return grid
@@ -57,6 +57,7 @@ def caption_grid(
 def _wrap(caption: str, width: int) -> list[str]:
     """Return the lines of as much of a caption as fits into them."""
     lines: list[str] = []
+    caption = caption[: LINES * width]  # no character is narrower than a pixel, and measuring takes time
     for characters in range(max(8, width * 2 // FONT_SIZE), 7, -1):
         lines = textwrap.wrap(caption, characters, max_lines=LINES, placeholder="...")
         if all(text_width(line, FONT_SIZE) <= width for line in lines):

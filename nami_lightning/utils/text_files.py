@@ -1,8 +1,10 @@
 """Text files that people write: prompts, questions, recipes. UTF-8, or UTF-16 that says so in its first bytes."""
 
 import codecs
+import json
 import re
 from pathlib import Path
+from typing import Any
 
 HINT = "save it as UTF-8"
 
@@ -27,6 +29,23 @@ def read_text(path: Path) -> str:
         line = text[: text.index("\0")].count("\n") + 1
         raise ValueError(f"{path}, line {line}: NUL characters, so this is not text in UTF-8: {HINT}")
     return text
+
+
+def is_text(text: str) -> bool:
+    """Tell whether a text can be written: NULs and halves of pairs of surrogates can't."""
+    return "\0" not in text and text.encode("utf-8", "replace").decode() == text
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Return the value that a text in JSON holds.
+
+    Raises:
+        ValueError: it is no JSON, or its values are nested without an end.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("values are nested in values without an end") from error
 
 
 def read_lines(path: Path) -> list[str]:

@@ -14,7 +14,7 @@ from nami_lightning.benchmarks import train_step
 from nami_lightning.datamodules.step_dataset import StepDataset
 
 TINY = Path(__file__).parents[1] / "tiny.yaml"
-SLOW = 0.3
+SLOW = 0.6
 """Seconds that reading a batch takes here; a step takes a tenth of it."""
 
 PHASES = "[{steps: 1, ratio: [2, 1, 1], learning_rate: 0.002}]"
@@ -23,11 +23,12 @@ PHASES = "[{steps: 1, ratio: [2, 1, 1], learning_rate: 0.002}]"
 @pytest.fixture
 def options(tiny: list[str]) -> Namespace:
     settings = ["--curriculum.phases", PHASES, "--data.init_args.num_workers", "0", "--trainer.precision", "bf16-mixed"]
-    return Namespace(recipe=tiny[0], overrides=[*tiny[1:], *settings], steps=4, strategy=None, devices=None)
+    return Namespace(recipe=tiny[0], overrides=[*tiny[1:], *settings], steps=2, strategy=None, devices=None)
 
 
 def test_both_sides_compute_in_the_trainers_precision(options: Namespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    forward, seen = NamiTransformer2DModel.forward, {}
+    forward = NamiTransformer2DModel.forward
+    seen: dict[int, list[bool]] = {}
 
     def noted(network: NamiTransformer2DModel, *inputs: Any, **settings: Any) -> Any:
         seen.setdefault(id(network), []).append(torch.is_autocast_enabled("cpu"))

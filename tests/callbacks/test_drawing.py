@@ -14,6 +14,7 @@ from nami_lightning.runs.load import fast_dtype
 from nami_lightning.runs.recipe import Recipe
 from nami_lightning.training.module import NamiModule
 
+CONVOLUTIONS: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]  # torch adds it at run time
 TINY = Path(__file__).parents[1] / "tiny.yaml"
 
 
@@ -33,21 +34,20 @@ def test_a_run_draws_in_the_trainers_precision_and_crosses_bridges_in_float32(
     decode = PixelCodec.decode
 
     def note(part: str) -> Any:
-        settings = torch.backends.cudnn.conv
-        return lambda *_: seen.append((part, torch.is_autocast_enabled("cpu"), settings.fp32_precision))
+        return lambda *_: seen.append((part, torch.is_autocast_enabled("cpu"), CONVOLUTIONS.fp32_precision))
 
     module.transformer.register_forward_pre_hook(note("network"))
     for map_ in module.bridge.maps:
         map_.register_forward_pre_hook(note("bridge"))
     monkeypatch.setattr(PixelCodec, "decode", lambda *inputs: (note("decoder")(), decode(*inputs))[1])
-    before = torch.backends.cudnn.conv.fp32_precision
+    before = CONVOLUTIONS.fp32_precision
     assert before == "tf32"  # cuDNN's default
     sampler = SamplerSettings(num_inference_steps=3, guidance_scale=1.0)
     images = generate(module, sampler, ["red apple"], [1], output_type="pt")
     assert images.dtype == torch.float32
     assert {step[:2] for step in seen} == {("network", autocast), ("bridge", False), ("decoder", False)}
     assert {step[2] for step in seen if step[0] == "bridge"} == {"ieee"}
-    assert torch.backends.cudnn.conv.fp32_precision == before
+    assert CONVOLUTIONS.fp32_precision == before
 
 
 def test_a_saved_network_draws_in_bfloat16_on_a_gpu_alone() -> None:

@@ -72,6 +72,19 @@ def test_it_is_queued_again_if_the_run_asks_for_it(
     assert not requeued or (tmp_path / "asked").read_text() == "requeue 17\n"
 
 
+@pytest.mark.parametrize("own", [None, "max_split_size_mb:512"])
+def test_memory_is_allocated_in_segments_that_grow_unless_told_otherwise(
+    tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], own: str | None
+) -> None:
+    text = script(capsys, *tiny, "--nodes", "1", "--gpus", "1")
+    (tmp_path / "srun").write_text(f'#!/bin/bash\necho "$PYTORCH_ALLOC_CONF" > {tmp_path}/said\n')
+    (tmp_path / "srun").chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_CPUS_PER_TASK": "2"}
+    environment |= {"PYTORCH_ALLOC_CONF": own} if own else {}
+    subprocess.run(["bash"], input=text, text=True, env=environment, check=True)
+    assert (tmp_path / "said").read_text() == f"{own or 'expandable_segments:True'}\n"
+
+
 def test_a_wrong_recipe_is_refused_before_it_is_queued(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["launch", "slurm", *tiny, "--nodes", "1", "--gpus", "1", "--curriculum.units", "2"]) == 2
     assert "did you mean curriculum.unit" in capsys.readouterr().err.replace("--", "")

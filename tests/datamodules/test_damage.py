@@ -14,7 +14,7 @@ from helpers.squares import Squares
 from nami_lightning.datamodules.multi_resolution import MultiResolutionDataModule
 from nami_lightning.datamodules.preparation.prepare import prepare
 from nami_lightning.datamodules.preparation.prepare_parts import Preparation
-from nami_lightning.datamodules.step_dataset import StepDataset, StepLoader
+from nami_lightning.datamodules.step_dataset import HeldoutLoader, StepDataset, StepLoader
 from nami_lightning.datamodules.storage.chunk_file import DamagedChunk, DamagedSample, DataError
 from nami_lightning.datamodules.storage.dataset import Bucket, PreparedDataset
 from nami_lightning.training.curriculum import Curriculum, Phase
@@ -93,6 +93,13 @@ def test_damage_is_an_error_that_names_the_file(
     if damage is damage_image:
         assert isinstance(caught.value, DamagedSample)
         assert f"(sample '{names.pop()}') can't be decoded: " in str(caught.value)
+
+
+def test_damage_of_held_out_samples_is_an_error_that_names_the_file(folder: Path) -> None:
+    shards = PreparedDataset(folder).buckets("heldout")[0].shards
+    shards.chunk_file(0).unlink()
+    with pytest.raises(DamagedChunk, match=r"heldout/8/8x8/\S+.bin is damaged: |heldout/16/16x16/\S+.bin is damaged: "):
+        list(HeldoutLoader(make_data(folder).heldout(8), 2, 1, pin_memory=False))
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

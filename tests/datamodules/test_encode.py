@@ -136,15 +136,34 @@ FLUX_TEXT = [
 ]
 """Text states whose padding is seen and kept."""
 
+ROUTING = "{class_path: nami_lightning.TokenRouting, init_args: {first_block: 1}}"
+CONTRAST = "{class_path: nami_lightning.ContrastiveFlow}"
+ALIGNMENT = (
+    "{class_path: nami_lightning.RepresentationAlignment, "
+    "init_args: {encoder: {class_path: helpers.tiny_models.ColourMap}}}"
+)
+PERCEPTUAL = (
+    "{class_path: nami_lightning.PerceptualLoss, init_args: {encoder: {class_path: helpers.tiny_models.TwoMaps}}}"
+)
+OF_LATENTS = ["--model.techniques", f"[{ROUTING}, {CONTRAST}]"]
+OF_PIXELS = ["--model.techniques", f"[{ROUTING}, {CONTRAST}, {ALIGNMENT}, {PERCEPTUAL}]"]
+"""All techniques; those that see images need a data set with images, which encodings of pixels have."""
+
 
 @pytest.mark.parametrize(
-    ("autoencoder", "pyramid", "text"),
-    [("vae", "encode", []), ("vae", "pool", []), ("pixels", "encode", []), ("vae", "encode", FLUX_TEXT)],
+    ("autoencoder", "pyramid", "settings"),
+    [
+        ("vae", "encode", []),
+        ("vae", "pool", OF_LATENTS),
+        ("pixels", "encode", []),
+        ("pixels", "encode", OF_PIXELS),
+        ("vae", "encode", FLUX_TEXT),
+    ],
 )
 def test_losses_with_and_without_encodings_agree(
-    autoencoder: str, pyramid: str, text: list[str], root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    autoencoder: str, pyramid: str, settings: list[str], root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = [*(with_vae(root) if autoencoder == "vae" else []), "--model.latent_pyramid", pyramid, *text]
+    recipe = [*(with_vae(root) if autoencoder == "vae" else []), "--model.latent_pyramid", pyramid, *settings]
     encoded = encode(recipe, root / "images", tmp_path / "encoded")
     expected, _ = train(recipe, root / "images")
 
@@ -182,8 +201,7 @@ def test_metrics_of_latents_see_what_the_autoencoder_decodes(root: Path, tmp_pat
         samples=4, training_images=4, features=Colours(), agreement=None, sampler=SamplerSettings(num_inference_steps=3)
     )
     _, module = train(recipe, folder, measure)
-    assert measure.reference is not None
-    found, captions = measure.reference.training
+    found, captions = measure.references[0].training
     data = data_of(recipe, root / "images")
     images = data.steps(seed=0).stage_batch(0, 2)
     assert captions == images.captions[:4]

@@ -39,7 +39,8 @@ class Named(StageImages):
 def nine_aspects() -> Named:
     aspects = [Aspect(*(torch.tensor(sides) / 64).tolist()) for sides in ASPECTS]
     sizes = [9000, 3000, 2000, 1000, 700, 500, 300, 200, 90]
-    return Named([Bucket(resolution=64, aspect=a, samples=n) for a, n in zip(aspects, sizes, strict=True)], [64], False)
+    buckets: Any = [Bucket(resolution=64, aspect=a, samples=n) for a, n in zip(aspects, sizes, strict=True)]
+    return Named(buckets, [64], False)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 64])
@@ -68,7 +69,7 @@ def losses(module: NamiModule, data: MultiResolutionDataModule, ranks: int) -> d
         sums.append(module.losses_by_tau.sums)
     module.losses_by_tau.sums = torch.stack(sums).sum(0)
     strategy: Any = SimpleNamespace(reduce=lambda value, reduce_op: value)
-    return {name: float(value) for name, value in module.losses_by_tau.means(strategy).items()}
+    return {name: float(value.detach()) for name, value in module.losses_by_tau.means(strategy).items()}
 
 
 def test_a_validation_has_the_same_results_on_any_number_of_ranks(data_root: Path) -> None:
@@ -83,7 +84,8 @@ def test_a_validation_has_the_same_results_on_any_number_of_ranks(data_root: Pat
 
 
 def test_padding_repeats_the_sample_that_it_stands_for() -> None:
-    alone = {name: place for micro in HeldoutDataset(nine_aspects(), 8, [16], 0, 1) for name, place in rows(micro)}  # type: ignore[attr-defined]
+    one = HeldoutDataset(nine_aspects(), 8, [16], 0, 1)
+    alone = dict(row for number in range(len(one)) for row in rows(one[number]))
     for rank in range(64):
         heldout = HeldoutDataset(nine_aspects(), 8, [16], rank, 64)
         for number in range(len(heldout)):

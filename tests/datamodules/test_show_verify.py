@@ -24,7 +24,7 @@ from nami_lightning.datamodules.preparation.source_changes import read_reports
 from nami_lightning.datamodules.sources.base import SourceSample
 from nami_lightning.datamodules.storage.chunk_checks import Damage, find_problem
 from nami_lightning.datamodules.storage.chunk_file import ChunkFile, DamagedChunk, checksum
-from nami_lightning.datamodules.storage.dataset import DESCRIPTION
+from nami_lightning.datamodules.storage.dataset import DESCRIPTION, ENCODED_FORMAT
 from nami_lightning.datamodules.storage.inspect import show
 from nami_lightning.datamodules.storage.shards import INDEX, Record, read_index
 from nami_lightning.datamodules.storage.verify import report, verify
@@ -161,14 +161,17 @@ def test_samples_that_are_no_good() -> None:
 
 def test_encodings_have_checksums_too(copy: Path) -> None:
     folder = copy / "encodings" / "some"
-    folder.mkdir(parents=True)
+    bucket = folder / "train/16/16x16"
+    bucket.mkdir(parents=True)
     for name in ("whole.bin", "changed.bin"):
-        (folder / name).write_bytes(name.encode())
-    sums = {name: checksum(folder / name) for name in ("whole.bin", "changed.bin")} | {"missing.bin": "0"}
-    (folder / "dataset.json").write_text(json.dumps({"checksums": sums}))
-    (folder / "changed.bin").write_bytes(b"?")
+        (bucket / name).write_bytes(name.encode())
+    sums = {name: checksum(bucket / name) for name in ("whole.bin", "changed.bin")} | {"missing.bin": "0"}
+    description: dict[str, Any] = {"format": ENCODED_FORMAT, "settings": {}, "samples": {"train": {}, "heldout": {}}}
+    description["checksums"] = {f"train/16/16x16/{name}": value for name, value in sums.items()}
+    (folder / "dataset.json").write_text(json.dumps(description))
+    (bucket / "changed.bin").write_bytes(b"?")
     files = [damage.file for damage in verify(copy, 1)]
-    assert files == ["encodings/some/changed.bin", "encodings/some/missing.bin"]
+    assert files == [f"encodings/some/train/16/16x16/{name}.bin" for name in ("changed", "missing")]
 
 
 def test_a_chunk_is_read_in_any_order(whole: Path) -> None:

@@ -65,10 +65,10 @@ def test_captions_and_images_that_change_are_prepared_again(
     write_later(tmp_path / "in" / "aa.txt", "a new one")
     sample = ImageFolder._sample
 
-    def log_and_sample(self: ImageFolder, entry: Entry) -> object:
+    def log_and_sample(self: ImageFolder, entry: Entry, *fetched: dict[str, bytes | None]) -> object:
         with (tmp_path / "read").open("a") as file:
             file.write(f"{entry.name}\n")
-        return sample(self, entry)
+        return sample(self, entry, *fetched)
 
     monkeypatch.setattr(ImageFolder, "_sample", log_and_sample)
     second = make(source, out)

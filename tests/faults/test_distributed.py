@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.harmful_callbacks import with_callback
 from helpers.processes import lightning, run, run_as_command
 from torch import Tensor
 
@@ -31,6 +32,14 @@ STRATEGIES: dict[str, list[str]] = {
         ),
         *("--trainer.strategy.init_args.replicate", "2", "--trainer.strategy.init_args.reduce_gradients", "step"),
         *("--trainer.strategy.init_args.shard_text_encoder", "true", "--model.text_encoder.cache", "false"),
+    ],
+    "ddp_shared_tokens": [
+        *("--trainer.devices", "2", "--trainer.strategy", "ddp_find_unused_parameters_true"),
+        *("--curriculum.context_parallel", "[1, 1, 2]"),
+    ],
+    "fsdp2_shared_tokens": [
+        *("--trainer.devices", "4", "--trainer.strategy", "fsdp2", "--model.activation_checkpointing", "2"),
+        *("--curriculum.context_parallel", "[1, 2, 2]"),
     ],
 }
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -84,11 +93,21 @@ def assert_same(folder: Path, other: Path) -> None:
 def test_several_processes_train_as_one(alone: Path, tiny_module: list[str], strategy: str) -> None:
     """DDP is started by torchrun, as a user does it."""
     settings = [*tiny_module, *phases(*PHASES), *STRATEGIES[strategy], "--name", strategy]
+    settings += with_callback("CountReductions") if strategy == "ddp" else []
     if strategy == "ddp":
         run_as_command(settings, launcher=TORCHRUN)
     else:
         run(settings)
     assert_same(alone, alone.parent / strategy)
+
+
+def test_ddp_reduces_the_gradient_once_a_step(alone: Path) -> None:
+    """All-reduced: the gradient, a number a parameter (was it used?), and what the ranks agree on."""
+    counts = [tuple(map(int, line.split())) for line in (alone.parent / "ddp" / "reduced.txt").read_text().splitlines()]
+    assert [micro_batches for micro_batches, _ in counts] == [2] * 3 + [3] * 3 + [2] * 4
+    trained = list(load_module(Run(alone)).transformer.parameters())
+    once = sum(p.nbytes for p in trained) + 4 * len(trained) + 4 * (3 + 3)
+    assert {reduced for _, reduced in counts} == {once}
 
 
 def test_bfloat16_computes_nearly_the_same_and_keeps_float32_weights(alone: Path, tiny_module: list[str]) -> None:

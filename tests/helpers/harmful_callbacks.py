@@ -6,9 +6,11 @@ import signal
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import lightning as L
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nami_lightning.training.strategies import local_shards
 
@@ -59,11 +61,11 @@ class Poison(L.Callback):
         sound = module.flow_loss
 
         def poisoned(encoders: Any, transformer: Any, micro: Any, seed_key: int | str, *rest: Any, **more: Any) -> Any:
-            loss, tau = sound(encoders, transformer, micro, seed_key, *rest, **more)
+            error = sound(encoders, transformer, micro, seed_key, *rest, **more)
             poison = seed_key in self.steps and trainer.global_rank == self.rank
-            return loss * torch.nan if poison else loss, tau
+            return error._replace(loss=error.loss * torch.nan) if poison else error
 
-        module.flow_loss = poisoned
+        module.flow_loss = Mock(wraps=sound, side_effect=poisoned, groups=sound.groups)
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         self.before = digest(trainer, pl_module)
@@ -74,6 +76,32 @@ class Poison(L.Callback):
         expected = set(after) if pl_module.step - 1 in self.steps else set()
         if same != expected:
             raise RuntimeError(f"rank {trainer.global_rank}, step {pl_module.step - 1}: {same} did not change")
+
+
+class CountReductions(L.Callback):
+    """Writes the bytes that rank 0 gives to all-reduces, a line a step, to ``reduced.txt``; with the micro-batches."""
+
+    class Mode(TorchDispatchMode):
+        """Adds them up, on the thread that runs the backward pass too."""
+
+        bytes = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.c10d.allreduce_.default:
+                self.bytes += sum(tensor.nbytes for tensor in args[0])
+            return func(*args, **(kwargs or {}))
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.mode = self.Mode()
+        self.mode.__enter__()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, _: Any, batch: Any, *__: Any
+    ) -> None:
+        self.mode.__exit__(None, None, None)
+        if trainer.is_global_zero:
+            with (Path(trainer.default_root_dir) / "reduced.txt").open("a") as file:
+                file.write(f"{len(batch)} {self.mode.bytes}\n")
 
 
 class Signal(L.Callback):

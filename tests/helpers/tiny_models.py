@@ -25,6 +25,7 @@ from transformers import (
 
 from nami_lightning.models.autoencoder import PixelCodec
 from nami_lightning.models.bridge import BridgeFlow
+from nami_lightning.models.image_features import ImageEncoder
 from nami_lightning.models.transformer import NamiTransformer2DModel
 from nami_lightning.pipelines.nami_pipeline import NamiPipeline
 
@@ -56,6 +57,11 @@ def make_tokenizer(model_max_length: int, bos: bool = False) -> PreTrainedTokeni
 @pytest.fixture
 def t5() -> TextModel:
     """A T5 encoder 16 wide, with its tokenizer."""
+    return make_t5()
+
+
+def make_t5() -> TextModel:
+    """Return a T5 encoder 16 wide, with its tokenizer."""
     torch.manual_seed(1)
     config = T5Config(
         vocab_size=len(VOCABULARY), d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, pad_token_id=PAD
@@ -90,6 +96,11 @@ def make_bert() -> TextModel:
 @pytest.fixture
 def clip() -> TextModel:
     """A CLIP text encoder 12 wide, with its tokenizer."""
+    return make_clip()
+
+
+def make_clip() -> TextModel:
+    """Return a CLIP text encoder 12 wide, with its tokenizer."""
     torch.manual_seed(2)
     config = CLIPTextConfig(
         vocab_size=len(VOCABULARY),
@@ -145,6 +156,35 @@ def make_flux() -> MakeFlux:
         return flux.eval()
 
     return make
+
+
+class ColourMap(ImageEncoder):
+    """An image encoder for alignment: the colours of a grid of 4 by 4 cells, and their squares."""
+
+    num_features = 6
+
+    def maps(self, images: Tensor) -> list[Tensor]:
+        """Return one map ``(B, 6, 4, 4)``."""
+        colours = nn.functional.adaptive_avg_pool2d(images, 4)
+        return [torch.cat([colours, colours.square()], 1)]
+
+
+class TwoMaps(ImageEncoder):
+    """An image encoder of two convolutions with fixed random weights."""
+
+    num_features = 5
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(11)
+            self.first, self.second = nn.Conv2d(3, 4, 3, 2, 1), nn.Conv2d(4, 5, 3, 2, 1)
+        self.eval().requires_grad_(False)
+
+    def maps(self, images: Tensor) -> list[Tensor]:
+        """Return the maps ``(B, 4, H/2, W/2)`` and ``(B, 5, H/4, W/4)``."""
+        first = self.first(images)
+        return [first, self.second(first.relu())]
 
 
 class MeanColours(nn.Module):

@@ -30,7 +30,7 @@ from nami_lightning.datamodules.step_dataset import HeldoutDataset
 from nami_lightning.metrics import distances
 from nami_lightning.metrics.caption_agreement import ClipScore, Probe, sentences
 from nami_lightning.metrics.distances import unit_counts
-from nami_lightning.metrics.features import EfficientNetLite0, Inception, metric_name
+from nami_lightning.metrics.features import EfficientNetLite0, EfficientNetLite2, Inception, metric_name
 from nami_lightning.metrics.record import Entry, Evaluation, read_entries, write_entries
 from nami_lightning.runs.recipe import Recipe
 from nami_lightning.training.batch import MicroBatch
@@ -207,8 +207,10 @@ def test_clip_score_is_the_cosine_of_transformers_clip(clip_folder: Path) -> Non
         ClipScore(str(clip_folder / "nowhere"))
 
 
-def test_the_packaged_features_tell_pictures_from_noise() -> None:
-    features = EfficientNetLite0()
+@pytest.mark.parametrize("network", [EfficientNetLite0, EfficientNetLite2])
+def test_the_packaged_features_tell_pictures_from_noise(network: type[EfficientNetLite0]) -> None:
+    features = network()
+    assert network.__name__.lower() == features.name.replace("_", "")
     noise = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     flat = torch.full((2, 3, 32, 32), 128, dtype=torch.uint8)
     assert features(noise).shape == (2, 1280)
@@ -424,7 +426,7 @@ def test_validation_by_tau_adds_up_to_the_stages(tiny: list[str], tmp_path: Path
         micros = [heldout[i] for i in range(len(heldout)) if heldout[i].stage == stage]
         rows = []
         for micro in micros:
-            errors, tau = model.flow_loss(model, model.transformer, micro, "validation", reduction="none")
+            errors, tau, _ = model.flow_loss(model, model.transformer, micro, "validation", reduction="none")
             rows += list(zip(tau.tolist(), errors.mean((1, 2, 3)).tolist(), strict=True))
         for part in range(4):
             inside = [loss for tau, loss in rows if part / 4 <= tau < (part + 1) / 4]
@@ -433,6 +435,35 @@ def test_validation_by_tau_adds_up_to_the_stages(tiny: list[str], tmp_path: Path
             if inside:
                 assert found[name] == pytest.approx(np.mean(inside), rel=1e-4)
         assert found[f"val/loss_stage{stage + 1}"] == pytest.approx(np.mean([loss for _, loss in rows]), rel=1e-4)
+
+
+class Contrasts(MeanColours):
+    """Other features of the same images."""
+
+    name = "contrasts"
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the features ``(B, 6)``."""
+        return super().forward(images // 2) ** 2
+
+
+def test_several_networks_measure_the_same_images(tiny: list[str], tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"every_n_steps": 3, "agreement": "probe"}
+    several = [*tiny, "--name", "several"]
+    fit(several, **settings, features=[MeanColours(), Contrasts()])
+    fit([*tiny, "--name", "first"], **settings)
+    fit([*tiny, "--name", "second"], **settings, features=Contrasts())
+    both, first, second = (
+        read_entries(tmp_path / "runs" / name)[-1].metrics for name in ("several", "first", "second")
+    )
+    of_second = {name: value for name, value in second.items() if not name.startswith("probe/")}
+    assert both == first | of_second  # the probe uses the first alone
+    assert len(of_second) == 10
+    evaluation = Evaluation.load(tmp_path / "runs" / "several")
+    assert evaluation is not None
+    assert evaluation.features == "mean_colours"
+    with pytest.raises(ValueError, match="different names; got mean_colours, mean_colours"):
+        Metrics(features=[MeanColours(), MeanColours()])
 
 
 def test_two_processes_measure_what_one_does(tiny: list[str], tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from helpers.tiny_models import make_bert
 from torch import Tensor
 from transformers import AltCLIPTextModel, BertConfig, BertModel, PreTrainedTokenizerFast
 from transformers.models.altclip.configuration_altclip import AltCLIPTextConfig
@@ -18,7 +19,13 @@ from nami_lightning.models.autoencoder import (
     encode_posterior,
     load_autoencoder,
 )
-from nami_lightning.models.text_encoder import MINILM, PromptEncoder, TextEncoderConfig, TextSettings
+from nami_lightning.models.text_encoder import (
+    MINILM,
+    PromptEncoder,
+    PromptTokenizer,
+    TextEncoderConfig,
+    TextSettings,
+)
 
 pytest_plugins = "helpers.tiny_models"
 
@@ -127,6 +134,30 @@ def test_pooled_state_of_another_model_is_its_mean_over_the_tokens(t5: TextModel
     assert encoder.dims == (16, 8)
     for pooled, prompt in zip(encoder(PROMPTS).pooled, PROMPTS, strict=True):
         torch.testing.assert_close(pooled, _alone(bert, prompt).last_hidden_state[0].mean(0))
+
+
+@pytest.mark.parametrize("name", ["t5", "bert", "clip", "altclip"])
+def test_masks_are_those_that_transformers_would_make(name: str, request: pytest.FixtureRequest) -> None:
+    """To the last bit, with padding and without."""
+    model, tokenizer = make_bert() if name == "bert" else request.getfixturevalue(name)
+    encoder = PromptEncoder(model, tokenizer, settings=TextSettings(max_length=12, zero_padding=False))
+    for prompts in (PROMPTS, ["the " * 40]):
+        tokens = tokenizer(prompts, padding="max_length", max_length=12, truncation=True, return_tensors="pt")
+        with torch.no_grad():
+            expected = model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
+        assert torch.equal(encoder(prompts).sequence, expected)
+
+
+def test_processes_that_read_data_tokenize_as_the_encoder(t5: TextModel, clip: TextModel, tmp_path: Path) -> None:
+    for folder, part in {"t5": t5, "clip": clip}.items():
+        for half in part:
+            half.save_pretrained(tmp_path / folder)
+    config = TextEncoderConfig(str(tmp_path / "t5"), str(tmp_path / "clip"), max_length=40, pooled_max_length=9)
+    encoder = PromptEncoder.load(config)
+    tokens = PromptTokenizer(config)(PROMPTS)
+    assert (tokens.sequence.ids.shape, tokens.pooled and tokens.pooled.ids.shape) == ((3, 40), (3, 9))
+    for found, expected in zip(encoder.encode(tokens), encoder(PROMPTS), strict=True):
+        assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("name", ["clip", "altclip"])

@@ -11,6 +11,7 @@ import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
 from torch import Tensor
 
+from nami_lightning.conversion.add_stage import NewStage, extend_transformer
 from nami_lightning.models.transformer import HeadKind, NamiTransformer2DModel, RopePositions, patchify, unpatchify
 
 pytest_plugins = "helpers.tiny_models"
@@ -54,6 +55,44 @@ def _random_nami(seed: int = 0, **settings: Any) -> NamiTransformer2DModel:
         "axes_dims_rope": [4, 6, 6],
     }
     return NamiTransformer2DModel(**defaults | settings)
+
+
+# --- what is predicted -------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_a_clean_image_is_predicted_by_the_finest_stage_alone() -> None:
+    clean, plain = (_random_nami(output_head="shared", prediction=kind) for kind in ("clean", "velocity"))
+    latents, text, pooled, t = _inputs()
+    t[1] = 0.02
+    for stage in (0, 1):
+        torch.testing.assert_close(
+            clean(latents, text, pooled, t, stage), plain(latents, text, pooled, t, stage), rtol=0, atol=0
+        )
+    velocity, image = (network(latents, text, pooled, t, 2) for network in (clean, plain))
+    # JiT: v = (x - z) / t, with t no less than 0.05; here 1 is noise.
+    torch.testing.assert_close(velocity[0], (latents[0] - image[0]) / 0.9)
+    torch.testing.assert_close(velocity[1], (latents[1] - image[1]) / 0.05)
+
+
+@torch.no_grad()
+def test_a_network_that_knows_the_image_samples_it() -> None:
+    network = _random_nami(num_layers=[1], num_single_layers=[0], output_head="shared", prediction="clean")
+    network.proj_out.weight.zero_()
+    network.proj_out.bias.copy_(torch.arange(16.0))
+    x, text, pooled, _ = _inputs()
+    for step in range(10):
+        x = x - 0.1 * network(x, text, pooled, torch.full((2,), 1 - step / 10), 0)
+    image = torch.arange(16.0).view(4, 2, 2).repeat(2, 1, 4, 6)
+    torch.testing.assert_close(x, image, rtol=0, atol=1e-4)
+
+
+def test_a_network_of_clean_images_is_no_flux_and_gets_no_finer_stage() -> None:
+    network = _random_nami(output_head="shared", prediction="clean")
+    with pytest.raises(ValueError, match="predicts clean images, and FLUX velocities"):
+        network.to_flux()
+    with pytest.raises(ValueError, match="only a network of prediction velocity can get a finer stage"):
+        extend_transformer(network, NewStage(64))
 
 
 # --- FLUX --------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from lightning.fabric.utilities.throughput import _CUDA_FLOPS
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -20,11 +21,12 @@ from nami_lightning.cli.plan import count_devices, read_setup
 from nami_lightning.models.autoencoder import AutoencoderConfig
 from nami_lightning.models.text_encoder import TextEncoderConfig
 from nami_lightning.planning.encoder_memory import autoencoder, text_encoders
-from nami_lightning.planning.flops import DEVICES, Device, find_device, matmul_dtype
+from nami_lightning.planning.flops import DEVICES, Device, find_device, matmul_dtype, transformer_flops
 from nami_lightning.planning.inputs import Setup
 from nami_lightning.planning.plan import USABLE_MEMORY, make_plan
 from nami_lightning.planning.report import TrainingImages, samples_by_resolution
 from nami_lightning.runs.recipe import Recipe
+from nami_lightning.training.curriculum import Curriculum, Phase
 from nami_lightning.training.strategies import FSDP2Strategy, parallelize
 
 pytest_plugins = "helpers.tiny_models"
@@ -293,3 +295,57 @@ def test_a_ranks_shard_is_the_plans_weights(eight_ranks: FSDP2Strategy, recipe: 
     plan = make_plan(setup)
     assert plan.memory.weights == pytest.approx(local, rel=1e-3)
     assert plan.memory.weights < 4 * plan.parameters / 7
+
+
+@pytest.mark.parametrize("views", [False, True])
+def test_ddp_of_one_process_has_buckets_too(tmp_path: Path, views: bool) -> None:
+    named = "lightning.pytorch.strategies.DDPStrategy"
+    as_views = f"{{class_path: {named}, init_args: {{gradient_as_bucket_view: true}}}}"
+    setup = setup_of(TINY, "--devices", "1", "--trainer.strategy", as_views if views else "ddp")
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    wrapped = DistributedDataParallel(setup.network.make(), gradient_as_bucket_view=views, find_unused_parameters=True)
+    in_buckets = sum(map(int, wrapped._get_ddp_logging_data()["bucket_sizes"].split(",")))
+    beside: list[int] = []
+    for last in (False, True):  # a step of two micro-batches, then one of a single one
+        wrapped.require_backward_grad_sync = last
+        wrapped(torch.randn(1, 3, 8, 8), torch.randn(1, 8, 384), torch.randn(1, 384), torch.rand(1), 0).sum().backward()
+        storages = {p.grad.untyped_storage() for p in wrapped.parameters() if p.grad is not None}
+        beside.append(len(storages))
+    dist.destroy_process_group()
+    assert beside[0] > 20  # each gradient is a tensor of its own
+    assert (beside[1] < 5) == views
+    assert make_plan(setup).memory.communication == in_buckets
+    phase = Phase(1, [1, 0, 0], 1e-3)
+    single = replace(setup, curriculum=Curriculum([phase], 1), max_micro_batch=(1, 1, 1))
+    assert make_plan(single).memory.communication == (0 if views else in_buckets)
+    assert make_plan(setup_of(TINY, "--devices", "1", "--trainer.strategy", "auto")).memory.communication == 0
+
+
+# --- encoders that packaged recipes name -------------------------------------------------------------
+
+
+PARAMETERS = {
+    "google/mt5-large": 564e6,
+    "google/mt5-xxl": 5.66e9,
+    "BAAI/AltCLIP-m9": 560e6,
+    "Tencent-Hunyuan/HunyuanDiT-Diffusers": 352e6,
+    "black-forest-labs/FLUX.1-schnell": 83_819_683,
+}
+"""As published."""
+
+
+@pytest.mark.parametrize(("recipe", "trained", "encoded"), [("nami_0.6b", 0.466, 0.599), ("nami_2b", 1.47, 2.72)])
+def test_encoding_is_counted_without_a_network(recipe: str, trained: float, encoded: float) -> None:
+    setup = setup_of(recipe, "--devices", "64")
+    numbers = {model.name: (model.memory or 0) / 2 for model in setup.frozen}
+    assert numbers == {name: pytest.approx(PARAMETERS[name], rel=0.01) for name in numbers}
+    flops = transformer_flops(setup.network.config, 0, setup.image_tokens(0), setup.text_tokens)
+    assert flops.model / 1e12 == pytest.approx(trained, rel=0.01)
+    assert sum(model.flops[0] for model in setup.frozen) / 1e12 == pytest.approx(encoded, rel=0.01)
+    assert setup_of(recipe, "--devices", "64", "--stored-encodings").frozen == ()
+
+
+def test_an_autoencoders_peak_is_that_without_autocast() -> None:
+    """Under autocast, norms in float32 would take it from 10 to 14 GiB."""
+    model = next(model for model in setup_of("nami_0.6b", "--devices", "8").frozen if not model.of_text)
+    assert model.peak / 2**30 == pytest.approx(10.05, abs=0.02)

@@ -173,7 +173,7 @@ def studio(pipeline: NamiPipeline, lora: Path) -> Studio:
 @pytest.fixture
 def address(studio: Studio) -> Iterator[str]:
     pytest.importorskip("gradio")
-    with serving(studio, HARMFUL, free_port()) as address:
+    with serving(studio, {"model": HARMFUL, "weights": "abc"}, free_port()) as address:
         yield address
 
 
@@ -200,7 +200,10 @@ def test_the_stages_appear_one_after_another(client: Any, pipeline: NamiPipeline
     np.testing.assert_array_equal(pixels(final[2]), plain(pipeline))
     settings = read_settings(Path(final[2]))
     assert settings is not None
-    assert settings["drawn"] | {"prompt": "a red cat", "seed": 7, "steps": [2, 1, 3]} == settings["drawn"]
+    assert (
+        settings["drawn"] | {"prompt": "a red cat", "seed": 7, "steps": [2, 1, 3], "weights": "abc"}
+        == settings["drawn"]
+    )
     assert gallery["value"][0]["caption"] == "a red cat, seed 7"
     client.predict(*arguments(random=True), api_name="/draw")
     gallery = client.predict(*arguments(lora=True), api_name="/draw")[-1]
@@ -235,7 +238,7 @@ def test_an_image_that_is_not_finite_is_one_message(client: Any, pipeline: NamiP
 def test_fifty_drawings_at_once_are_drawn_or_told_to_wait(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
     gradio_client = pytest.importorskip("gradio_client")
     monkeypatch.setattr("nami_lightning.serving.server.WAITING", 3)
-    with serving(studio, "tiny", free_port()) as address:
+    with serving(studio, {"model": "tiny"}, free_port()) as address:
         client = gradio_client.Client(address, verbose=False, max_workers=60, download_files=False)
         with studio._lock:  # the first of them takes long
             jobs = [client.submit(*arguments(seed=seed), api_name="/draw") for seed in range(50)]
@@ -264,6 +267,24 @@ def test_other_hosts_and_origins_are_refused(address: str) -> None:
     assert status("POST", "/gradio_api/queue/join", Origin="http://127.0.0.1:1") == 403
     assert not is_own("127.0.0.1:7860", "null")
     assert is_own("127.0.0.1:7860", "http://127.0.0.1:7860")
+
+
+def test_files_of_this_machine_are_not_served(address: str, tmp_path: Path) -> None:
+    secret = tmp_path / "secret.txt"
+    secret.write_text("a secret")
+    for path in (
+        str(secret),
+        "/etc/passwd",
+        "../../../etc/passwd",
+        f"{Path.cwd()}/pyproject.toml",
+        "file:///etc/passwd",
+    ):
+        for route in ("/gradio_api/file=", "/file=", "/gradio_api/proxy=", "/static/", "/assets/"):
+            connection = HTTPConnection(address.removeprefix("http://"), timeout=10)
+            connection.request("GET", f"{route}{path}")
+            answer = connection.getresponse()
+            assert answer.status >= 400, path
+            assert b"a secret" not in answer.read()
 
 
 def test_it_listens_on_loopback_alone(address: str) -> None:
@@ -295,10 +316,10 @@ def browser() -> Iterator[Any]:
 def test_in_a_browser(browser: Any, address: str) -> None:
     """A prompt, three stages, a LoRA, and an image's settings back; no stranger's HTML, and no other host."""
 
-    def find(selector: str) -> Any:
+    def find(selector: str, text: str = "") -> Any:
         end = time.monotonic() + 20
-        while not (found := browser.find_elements("css selector", selector)):
-            assert time.monotonic() < end, f"no {selector}"
+        while not (found := [one for one in browser.find_elements("css selector", selector) if text in one.text]):
+            assert time.monotonic() < end, f"no {selector} {text}"
             time.sleep(0.02)
         return found[0]
 
@@ -312,7 +333,7 @@ def test_in_a_browser(browser: Any, address: str) -> None:
 
     browser.get(address)
     find("#draw").click()
-    assert "the prompt is empty" in find(".toast-body").text
+    find(".toast-body", "the prompt is empty")
     find("#prompt textarea").send_keys(f"a red cat {HARMFUL}")
     draw(1)
     assert all(find(f"#stage{number} img") for number in (1, 2, 3))

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from argparse import Namespace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from nami_lightning import NamiTransformer2DModel
+from nami_lightning.cli.main import make_parser
 from nami_lightning.cli.plan import read_setup
 from nami_lightning.metrics.budget import sample_flops
 from nami_lightning.models import flow
@@ -289,7 +289,7 @@ def test_the_teachers_work_and_memory_are_counted(student: Path) -> None:
     for stage in range(3):
         one, both = sample_flops(plain, stage), sample_flops(module, stage)
         assert both.model == one.model + 12 * one.forward  # 3 steps, two calls a step, with and without the prompt
-    options = Namespace(devices=2, device="a100-80gb", utilization=0.4)
+    options, _ = make_parser().parse_known_args(["plan", str(TINY), "--devices", "2"])
     plans = [
         make_plan(read_setup("tiny", one.parser.instantiate(one.config), options)) for one in (Recipe(TINY), recipe)
     ]

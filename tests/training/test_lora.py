@@ -188,7 +188,7 @@ def test_another_adapter_does_not_resume(
 ) -> None:
     module = Recipe(TINY, [*arguments[1:], *phases(*PHASES), f"--model.lora.{key}", value]).make_model()
     with pytest.raises(ValueError, match=difference):
-        module.check_checkpoint(torch.load(Run(whole).checkpoint(), weights_only=True))
+        module.identity.check(torch.load(Run(whole).checkpoint(), weights_only=True))
 
 
 def test_a_lora_needs_the_weights_that_it_was_trained_beside(whole: Path, base: Path) -> None:

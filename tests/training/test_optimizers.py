@@ -1,13 +1,21 @@
 """MuonAdamW: against torch's own Muon and AdamW, each stepped alone."""
 
 import copy
+import os
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from helpers.processes import end, start
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
 
 from nami_lightning import MuonAdamW, NamiTransformer2DModel
 from nami_lightning.training.optimizers import is_hidden_matrix, orthogonalize
+from nami_lightning.training.strategies import full_tensor
 
 
 def tiny_transformer() -> NamiTransformer2DModel:
@@ -63,6 +71,38 @@ def test_orthogonalizes_as_a_singular_value_decomposition() -> None:
         found = orthogonalize(given, (1.5, -0.5, 0.0), steps=20)  # Newton and Schulz's own, which converges
         torch.testing.assert_close(found, exact, rtol=0, atol=1e-5)
     assert orthogonalize(matrix.to("meta"), (1.5, -0.5, 0.0), steps=1).dtype == torch.bfloat16
+
+
+def step_on_ranks(folder: Path) -> None:
+    """Be one rank: step Muon on shards, and write the collectives that it took and the matrices."""
+    dist.init_process_group("gloo", rank=int(os.environ["LOCAL_RANK"]), world_size=int(os.environ["WORLD_SIZE"]))
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    model = tiny_transformer()
+    named = [(name, parameter) for name, parameter in model.named_parameters() if is_hidden_matrix(name, parameter)]
+    shards = [(name, nn.Parameter(distribute_tensor(p.detach(), mesh, [Shard(0)]))) for name, p in named]
+    fill_gradients(model, 0)
+    for (_, shard), (_, parameter) in zip(shards, named, strict=True):
+        assert parameter.grad is not None
+        shard.grad = distribute_tensor(parameter.grad, mesh, [Shard(0)])
+    optimizer = MuonAdamW(shards)
+    with CommDebugMode() as collectives:
+        optimizer.step()
+    whole = {name: full_tensor(shard.detach()) for name, shard in shards}
+    torch.save({"collectives": collectives.get_total_counts(), "weights": whole}, folder / f"rank_{dist.get_rank()}.pt")
+
+
+def test_muon_gathers_a_sharded_matrix_once(tmp_path: Path) -> None:
+    model = tiny_transformer()
+    fill_gradients(model, 0)
+    MuonAdamW(model.named_parameters()).step()
+    expected = {name: p.detach() for name, p in model.named_parameters() if is_hidden_matrix(name, p)}
+    output = tmp_path / "output"
+    assert end(start(step_on_ranks, (tmp_path,), 2, output)) == 0, output.read_text()
+    for rank in range(2):
+        found = torch.load(tmp_path / f"rank_{rank}.pt")
+        assert found["collectives"] == len(expected) > 10
+        for name, weight in found["weights"].items():
+            assert torch.equal(weight, expected[name]), name
 
 
 def test_goes_on_from_its_state_dict() -> None:

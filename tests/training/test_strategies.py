@@ -14,7 +14,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nami_lightning import NamiTransformer2DModel
-from nami_lightning.training.strategies import local_shards, parallelize
+from nami_lightning.training.strategies import FSDP2Strategy, local_shards, parallelize
 
 RANKS = 4
 
@@ -34,9 +34,9 @@ def make_model() -> NamiTransformer2DModel:
     )
 
 
-def backward(model: nn.Module, stage: int) -> Tensor:
+def backward(model: nn.Module, stage: int, sides: tuple[int, int] = (8, 8)) -> Tensor:
     generator = torch.Generator().manual_seed(1)
-    shapes = (2, 4, 8, 8), (2, 8, 64), (2, 64), (2,)
+    shapes = (2, 4, *sides), (2, 8, 64), (2, 64), (2,)
     inputs = [torch.randn(shape, generator=generator) for shape in shapes]
     output: Tensor = model(*inputs, stage)
     output.square().mean().backward()
@@ -61,6 +61,49 @@ def test_float8_layers_round_and_nothing_else() -> None:
     pairs = [(a.grad, b.grad) for a, b in zip(rounded.parameters(), exact.parameters(), strict=True)]
     gradients = [torch.cat([p.flatten() for p in of if p is not None]) for of in zip(*pairs, strict=True)]
     assert 1e-4 < distance(*gradients) < 0.05
+
+
+def test_float8_takes_any_number_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """GPUs' kernels multiply over multiples of 16; an aspect bucket's tokens are any number."""
+    pytest.importorskip("torchao")
+    exact = make_model()
+    rounded = copy.deepcopy(exact)
+    with monkeypatch.context() as on_a_gpu:
+        on_a_gpu.setattr(torch.cuda, "is_available", lambda: True)
+        on_a_gpu.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+        parallelize(rounded, None, float8=True)
+    multiply, inner = torch._scaled_mm, []
+
+    def checked(a: Tensor, b: Tensor, **settings: Any) -> Tensor:
+        assert not any(side % 16 for side in (a.shape[1], *b.shape))
+        inner.append(a.shape[1])
+        return multiply(a, b, **settings)
+
+    monkeypatch.setattr(torch, "_scaled_mm", checked)
+    sides = 6, 10  # 15 image tokens
+    assert distance(backward(rounded, 1, sides), backward(exact, 1, sides)) < 0.02
+    assert {2 * 15 + 2, 2 * 8, 2 * (15 + 8) + 2} <= set(inner)
+    pairs = [(a.grad, b.grad) for a, b in zip(rounded.parameters(), exact.parameters(), strict=True)]
+    gradients = [torch.cat([p.flatten() for p in of if p is not None]) for of in zip(*pairs, strict=True)]
+    assert distance(*gradients) < 0.05
+
+
+def test_a_checkpoint_copies_to_the_host_once(ranks: None) -> None:
+    """The state is handed over where it lies, here on meta, from where nothing can be copied."""
+    strategy = FSDP2Strategy()
+    strategy._device_mesh = init_device_mesh("cpu", (1, RANKS), mesh_dim_names=("replicate", "shard"))
+    with torch.device("meta"):
+        model = make_model()
+    parallelize(model, strategy)
+    strategy.model = model
+    optimizer = torch.optim.AdamW(model.parameters())
+    next(model.parameters()).grad = torch.empty_like(next(model.parameters()))
+    optimizer.step()
+    weights = strategy.lightning_module_state_dict()
+    states = strategy.optimizer_state(optimizer)["state"]
+    assert weights.keys() == states.keys() == model.state_dict().keys()
+    moments = [state[name] for state in states.values() for name in ("exp_avg", "exp_avg_sq")]
+    assert {tensor.device.type for tensor in (*weights.values(), *moments)} == {"meta"}
 
 
 class Sent(TorchDispatchMode):
@@ -117,3 +160,14 @@ def test_a_micro_batch_sends_what_strategies_says(ranks: None, stage: int) -> No
     reduced = sum(p.numel() for p in model.parameters() if p.grad is not None)
     assert sent.scattered == pytest.approx(share * reduced, rel=0.03)
     assert reduced == numbers or stage == 0
+
+
+def test_training_never_takes_cudnns_attention() -> None:
+    """Its backward pass in bfloat16 gave NaN and illegal memory accesses on an H200."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    try:
+        parallelize(make_model(), None)
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)

@@ -137,7 +137,8 @@ def judge_images(
         texts = [question["question"] for question in item.metadata["questions"]]
         for i in folder.samples(item, images):
             path = folder.path(item, i)
-            if (answered := log.get(path, texts)) is None:
+            answered = log.get(path, texts)
+            if not is_answers(answered, len(texts)):
                 image = folder.open(item, i)
                 answered = [answer(image, text) for text in texts]
                 log.add(path, texts, answered)
@@ -149,6 +150,11 @@ def judge_images(
         "unclear_answers": unclear,
         "judged_on": sorted(log.judged_on),
     }
+
+
+def is_answers(value: Any, count: int) -> bool:
+    """Tell whether a value from a file of verdicts can be the answers to ``count`` questions."""
+    return isinstance(value, list) and len(value) == count and all(isinstance(answer, str) for answer in value)
 
 
 def is_yes(answer: str) -> bool:

@@ -61,7 +61,8 @@ def judge_images(folder: GeneratedImages, items: Sequence[Item], images: int, ju
 
 def _judge_image(log: VerdictLog, folder: GeneratedImages, item: Item, sample: int, judge: Judge) -> dict[str, Any]:
     path: Path = folder.path(item, sample)
-    if (known := log.get(path, item.metadata)) is not None:
+    known = log.get(path, item.metadata)
+    if isinstance(known, dict) and isinstance(known.get("correct"), bool):
         return known
     image = folder.open(item, sample)
     objects = filter_detections(judge.detect(image), item.kind)

@@ -7,14 +7,13 @@ people) or ``long`` (written by a model). ``topic`` may be left out. The paper p
 each kind: they come with the package (``examples.jsonl``). Their topics are our own choice.
 """
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from importlib.resources import as_file, files
 from pathlib import Path
 
 from nami_lightning.evaluation.prompts import Item, check_id
-from nami_lightning.utils.text_files import read_lines
+from nami_lightning.utils.text_files import is_text, parse_json, read_lines
 
 KINDS = {"open": 360, "human": 320, "long": 320}
 """The kinds of prompts, and how many the paper has of each."""
@@ -63,8 +62,8 @@ def read_prompts(path: Path | None = None) -> list[Item]:
 
 def _item(line: str, where: str) -> Item:
     try:
-        entry = json.loads(line)
-    except json.JSONDecodeError as error:
+        entry = parse_json(line)
+    except ValueError as error:
         raise ValueError(f"{where}: not JSON: {error}") from error
     if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in ("id", "kind", "prompt")):
         raise ValueError(f'{where}: must be an object with the strings "id", "kind" and "prompt"')
@@ -73,8 +72,8 @@ def _item(line: str, where: str) -> Item:
         raise ValueError(f"{where}: the topic must be a string")
     if entry["kind"] not in KINDS:
         raise ValueError(f"{where}: kind {entry['kind']!r} is none of {', '.join(KINDS)}")
-    if not entry["prompt"].strip():
-        raise ValueError(f"{where}: the prompt is empty")
+    if not entry["prompt"].strip() or not is_text(entry["prompt"]):
+        raise ValueError(f"{where}: the prompt is empty, or has characters that are no text")
     topic = {"topic": entry["topic"]} if entry.get("topic") else {}
     return Item(entry["id"], entry["prompt"].strip(), entry["kind"], {"kind": entry["kind"], **topic})
 

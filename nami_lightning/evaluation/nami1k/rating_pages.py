@@ -26,6 +26,7 @@ from nami_lightning.evaluation.generate import GeneratedImages
 from nami_lightning.evaluation.prompts import Item
 from nami_lightning.utils.atomic_write import write_json, write_text
 from nami_lightning.utils.image_grid import data_url
+from nami_lightning.utils.text_files import parse_json, read_text
 
 FORMAT = 1
 KEY = "key.json"
@@ -127,13 +128,17 @@ def _read_or_make_key(
     """Return the key of the rating: the one that is already there, or a new one."""
     path = out / KEY
     if path.exists():
-        key = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            key = parse_json(read_text(path))
+            check_key(key)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is damaged ({error!r}): move it away to begin another rating") from error
         if any(key.get(name) != value for name, value in study_settings.items()):
             raise ValueError(
                 f"{path} belongs to another rating (other models, prompts, images or raters), whose answers need it: "
                 "choose another --output, or move it away"
             )
-        return key
+        return dict(key)
     salt = secrets.token_hex(16)
     all_images = [
         {"model": folder.name, "item": item.id, "kind": item.kind, "sample": i}
@@ -147,6 +152,24 @@ def _read_or_make_key(
     key = {"study": secrets.token_hex(4), "salt": salt, **study_settings, "images": numbered}
     write_json(path, key)
     return key
+
+
+def check_key(key: Any) -> None:
+    """Check that a value has what the key of a rating has.
+
+    Raises:
+        AttributeError, KeyError, TypeError or ValueError: it has not.
+    """
+    numbers = [key[name] for name in ("raters", "each", "page_images")]
+    if any(isinstance(number, bool) or not isinstance(number, int) or number < 1 for number in numbers):
+        raise ValueError("raters, each and page_images must be numbers")
+    texts = [key["study"], key["salt"], *key["models"]]
+    for entry in key["images"].values():
+        texts += [entry[name] for name in ("model", "item", "kind")]
+        if not isinstance(entry["sample"], int):
+            raise ValueError("sample must be a number")
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("names must be texts")
 
 
 def _fingerprint(folders: Sequence[GeneratedImages], items: Sequence[Item], images: int) -> str:

@@ -1,6 +1,5 @@
 """The raters' answers: Table 5 of the paper, intervals, and how well the raters agree."""
 
-import json
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -9,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from nami_lightning.evaluation.nami1k.prompts import KINDS
-from nami_lightning.evaluation.nami1k.rating_pages import DIMENSIONS, FORMAT, KEY
+from nami_lightning.evaluation.nami1k.rating_pages import DIMENSIONS, FORMAT, KEY, check_key
 from nami_lightning.evaluation.results import bootstrap_interval, format_interval
-from nami_lightning.utils.text_files import read_text
+from nami_lightning.utils.text_files import parse_json, read_text
 from nami_lightning.utils.text_table import table
 
 WEIGHTS = {"relevance": 0.3, "coherence": 0.3, "aesthetic": 0.2, "realism": 0.2}
@@ -38,9 +37,11 @@ def read_key(folder: Path) -> dict[str, Any]:
             f"{path} does not exist: answers can be summed up only where --annotate wrote the pages"
         )
     try:
-        return json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is damaged ({error}): write the pages again with --annotate") from error
+        key = parse_json(read_text(path))
+        check_key(key)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}): write the pages again with --annotate") from error
+    return dict(key)
 
 
 def read_answers(paths: Sequence[Path], key: Mapping[str, Any]) -> Ratings:
@@ -71,13 +72,18 @@ def read_answers(paths: Sequence[Path], key: Mapping[str, Any]) -> Ratings:
 
 def _read(path: Path, key: Mapping[str, Any]) -> dict[str, Any]:
     try:
-        saved = json.loads(read_text(path))
+        saved = parse_json(read_text(path))
         format_, study, rater, answers = (saved[name] for name in ("format", "study", "rater", "answers"))
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a file of answers: {error!r}") from error
     if format_ != FORMAT or study != key["study"]:
         raise ValueError(f"{path} is of rating {study} (format {format_}), not of {key['study']} (format {FORMAT})")
-    if not isinstance(rater, int) or not 1 <= rater <= key["raters"] or not isinstance(answers, list):
+    if (
+        not isinstance(rater, int)
+        or isinstance(rater, bool)
+        or not 1 <= rater <= key["raters"]
+        or not isinstance(answers, list)
+    ):
         raise ValueError(
             f"{path}: rater {rater!r} is none of the {key['raters']} raters of this rating, or it has no answers"
         )

@@ -23,8 +23,8 @@ from nami_lightning.models.transformer import NamiTransformer2DModel
 from nami_lightning.training import rng
 from nami_lightning.training.batch import MicroBatch
 from nami_lightning.training.frozen_encoders import EncodingModule
+from nami_lightning.training.parallel.first_weights import make_with_first_weights
 from nami_lightning.training.paths.straight import Path, PathPoint, StraightPath, TauDistribution, count_tokens
-from nami_lightning.training.strategies import parallelize
 
 
 @dataclass(frozen=True)
@@ -112,16 +112,21 @@ class RectifiedPath:
             ValueError: its network or its flow is another one than the student's, or it has no bridges.
         """
         assert source is not None
-        teacher = make()
-        differences = load_pretrained(source, teacher, self.bridge)
-        if not differences and not self.bridge.fitted:
-            differences.append(f"{source} holds no bridges of the recipe's model.bridge.")
-        if differences:
-            raise ValueError(
-                f"model.distillation: a student has the network and the bridges of its teacher. {' '.join(differences)}"
-            )
-        self.teacher = teacher.eval().requires_grad_(False)
-        parallelize(self.teacher, strategy, compile=compile_blocks)
+
+        def make_teacher(weights: bool) -> NamiTransformer2DModel:
+            with torch.device("meta"):
+                teacher = make()
+            differences = load_pretrained(source, teacher, self.bridge, weights)
+            if not differences and not self.bridge.fitted:
+                differences.append(f"{source} holds no bridges of the recipe's model.bridge.")
+            if differences:
+                raise ValueError(
+                    "model.distillation: a student has the network and the bridges of its teacher. "
+                    f"{' '.join(differences)}"
+                )
+            return teacher.eval().requires_grad_(False)
+
+        self.teacher = make_with_first_weights(make_teacher, strategy, compile=compile_blocks)
 
     def __call__(
         self,

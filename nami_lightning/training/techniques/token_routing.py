@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nami_lightning.models.autoencoder import AutoencoderConfig
 from nami_lightning.models.transformer import BlockHook, Rotary
 from nami_lightning.training import rng
 from nami_lightning.training.techniques.technique import ForwardPass, Technique
@@ -49,14 +50,11 @@ class TokenRouting(Technique):
             )
         self.share, self.first_block, self.last_blocks, self.stages = share, first_block, last_blocks, stages
 
-    def prepare(self, config: Mapping[str, Any]) -> None:
+    def prepare(self, config: Mapping[str, Any], autoencoder: AutoencoderConfig) -> None:
         """Refuse stages that do not exist, or that have no block to skip."""
-        super().prepare(config)
-        last = len(config["num_layers"])
-        self.stages = [last] if self.stages is None else self.stages
+        super().prepare(config, autoencoder)
+        self.stages = self.chosen_stages(self.stages)
         for stage in self.stages:
-            if not 1 <= stage <= last:
-                raise ValueError(f"TokenRouting.stages has {stage}, and the model stages 1 to {last}")
             if self.first_block + self.last_blocks >= self.blocks(stage - 1):
                 raise ValueError(
                     f"TokenRouting leaves no block of stage {stage} to skip: it has {self.blocks(stage - 1)} blocks, "
