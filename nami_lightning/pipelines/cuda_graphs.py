@@ -39,7 +39,7 @@ class CudaGraphs:
         self.transformer, self.eager = transformer, transformer.forward
         self.graphs: dict[tuple[Any, ...], Graph] = {}
         self.pool: Any = torch.cuda.graph_pool_handle()
-        transformer.forward = self  # type: ignore[assignment]
+        transformer.forward = self
 
     def remove(self) -> None:
         """Let the network run as it is written again."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -107,6 +108,12 @@ class StageSampler:
     finite: list[tuple[str, Tensor]] = field(default_factory=list)
     done: int = 0
 
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """Of the network's inputs. diffusers asks all modules for it, which takes longer than a small network's step."""
+        dtype: torch.dtype = self.pipeline.transformer.dtype
+        return dtype
+
     def __call__(self) -> Tensor:
         """Return the latents at the end of the last stage, or where :attr:`NamiPipeline.interrupt` stopped them."""
         bridge, reference = self.pipeline.bridge, self.reference
@@ -162,10 +169,10 @@ class StageSampler:
         guided = self.negatives is not None and scale > 1
         rows = [self.negatives, self.prompts] if guided else [self.prompts]
         x = torch.cat([x] * len(rows))
-        sequence, pooled = (torch.cat(parts).to(transformer.dtype) for parts in zip(*rows, strict=True))
+        sequence, pooled = (torch.cat(parts).to(self.dtype) for parts in zip(*rows, strict=True))
         time = torch.full((len(x),), self.pipeline.bridge.windows[stage].timestep(tau), device=x.device)
         with transformer.cache_context(f"stage {stage}"):
-            v = transformer(x.to(transformer.dtype), sequence, pooled, time, stage, self.joint_attention_kwargs).float()
+            v = transformer(x.to(self.dtype), sequence, pooled, time, stage, self.joint_attention_kwargs).float()
         if not guided:
             return v
         negative, positive = v.chunk(2)

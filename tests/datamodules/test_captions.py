@@ -313,6 +313,7 @@ def test_the_command(
         with contextlib.suppress(SystemExit):  # argparse's own errors
             assert main(bad) != 0
         assert message in capsys.readouterr().err
+    assert not parts_folder(Path("bad")).exists()
 
 
 def test_show_compares_captions(

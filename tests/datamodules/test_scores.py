@@ -244,6 +244,7 @@ def test_what_does_not_fit_is_refused(scenes: PreparedDataset, tmp_path: Path) -
         score(scenes, tmp_path / "b", ScoreModels(clip))
     with pytest.raises(FileNotFoundError, match="can't be loaded"):
         score(scenes, tmp_path / "c", ScoreModels(str(tmp_path / "nothing")))
+    assert not (tmp_path / "c").exists()
     scores = read_scores(scenes, [tmp_path / "b"])
     with pytest.raises(ValueError, match="no score similarity"):
         decide(scores, ScoreFilters(min_similarity=0.2))

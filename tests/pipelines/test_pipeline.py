@@ -17,6 +17,7 @@ from nami_lightning.models.autoencoder import PixelCodec
 from nami_lightning.models.bridge import BridgeFlow
 from nami_lightning.models.text_encoder import TextStates
 from nami_lightning.models.transformer import NamiTransformer2DModel
+from nami_lightning.pipelines.cuda_graphs import CudaGraphs
 from nami_lightning.pipelines.nami_pipeline import NamiPipeline
 
 pytest_plugins = "helpers.tiny_models"
@@ -318,3 +319,20 @@ def test_bridges_that_were_never_fitted_are_saved_but_not_used(t5: TextModel, tm
     NamiPipeline(make_transformer(2), BridgeFlow([1, 1], 3), PixelCodec(), *t5).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="never fitted"):
         _draw(NamiPipeline.from_pretrained(tmp_path))
+
+
+def test_a_step_does_not_ask_all_modules_for_their_dtype(
+    pipeline: NamiPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """diffusers' property goes through all modules; asked thrice a step, it took longer than a small network."""
+    asked: list[int] = []
+    monkeypatch.setattr(NamiTransformer2DModel, "dtype", property(lambda _: asked.append(1) or torch.float32))
+    _draw(pipeline, num_inference_steps=[1, 1, 1])
+    once = len(asked)
+    _draw(pipeline, num_inference_steps=[4, 4, 4])
+    assert len(asked) == 2 * once
+
+
+def test_cuda_graphs_need_a_gpu(pipeline: NamiPipeline) -> None:
+    with pytest.raises(ValueError, match="CUDA graphs need a network on a GPU; this one is on cpu"):
+        CudaGraphs(pipeline.transformer)
