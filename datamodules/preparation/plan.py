@@ -119,7 +119,8 @@ def plan_lines(plan: Plan, output: str, workers: int, drop_duplicates: bool) -> 
     kept = sum(plan.kept.values())
     share, about = kept / plan.tried, "at least" if plan.at_least else "about"
     size = f" ({_text(plan.bytes)})" if plan.bytes is not None else ""
-    hours = plan.seconds / plan.tried * plan.samples / 3600 / workers
+    milliseconds = 1000 * plan.seconds / plan.tried
+    hours = milliseconds / 1000 * plan.samples / 3600 / workers
     duplicates = "; fewer, if there are duplicates" if drop_duplicates else ""
     rows = [
         ["read", f"{about} {plan.samples:,} images in {plan.parts:,} parts{size}"],
@@ -127,7 +128,7 @@ def plan_lines(plan: Plan, output: str, workers: int, drop_duplicates: bool) -> 
         ["written", f"{about} {_text(plan.stored_bytes / plan.tried * plan.samples)} to {output}"],
         [
             "time",
-            f"{about} {hours:,.2f} hours with {workers} process(es), {1000 * plan.seconds / plan.tried:.1f} ms an image",
+            f"{about} {hours:,.2f} hours with {workers} process(es), {milliseconds:.1f} ms an image",
         ],
     ]
     lines = [

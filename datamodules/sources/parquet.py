@@ -174,7 +174,7 @@ def rows_of_group(file: Any, group: int, columns: list[str]) -> Iterator[tuple[l
         with _DamageAsOneError():
             batch = next(batches, None)
             rows = None if batch is None else rows_of_table(batch)
-        if rows is None:
+        if batch is None or rows is None:
             return
         yield rows, batch.nbytes
 

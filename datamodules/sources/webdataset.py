@@ -194,7 +194,7 @@ class _StrictHeader(tarfile.TarInfo):
     def _proc_member(self, tarfile_: tarfile.TarFile) -> tarfile.TarInfo:
         if self.type in LONG_HEADERS and self.size > MOST_HEADER_BYTES:
             raise tarfile.ReadError(f"a header of {self.size:,} bytes")
-        return super()._proc_member(tarfile_)  # type: ignore[misc,no-any-return]
+        return super()._proc_member(tarfile_)  # type: ignore[misc]
 
     @classmethod
     def fromtarfile(cls, tarfile_: tarfile.TarFile) -> Self:

@@ -110,7 +110,7 @@ class StageSampler:
 
     @cached_property
     def dtype(self) -> torch.dtype:
-        """Of the network's inputs. diffusers asks all modules for it, which takes longer than a small network's step."""
+        """Of the network's inputs; diffusers asks all modules for it, longer than a small network takes for a step."""
         dtype: torch.dtype = self.pipeline.transformer.dtype
         return dtype
 

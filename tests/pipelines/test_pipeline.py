@@ -325,8 +325,13 @@ def test_a_step_does_not_ask_all_modules_for_their_dtype(
     pipeline: NamiPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """diffusers' property goes through all modules; asked thrice a step, it took longer than a small network."""
-    asked: list[int] = []
-    monkeypatch.setattr(NamiTransformer2DModel, "dtype", property(lambda _: asked.append(1) or torch.float32))
+    asked: list[torch.dtype] = []
+
+    def dtype(_: NamiTransformer2DModel) -> torch.dtype:
+        asked.append(torch.float32)
+        return asked[-1]
+
+    monkeypatch.setattr(NamiTransformer2DModel, "dtype", property(dtype))
     _draw(pipeline, num_inference_steps=[1, 1, 1])
     once = len(asked)
     _draw(pipeline, num_inference_steps=[4, 4, 4])

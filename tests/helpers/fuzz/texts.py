@@ -284,6 +284,11 @@ def judge_case(rng: random.Random, folder: Path) -> None:
     entries = [mutated_value(rng, entry) if rng.random() < 0.8 else entry for entry in [*entries, *entries]]
     log.write_bytes(maybe_damaged(rng, "\n".join(map(json.dumps, entries)).encode("utf-8", "surrogatepass")))
     asked: list[str] = []
-    found = dpg.judge_images(images, items, 1, lambda _, text: asked.append(text) or "yes", {"model": "m"})
+
+    def agree(_: object, text: str) -> str:
+        asked.append(text)
+        return "yes"
+
+    found = dpg.judge_images(images, items, 1, agree, {"model": "m"})
     require(0 <= found["overall"] <= 1, f"a score of {found['overall']}")
     require(len(asked) in (0, 2), "an image that is judged in part")
