@@ -23,7 +23,7 @@ examples:
   lightning plan nami_2b --devices 64 --device a100-80gb
   lightning plan nami_0.6b --devices 8 --device h100 --images 50000000
   lightning plan nami_2b --devices 64 --device a100-40gb --model.activation_checkpointing 2   any recipe key
-  lightning plan nami_2b --devices 64 --network-bandwidth 12.5   slower cards between the nodes
+  lightning plan nami_2b --devices 64 --network_bandwidth 12.5   slower cards between the nodes
   lightning plan nami_2b --devices 64 --json               all figures as JSON
 """
 
@@ -53,7 +53,7 @@ def add_command(commands: Any) -> None:
         "--device", default="a100-80gb", help="kind of device: a100-40gb, h100, h200, ... (default a100-80gb)"
     )
     parser.add_argument(
-        "--devices-per-node",
+        "--devices_per_node",
         type=positive_int,
         help=f"number of devices of a node (default: {DEFAULT_DEVICES_PER_NODE}, or what a recipe of several nodes "
         "states)",
@@ -61,7 +61,7 @@ def add_command(commands: Any) -> None:
     for place in ("node", "network"):
         where = "the others of its node" if place == "node" else "other nodes"
         parser.add_argument(
-            f"--{place}-bandwidth",
+            f"--{place}_bandwidth",
             type=positive_float,
             metavar="GB/S",
             help=f"GB/s that a device can send to {where} (default: by the kind of device)",
@@ -80,7 +80,7 @@ def add_command(commands: Any) -> None:
         help="number of training images: one total, or one number for each resolution",
     )
     parser.add_argument(
-        "--stored-encodings",
+        "--stored_encodings",
         action="store_true",
         help="plan a training on encodings (lightning data encode), whatever data set is there now",
     )

@@ -207,7 +207,7 @@ def _bounds(plan: Plan) -> list[str]:
     lines = table(rows, ">" * (len(rows[0]) - 1) + "<")
     lines.append(
         f"Bytes are sent at {REACHED_BANDWIDTH:.0%} of {node:g} GB/s a device in a node of {setup.devices_per_node} "
-        f"(--node-bandwidth) and of {network:g} GB/s between nodes (--network-bandwidth), while the device computes."
+        f"(--node_bandwidth) and of {network:g} GB/s between nodes (--network_bandwidth), while the device computes."
     )
     return lines + _encoding(plan)
 

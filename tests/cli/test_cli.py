@@ -227,7 +227,7 @@ def test_show_tells_what_a_run_is(finished: Path, capsys: Any) -> None:
             "trainer.precision 16-true is not supported: use 32-true",
         ),
         (["run", str(TINY), "--trainer.gradient_clip_val", "1.0"], "gradient clipping is not supported"),
-        (["run", str(TINY), "--name", str(TINY / "below")], "Not a directory"),
+        (["run", str(TINY), "--name", str(TINY / "below")], "is no name of a folder below output_dir"),
         (["data", "prepare", "--source", "folder", "--output", "o"], "folder is neither an existing path nor one of"),
         (["run", str(TINY), "--curriculum.phases", "[]"], "needs at least one phase"),
         (["run", str(TINY), "--model.bridge.init_args.channels", "4"], "both are the channels of the latents"),

@@ -23,7 +23,6 @@ OUTPUTS = {
     "forbidden/data": r"data.parts, for the unfinished parts, can't be made \(Permission denied\)",
     "damaged": "damaged/dataset.json is damaged: it is no description in JSON",
     "other": "other/dataset.json has format None",
-    "s3://bucket/data": "is a URL: name a folder on this machine",
 }
 
 

@@ -170,7 +170,7 @@ def test_a_thing_has_one_name_in_all_commands() -> None:
     options = {option for parser in parsers(make_parser()) for option in parser._option_string_actions}
     assert not options & {"--out", "--output_dir", "--num_inference_steps", "--checkpoint"}
     assert {"--output", "--step", "--steps", "--height", "--width", "--dtype", "--device", "--ema"} <= options
-    assert all(re.fullmatch(r"-h|--(no-)?[a-z_]+", option) for option in options)
+    assert all(re.fullmatch(r"-h|--(no-)?[a-z_]+(\.[a-z_]+)?", option) for option in options)
 
 
 def test_a_run_is_sampled_at_a_step(tiny: list[str], tmp_path: Path, capsys: Any) -> None:

@@ -467,7 +467,8 @@ def test_every_packaged_sweep_describes_models_that_measure_the_same(name: str) 
         settings = [c.init_args for c in recipe.config.trainer.callbacks if c.class_path.endswith(".Metrics")]
         assert len(settings) == 1
         solver_steps = settings[0].sampler.num_inference_steps
-        features = settings[0].features and settings[0].features.class_path
+        networks = settings[0].features or []
+        features = tuple(one.class_path for one in (networks if isinstance(networks, list) else [networks]))
         measured.add((settings[0].samples, settings[0].seed, features, settings[0].agreement, solver_steps))
     assert len(measured) == 1
 

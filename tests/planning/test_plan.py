@@ -342,7 +342,7 @@ def test_encoding_is_counted_without_a_network(recipe: str, trained: float, enco
     flops = transformer_flops(setup.network.config, 0, setup.image_tokens(0), setup.text_tokens)
     assert flops.model / 1e12 == pytest.approx(trained, rel=0.01)
     assert sum(model.flops[0] for model in setup.frozen) / 1e12 == pytest.approx(encoded, rel=0.01)
-    assert setup_of(recipe, "--devices", "64", "--stored-encodings").frozen == ()
+    assert setup_of(recipe, "--devices", "64", "--stored_encodings").frozen == ()
 
 
 def test_an_autoencoders_peak_is_that_without_autocast() -> None:

@@ -62,7 +62,7 @@ class Sent(TorchDispatchMode):
 
 
 def on_two_nodes(*arguments: str) -> Setup:
-    settings = ["--devices", str(RANKS), "--devices-per-node", str(RANKS // NODES), "--curriculum.unit", "8"]
+    settings = ["--devices", str(RANKS), "--devices_per_node", str(RANKS // NODES), "--curriculum.unit", "8"]
     return setup_of(TINY, *settings, "--trainer.strategy", "fsdp2", *arguments)
 
 
@@ -104,12 +104,12 @@ def test_shards_over_all_nodes_use_the_network_and_ddp_sends_all_gradients() -> 
     ("settings", "bound"),
     [
         ([], "computing"),
-        (["--node-bandwidth", "1e-6"], "links in a node"),
-        (["--network-bandwidth", "1e-6"], "network"),
+        (["--node_bandwidth", "1e-6"], "links in a node"),
+        (["--network_bandwidth", "1e-6"], "network"),
     ],
 )
 def test_a_plan_says_what_takes_longest(settings: list[str], bound: str, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--devices", "8", "--devices-per-node", "4", "--curriculum.unit", "8", "--trainer.strategy", "fsdp2"]
+    arguments = ["--devices", "8", "--devices_per_node", "4", "--curriculum.unit", "8", "--trainer.strategy", "fsdp2"]
     slow = ["--utilization", "1e-3"] if not settings else []
     assert main(["plan", str(TINY), *arguments, "--json", *settings, *slow]) == 0
     for phase in json.loads(capsys.readouterr().out)["phases"]:
@@ -123,7 +123,7 @@ def test_a_plan_says_what_takes_longest(settings: list[str], bound: str, capsys:
 def test_bandwidths_that_are_none_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     for text in ("0", "-3", "fast", "inf", "nan"):
         with pytest.raises(SystemExit):
-            main(["plan", str(TINY), "--network-bandwidth", text])
+            main(["plan", str(TINY), "--network_bandwidth", text])
         assert f"{text} is not a number above 0" in capsys.readouterr().err
 
 
@@ -143,7 +143,7 @@ def test_one_copy_of_the_weights_a_node_unless_told_otherwise(ranks: None, monke
 
 def test_nami_2b_on_64_gpus_computes_longer_than_it_sends() -> None:
     """38 GB a rank and step over the network would take longer than a step computes."""
-    planned = make_plan(setup_of("nami_2b", "--devices", "64", "--stored-encodings"))
+    planned = make_plan(setup_of("nami_2b", "--devices", "64", "--stored_encodings"))
     first = planned.phases[0]
     assert first.bound == "computing"
     assert first.traffic.node == pytest.approx(36.1e9, rel=0.01)
@@ -155,7 +155,7 @@ def test_nami_2b_on_64_gpus_computes_longer_than_it_sends() -> None:
 def test_what_fits_only_on_shards_over_all_nodes_is_told_so(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = ["--devices", "4", "--devices-per-node", "1", "--curriculum.unit", "4", "--trainer.strategy", "fsdp2"]
+    given = ["--devices", "4", "--devices_per_node", "1", "--curriculum.unit", "4", "--trainer.strategy", "fsdp2"]
     sparing = ["--model.activation_checkpointing", "1", "--data.init_args.max_micro_batch", "[1, 1, 1]"]
     setup = setup_of(TINY, *given, *sparing)
     over_all = replace(setup, sharding=replace(setup.sharding, replicate=1))

@@ -213,7 +213,7 @@ def _free() -> None:
 def planned_memory(training: Training, device: str) -> int:
     """Return the bytes that ``lightning plan`` says of one device."""
     command = [sys.executable, "-m", "nami_lightning.cli", "plan", training.recipe, *training.overrides]
-    command += ["--devices", "1", "--device", device, "--stored-encodings", "--json"]
+    command += ["--devices", "1", "--device", device, "--stored_encodings", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     memory = json.loads(done.stdout)["memory"]
     total: int = memory["total"]
