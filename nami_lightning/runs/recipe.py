@@ -105,9 +105,10 @@ class Recipe:
         folders = import_folders([*files, *overlays(overrides)])
         sys.path += [folder for folder in folders if folder not in sys.path]
         layers = [part for file in files for part in ("--config", upgraded_layer(file))]
+        arguments = with_readable_files([*layers, *upgraded_arguments(list(overrides))])
         try:
-            self.config = self.parser.parse_args(with_readable_files([*layers, *upgraded_arguments(list(overrides))]))
-        except (ArgumentError, OmegaConfBaseException) as error:
+            self.config = self.parser.parse_args(arguments)
+        except (ArgumentError, OmegaConfBaseException, ValueError) as error:  # ValueError: of Python, of odd values
             message = explain(error, keys(self.parser))
             if "No module named" in message:
                 message += f"; Python looked among the installed packages and in {', '.join(folders)}"
@@ -116,6 +117,8 @@ class Recipe:
             raise ValueError(f"base: {self.config.base} in an overlay: only RECIPE itself can name its base")
         self.config.base = None  # resolved: the recipe now stands alone
         check_name(self.config.name)
+        if "\0" in self.config.output_dir:
+            raise ValueError("output_dir: a path can't hold the character NUL")
         if secret := find_secret(self.dump(), os.environ):
             raise ValueError(
                 f"{path} holds the value of the environment variable {secret}, and a run writes its recipe to files, "

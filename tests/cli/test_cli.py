@@ -318,3 +318,18 @@ def test_bench_step_prints_a_row_a_phase_and_writes_no_run(data_root: Path, tmp_
     assert [row[1] for row in rows] == ["4:2:1", "2:4:1", "0:2:4"]
     assert all(float(row[-1]) > 0 for row in rows)
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--output_dir", "a\0b"], "output_dir: a path can't hold the character NUL"),
+        (["--seed", "9" * 5000], f"{TINY}: "),
+    ],
+)
+def test_odd_values_get_one_clear_message(arguments: list[str], message: str, capsys: Any) -> None:
+    assert main(["run", str(TINY), *arguments]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ")
+    assert message in error
+    assert len(error) < 2000
