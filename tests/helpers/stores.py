@@ -10,6 +10,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 from typing import Any
+from urllib.request import Request, urlopen
 
 import fsspec
 import pytest
@@ -27,6 +28,7 @@ def s3_store() -> Iterator[Any]:
         for name, value in (ACCESS | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.get_host_and_port()[1]}"}).items():
             patch.setenv(name, value)
         store = fsspec.filesystem("s3", skip_instance_cache=True)
+        urlopen(Request(f"{os.environ['AWS_ENDPOINT_URL']}/moto-api/reset", method="POST")).close()  # of earlier tests
         store.mkdir("bucket")
         yield store
         server.stop()

@@ -38,6 +38,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Graphs]:
 
     monkeypatch.setattr(nn.Module, "compile", counted)
     torch._dynamo.reset()
+    torch.compiler.set_stance("default")  # whatever a test before left
     with torch._dynamo.config.patch(recompile_limit=8, optimize_ddp=True):  # torch's own, and put back afterwards
         yield counter
     torch._dynamo.reset()
