@@ -165,7 +165,11 @@ def all_blocks(model: NamiModule) -> dict[str, int]:
 
 def make_pipeline(model: NamiModule, changes: dict[str, Any], bridge: BridgeFlow) -> NamiPipeline:
     """Return a pipeline with a random network that samples latents, and returns them as pixels."""
-    transformer = NamiTransformer2DModel(**model.transformer_config | changes)
+    return without_encoders(model, NamiTransformer2DModel(**model.transformer_config | changes), bridge)
+
+
+def without_encoders(model: NamiModule, transformer: NamiTransformer2DModel, bridge: BridgeFlow) -> NamiPipeline:
+    """Return a pipeline of a network that takes text states, and returns the latents as pixels."""
     bridge.fitted.fill_(True)
     side = model.resolutions[-1] // model.autoencoder_config.factor
     length = model.text_encoder_config.max_length

@@ -279,21 +279,25 @@ def check_rows(pipeline: Any, options: Namespace, jobs: Jobs) -> None:
     """Check that the model takes the settings of all rows, before anything runs.
 
     Raises:
-        ValueError: it doesn't; the message names the file and line of a row that says more than the options.
+        ValueError: it doesn't; the message names the file and line of a row, if the options alone would fit.
     """
     from nami_lightning.pipelines.batch import check_settings
     from nami_lightning.pipelines.image_rows import ImageRow
 
-    plain = call_settings(ImageRow("").over(stated_settings(options)))
+    def fault(row: ImageRow) -> ValueError | None:
+        try:
+            check_settings(pipeline, options.run, call_settings(row))
+        except ValueError as error:
+            return error
+        return None
+
     different = {json.dumps(call_settings(row)): row for _, row in reversed(jobs)}
     for row in different.values():
-        settings = call_settings(row)
-        try:
-            check_settings(pipeline, options.run, settings)
-        except ValueError as error:
-            if settings == plain or not row.place:
-                raise
-            raise ValueError(f"{row.place}: {error}") from error
+        if (error := fault(row)) is None:
+            continue
+        if not row.place or fault(ImageRow("").over(stated_settings(options))):
+            raise error
+        raise ValueError(f"{row.place}: {error}") from error
 
 
 def call_settings(row: ImageRow) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Frozen image encoders that give maps of features: what a network's tokens, or its images, are compared with."""
 
+from abc import ABC, abstractmethod
 from itertools import pairwise
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 
-class ImageEncoder(nn.Module):
+class ImageEncoder(nn.Module, ABC):
     """The base of the image encoders: a frozen network in evaluation mode.
 
     Attributes:
@@ -18,13 +19,13 @@ class ImageEncoder(nn.Module):
 
     num_features: int
 
+    @abstractmethod
     def maps(self, images: Tensor) -> list[Tensor]:
         """Return maps of features ``(B, C, h, w)`` of several depths, the deepest last, with the images' gradient.
 
         Args:
             images: ``(B, 3, H, W)``, float, from 0, black, to 1, white.
         """
-        raise NotImplementedError
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:

@@ -218,7 +218,7 @@ def test_two_processes_draw_what_one_draws(model: str, tmp_path: Path, capfd: An
     capfd.readouterr()
     assert main([*command, "--output", str(tmp_path / "not"), "--processes", "2", "--height", "17"]) == 2
     error = capfd.readouterr().err
-    assert error.splitlines()[-1].endswith("line 2: height 17 and width 16 must be multiples of 4 px for this model")
+    assert error.splitlines()[-1] == "error: height 17 and width 16 must be multiples of 4 px for this model"
     assert "Traceback" not in error
     assert not (tmp_path / "not").exists()
 

@@ -137,6 +137,23 @@ def make_vae(seed: int) -> AutoencoderKL:
     ).eval()
 
 
+def make_two_stages(**changes: Any) -> NamiTransformer2DModel:
+    """Return a network of two stages, 32 wide, with random weights; ``changes`` replace its settings."""
+    torch.manual_seed(0)
+    settings: dict[str, Any] = {
+        "in_channels": 4,
+        "patch_size": 2,
+        "num_layers": [1, 0],
+        "num_single_layers": [0, 2],
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "axes_dims_rope": [4, 6, 6],
+        "joint_attention_dim": 8,
+        "pooled_projection_dim": 8,
+    }
+    return NamiTransformer2DModel(**settings | changes)
+
+
 @pytest.fixture
 def make_flux() -> MakeFlux:
     """Makes a FLUX 32 wide with random weights; ``make_flux(double, single)``."""

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 from helpers.processes import end, start
+from helpers.tiny_models import make_two_stages
 from lightning.pytorch.overrides.distributed import prepare_for_backward
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -20,19 +21,7 @@ STAGES = (0, 1, 1)
 
 def make_model() -> NamiTransformer2DModel:
     """Make a network whose first stage has a head that no other stage uses."""
-    torch.manual_seed(0)
-    return NamiTransformer2DModel(
-        in_channels=4,
-        patch_size=2,
-        num_layers=[1, 0],
-        num_single_layers=[0, 1],
-        num_attention_heads=2,
-        attention_head_dim=16,
-        axes_dims_rope=[4, 6, 6],
-        joint_attention_dim=8,
-        pooled_projection_dim=8,
-        output_head="per_stage",
-    )
+    return make_two_stages(num_single_layers=[0, 1], output_head="per_stage")
 
 
 def loss_of(model: NamiTransformer2DModel, rank: int, number: int) -> Tensor:

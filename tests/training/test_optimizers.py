@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers.processes import end, start
+from helpers.tiny_models import make_two_stages
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -19,18 +20,7 @@ from nami_lightning.training.strategies import full_tensor
 
 
 def tiny_transformer() -> NamiTransformer2DModel:
-    torch.manual_seed(0)
-    return NamiTransformer2DModel(
-        in_channels=3,
-        patch_size=4,
-        num_layers=[1, 0],
-        num_single_layers=[0, 1],
-        num_attention_heads=2,
-        attention_head_dim=16,
-        axes_dims_rope=[4, 6, 6],
-        joint_attention_dim=8,
-        pooled_projection_dim=8,
-    )
+    return make_two_stages(in_channels=3, patch_size=4, num_single_layers=[0, 1])
 
 
 def fill_gradients(model: nn.Module, seed: int) -> None:

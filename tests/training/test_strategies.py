@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from helpers.tiny_models import make_two_stages
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -20,17 +21,8 @@ RANKS = 4
 
 
 def make_model() -> NamiTransformer2DModel:
-    torch.manual_seed(0)
-    return NamiTransformer2DModel(
-        in_channels=4,
-        patch_size=2,
-        num_layers=[1, 0],
-        num_single_layers=[0, 2],
-        num_attention_heads=2,
-        attention_head_dim=32,
-        axes_dims_rope=[8, 12, 12],
-        joint_attention_dim=64,
-        pooled_projection_dim=64,
+    return make_two_stages(
+        attention_head_dim=32, axes_dims_rope=[8, 12, 12], joint_attention_dim=64, pooled_projection_dim=64
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from helpers.tiny_models import make_two_stages
 from torch import Tensor, nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -44,21 +45,6 @@ def ranks() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def make_model() -> NamiTransformer2DModel:
-    torch.manual_seed(0)
-    return NamiTransformer2DModel(
-        in_channels=4,
-        patch_size=2,
-        num_layers=[1, 0],
-        num_single_layers=[0, 2],
-        num_attention_heads=2,
-        attention_head_dim=16,
-        axes_dims_rope=[4, 6, 6],
-        joint_attention_dim=8,
-        pooled_projection_dim=8,
-    )
-
-
 def predict(group: TokenGroup, model: NamiTransformer2DModel, side: int = 8, text: int = 6) -> Tensor:
     states = TextStates(torch.randn(2, text, 8), torch.randn(2, 8))
     return group.predict(model, torch.randn(2, 4, side, side), states, torch.rand(2), 1)
@@ -68,7 +54,7 @@ def predict(group: TokenGroup, model: NamiTransformer2DModel, side: int = 8, tex
 def test_each_rank_computes_its_part_of_the_tokens_and_of_the_heads(
     ranks: None, monkeypatch: pytest.MonkeyPatch, compiled: bool, autocast: bool
 ) -> None:
-    model, seen = make_model(), list[tuple[int, ...]]()
+    model, seen = make_two_stages(), list[tuple[int, ...]]()
     if compiled:
         torch._dynamo.reset()
         for block in model.blocks(1):
@@ -94,7 +80,7 @@ def test_each_rank_computes_its_part_of_the_tokens_and_of_the_heads(
 
 
 def test_a_part_of_the_gradient_comes_back_as_often_as_there_are_ranks(ranks: None) -> None:
-    model = make_model()
+    model = make_two_stages()
     (group,) = make_token_groups(SHARED, model, []).values()
     seen = list[tuple[Tensor, ...]]()
     model.blocks(1)[-1].register_full_backward_hook(lambda module, _, gradients: seen.append(gradients))
@@ -105,7 +91,7 @@ def test_a_part_of_the_gradient_comes_back_as_often_as_there_are_ranks(ranks: No
 
 
 def test_without_a_group_attention_is_as_it_was(ranks: None) -> None:
-    model = make_model()
+    model = make_two_stages()
     inputs = torch.randn(2, 4, 8, 8), torch.randn(2, 6, 8), torch.randn(2, 8), torch.rand(2), 1
     expected = model(*inputs)
     make_token_groups(SHARED, model, [])
@@ -131,7 +117,7 @@ def test_ranks_of_a_group_have_the_same_samples(data_root: Path) -> None:
 
 
 def test_tokens_that_cant_be_shared_are_refused(ranks: None, capsys: pytest.CaptureFixture[str]) -> None:
-    model = make_model()
+    model = make_two_stages()
     (group,) = make_token_groups(SHARED, model, []).values()
     with pytest.raises(ValueError, match=r"2 ranks share the tokens of a sample, but this one has 9 image tokens"):
         predict(group, model, side=6)
@@ -195,7 +181,7 @@ def test_a_plan_knows_what_is_sent_and_kept(ranks: None, recomputed: int) -> Non
 
 def test_a_plans_activations_are_those_of_a_rank(ranks: None) -> None:
     """But for the head's: it has all tokens on each rank."""
-    model, saved = make_model(), list[int]()
+    model, saved = make_two_stages(), list[int]()
     model.requires_grad_(True)
     for shared in (False, True):
         by_block: dict[nn.Module | None, int] = {}
@@ -211,7 +197,7 @@ def test_a_plans_activations_are_those_of_a_rank(ranks: None) -> None:
 
 
 def test_a_network_is_prepared_only_where_tokens_are_shared() -> None:
-    model = make_model()
+    model: Any = make_two_stages()
     before = [block.attn.processor for block in model.blocks(1)]
     parallelize(model, None)
     assert make_token_groups(Curriculum(SHARED.phases, 4), model, [TokenRouting()]) == {}

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from nami_lightning.benchmarks.gpu.section import Promise, at_most
+from nami_lightning.benchmarks.sampling import without_encoders
 from nami_lightning.models import flow
-from nami_lightning.models.autoencoder import PixelCodec
 from nami_lightning.pipelines.cuda_graphs import CudaGraphs
 from nami_lightning.pipelines.nami_pipeline import NamiPipeline
 from nami_lightning.runs.recipe import Recipe
@@ -194,14 +194,6 @@ def ema_on_the_host(device: torch.device) -> list[Promise]:
     return [at_most("EMA on the host", distance(on_host, on_device), 1e-6)]
 
 
-def make_pipeline(module: NamiModule) -> NamiPipeline:
-    """Return a pipeline of a module's network and bridges that draws pixels."""
-    side, length = module.resolutions[-1], module.text_encoder_config.max_length
-    pipeline = NamiPipeline(module.transformer, module.bridge, PixelCodec(), None, None, None, None, side, length)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
 def draw(pipeline: NamiPipeline, module: NamiModule) -> dict[str, Tensor]:
     """Draw with guidance, from noise and text states that are the CPU's; return latents on the CPU."""
     generator = torch.Generator().manual_seed(0)
@@ -223,8 +215,9 @@ def draw(pipeline: NamiPipeline, module: NamiModule) -> dict[str, Tensor]:
 def drawing(device: torch.device) -> list[Promise]:
     """Compare a drawing in float32 and in bfloat16, and one that CUDA graphs replay."""
     module = make_module(CPU)
-    reference = draw(make_pipeline(module), module)
-    pipeline = make_pipeline(make_module(device))
+    reference = draw(without_encoders(module, module.transformer, module.bridge), module)
+    on_device = make_module(device)
+    pipeline = without_encoders(on_device, on_device.transformer, on_device.bridge)
     eager = draw(pipeline, module)
     promises = [at_most("drawing, float32", distance(eager, reference), 1e-4)]
     if device.type == "cuda":
