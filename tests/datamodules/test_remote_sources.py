@@ -12,8 +12,9 @@ from typing import Any
 import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
+from helpers.in_this_process import InThisProcess
 from helpers.squares import Squares
-from helpers.stores import InThisProcess, Web, s3_store
+from helpers.stores import Web, s3_store
 
 from nami_lightning.cli.main import main
 from nami_lightning.datamodules.preparation import prepare_parts as prepare_parts_module

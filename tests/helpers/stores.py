@@ -3,7 +3,6 @@
 import os
 import re
 from collections.abc import Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -75,24 +74,3 @@ class _Parts(SimpleHTTPRequestHandler):
         return None
 
     def log_message(self, *arguments: object) -> None: ...
-
-
-class InThisProcess:
-    """Stands for a pool of processes; the work is done at once, in this one."""
-
-    def __init__(self, *arguments: object, **settings: object) -> None: ...
-
-    def __enter__(self) -> "InThisProcess":
-        return self
-
-    def __exit__(self, *arguments: object) -> None: ...
-
-    def shutdown(self, **settings: object) -> None: ...
-
-    def submit(self, function: Any, *arguments: Any) -> "Future[Any]":
-        future: Future[Any] = Future()
-        try:
-            future.set_result(function(*arguments))
-        except Exception as error:
-            future.set_exception(error)
-        return future

@@ -10,13 +10,13 @@ import tempfile
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 from unittest.mock import patch
 
+from helpers.in_this_process import InThisProcess
 from nami_lightning.errors import PROJECT_FOLDERS, explain, is_user_error
 
 SECONDS = 30
@@ -180,37 +180,12 @@ def _is_meant(error: BaseException) -> bool:
     return line.startswith("raise") or isinstance(error, OSError)
 
 
-class HerePool:
-    """Stands for a pool of processes: it does the work at once, in this process."""
-
-    def __init__(self, *_: Any, initializer: Any = None, initargs: Any = (), **__: Any) -> None:
-        if initializer is not None:
-            initializer(*initargs)
-
-    def __enter__(self) -> "HerePool":
-        return self
-
-    def __exit__(self, *_: object) -> None: ...
-
-    def submit(self, function: Any, *arguments: Any) -> "Future[Any]":
-        """Do the work."""
-        future: Future[Any] = Future()
-        try:
-            future.set_result(function(*arguments))
-        except Exception as error:
-            future.set_exception(error)
-        return future
-
-    def shutdown(self, **_: Any) -> None:
-        """Do nothing."""
-
-
 @contextlib.contextmanager
 def in_this_process() -> Iterator[None]:
     """Let preparations and checks work in this process."""
     rooms = "nami_lightning.datamodules"
     with (
-        patch(f"{rooms}.preparation.prepare_parts.ProcessPoolExecutor", HerePool),
-        patch(f"{rooms}.storage.verify.ProcessPoolExecutor", HerePool),
+        patch(f"{rooms}.preparation.prepare_parts.ProcessPoolExecutor", InThisProcess),
+        patch(f"{rooms}.storage.verify.ProcessPoolExecutor", InThisProcess),
     ):
         yield
